@@ -1,0 +1,82 @@
+# Commands for working on latentprior. `make` alone lists them.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Stamps: what has been installed into $(VENV), and when.
+TORCH := $(VENV)/.torch-installed
+DEV := $(VENV)/.dev-installed
+DEMO := $(VENV)/.demo-installed
+
+OUT ?= demo-out
+# Scripts that measure; narrow them with `make benchmarks BENCHMARKS=benchmarks/NAME.py`.
+BENCHMARKS ?= $(filter-out benchmarks/report.py benchmarks/_% benchmarks/conftest.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-all lint format benchmarks build clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(DEV) ## create .venv with the library and the tools to work on it
+
+$(VENV)/pyvenv.cfg:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "make: '$(PYTHON)' not found; install Python 3.10 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: latentprior needs Python 3.10 or newer, '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
+	    "name another: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' cannot create virtual environments (no venv or ensurepip);" \
+	    "install them (Debian, Ubuntu: apt install python3-venv) or name another: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "==> creating $(VENV) with $$("$(PYTHON)" -V 2>&1)"
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# PyTorch is the large download: it comes first and shows its progress, the rest is quick and quiet.
+$(TORCH): constraints.txt | $(VENV)/pyvenv.cfg
+	@echo "==> installing PyTorch"
+	@$(PIP) install -c constraints.txt torch
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt $(TORCH)
+	@echo "==> installing latentprior and the tools to work on it"
+	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report]"
+	@touch $(DEMO) $(DEV)
+
+$(DEMO): pyproject.toml constraints.txt $(TORCH)
+	@echo "==> installing latentprior"
+	@$(PIP) install --quiet -c constraints.txt -e ".[metrics,report]"
+	@touch $@
+
+demo: $(DEMO) ## learn a prior on bundled data; pictures and a report in demo-out
+	$(BIN)/latentprior demo --out "$(OUT)"
+
+test: lint ## lint, then the fast tests and the docstring examples
+	$(BIN)/python -m pytest
+
+test-all: lint ## lint, then all tests but those that need a GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(DEV) ## ruff, mypy and the downward-imports rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(DEV) ## sort imports, mend what ruff can mend, reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(DEV) ## run the benchmark scripts, then rewrite benchmarks/RESULTS.md
+	@set -e; for script in $(BENCHMARKS); do echo "==> $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/report.py
+
+build: $(DEV) ## source distribution and wheel, in dist
+	$(BIN)/python -m build
+
+clean: ## remove .venv, caches and everything built
+	rm -rf $(VENV) demo-out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,182 @@
+"""Write benchmarks/RESULTS.md from benchmarks/results/*.json; every figure in README comes from there too.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from _results import read_results
+
+HERE = Path(__file__).resolve().parent
+SETS = {
+    "mnist16": "latents of a 16-d MNIST VAE (55k train, 10k test)",
+    "vae20": "posteriors of the classic 784-400-20 MNIST VAE (55k train, 10k test)",
+    "cifar64": "posteriors of a 64-d convolutional VAE on CIFAR-10 (45k train, 10k test)",
+}
+
+
+def spread(values: Iterable[float], form: str = ".2f") -> str:
+    """Median, and the range over seeds where it shows."""
+    values = list(values)
+    middle, low, high = (format(v, form) for v in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def produced(document: dict[str, Any]) -> str:
+    """One line on what made the figures."""
+    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
+    return f"{document['threads']} threads, {document['device']}; {versions}."
+
+
+def latents_section(document: dict[str, Any]) -> list[str]:
+    """E2."""
+    out = ["## Latents of real generators", "", f"`python benchmarks/latents.py`. {produced(document)}", ""]
+    out += [
+        "Held-out log density in nats, in coordinates standardised alike for all methods; medians over seeds, range in "
+        "brackets. AUC: gradient-boosted trees telling samples from test latents, 0.5 = cannot. "
+        "Integral: importance-sampling estimate of the ladder's integral, which must be 1, from a mixture fitted to "
+        "its samples and from its base.",
+        "",
+    ]
+    for name, runs in document["sets"].items():
+        methods = [m for m in runs[0] if m != "floors"]
+        has_frechet = "frechet" in runs[0]["ladder"]
+        head = [
+            "method",
+            "log density",
+            "AUC",
+            *(["Fréchet distance"] if has_frechet else []),
+            "fit, s",
+            "10k samples, s",
+        ]
+        rows = []
+        for method in methods:
+            figures = [run[method] for run in runs]
+            row = [method, spread(f["log_prob"] for f in figures), spread((f["auc"] for f in figures), ".3f")]
+            if has_frechet:
+                row.append(spread((f["frechet"] for f in figures), ".1f"))
+            row += [spread((f["seconds"] for f in figures), ".0f")]
+            row += [spread((f["seconds_per_10k_samples"] for f in figures), ".1f")]
+            rows.append(row)
+        out += [f"### {name}: {SETS[name]}, {len(runs)} seeds", "", table(head, rows), ""]
+        if has_frechet:
+            floors = runs[0]["floors"]
+            out += [
+                f"Fréchet distance on LeNet-5 features of 10k decoded samples against the 10k test images; floors: "
+                f"reconstructions {floors['reconstructions']:.1f}, real against real {floors['real']:.1f}.",
+                "",
+            ]
+        rows = []
+        for seed, run in enumerate(runs):
+            f = run["ladder"]
+            ends = f["bracket"]
+            rows.append(
+                [
+                    str(seed),
+                    f"{f['log_prob_base']:.2f}",
+                    f"{f['log_prob']:.2f} ± {f['log_prob_stderr']:.2f}",
+                    f"± {f['log_prob_stderr_normalizer']:.3f}",
+                    f"{f['integral'][0]:.3f} ± {f['integral'][1]:.3f}",
+                    f"{f['integral_from_base'][0]:.3f} ± {f['integral_from_base'][1]:.3f}",
+                    "-" if not ends else f"{ends[0][0]:.3f} ± {ends[0][1]:.3f} to {ends[1][0]:.3f} ± {ends[1][1]:.3f}",
+                    " / ".join(f"{s['gain']:.3f}" for s in f["stages"]),
+                    f["stopped"],
+                ]
+            )
+        head = [
+            "seed",
+            "base",
+            "ladder",
+            "log Z",
+            "integral (mixture)",
+            "integral (base)",
+            "log Z, base's end to data's",
+        ]
+        out += [table([*head, "gains", "ended"], rows), ""]
+        warned = sorted({w for run in runs for w in run["ladder"]["warnings"]})
+        out += [f"Warnings given: {'; '.join(warned) if warned else 'none'}.", ""]
+    return out
+
+
+def known_truth_section(document: dict[str, Any]) -> list[str]:
+    """E1."""
+    out = ["## Known truth", "", f"`python benchmarks/known_truth.py`. {produced(document)}", ""]
+    rows = []
+    for name, runs in document["targets"].items():
+        rows.append(
+            [
+                name,
+                f"{runs[0]['exact']:.3f}",
+                spread((r["model"] for r in runs), ".3f"),
+                "; ".join(f"{r['kl']:.3f} ± {r['kl_stderr']:.3f}" for r in runs),
+                "; ".join(f"{r['log_z_error']:+.4f} ± {r['log_z_error_stderr']:.4f}" for r in runs),
+                "yes" if all(r["within_3_se"] for r in runs) else "no",
+                " ".join(str(r["stages"]) for r in runs),
+                spread((r["seconds"] for r in runs), ".0f"),
+            ]
+        )
+    head = ["target", "exact", "model", "KL(truth, model)", "error of log Z", "within 3 SE", "stages", "s"]
+    return [*out, "20,000 exact draws to learn from, 50,000 to test on; nats.", "", table(head, rows), ""]
+
+
+def scale_section(document: dict[str, Any]) -> list[str]:
+    """Time and memory against n."""
+    out = ["## Time and memory of fit against n", "", f"`python benchmarks/scale.py`. {produced(document)}", ""]
+    rows = [
+        [
+            f"{r['n']:,}",
+            f"{r['data_mib']:.0f}",
+            f"{r['seconds']:.0f}",
+            f"{r['marks']['stage 0']:.1f}",
+            f"{max(r['marks'].values()) - r['marks']['stage 0']:.0f}",
+            " + ".join(map(str, r["steps"])),
+            f"{r['peak_mib']:.0f}",
+            f"{r['peak_mib'] - r['imports_mib']:.0f}",
+        ]
+        for r in document["rows"]
+    ]
+    head = [
+        "n",
+        "file, MiB",
+        "fit, s",
+        "reading and base, s",
+        "stages and log Z, s",
+        "steps",
+        "peak, MiB",
+        "above imports, MiB",
+    ]
+    return [
+        *out,
+        f"d = {document['settings']['dim']}, memory-mapped file, at most two stages.",
+        "",
+        table(head, rows),
+        "",
+    ]
+
+
+def main() -> None:
+    out = ["# Results", "", "Written by `python benchmarks/report.py` from `benchmarks/results/`.", ""]
+    for name, section in (
+        ("latents", latents_section),
+        ("known_truth", known_truth_section),
+        ("scale", scale_section),
+    ):
+        document = read_results(name)
+        if document is not None:
+            out += section(document)
+    (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""latentprior: learn the latent prior that a generator should have had."""
+
+__version__ = "0.1.0"
+
+from .errors import (
+    CheckpointError,
+    InvalidLatentsError,
+    LatentPriorError,
+    LatentPriorWarning,
+    LearningDivergedError,
+    LowESSWarning,
+    MissingExtraError,
+    NormalizerBracketWarning,
+    StageSaturatedWarning,
+)
+from .latents import Latents
+from .learning import Event, fit
+from .normalizers import NormalizerCheck
+from .prior import LatentPrior, Stage
+from .stage import StageSettings
+
+__all__ = [
+    "CheckpointError",
+    "Event",
+    "InvalidLatentsError",
+    "LatentPrior",
+    "LatentPriorError",
+    "LatentPriorWarning",
+    "Latents",
+    "LearningDivergedError",
+    "LowESSWarning",
+    "MissingExtraError",
+    "NormalizerBracketWarning",
+    "NormalizerCheck",
+    "Stage",
+    "StageSaturatedWarning",
+    "StageSettings",
+    "fit",
+]

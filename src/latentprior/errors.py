@@ -1,0 +1,59 @@
+"""Named errors and warnings; each message says what was wrong, where, and how to mend it."""
+
+__all__ = [
+    "CheckpointError",
+    "InvalidLatentsError",
+    "LatentPriorError",
+    "LatentPriorWarning",
+    "LearningDivergedError",
+    "LowESSWarning",
+    "MissingExtraError",
+    "NormalizerBracketWarning",
+    "StageSaturatedWarning",
+]
+
+
+class LatentPriorError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidLatentsError(LatentPriorError, ValueError):
+    """The latents cannot be learned from or scored: wrong shape, type, or non-finite numbers."""
+
+
+class CheckpointError(LatentPriorError, ValueError):
+    """A file or folder on disk is not what it should be: absent, damaged, foreign or from another version."""
+
+
+class MissingExtraError(LatentPriorError, ImportError):
+    """A feature needs an optional dependency; the message names the extra to install."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an extra: pip install 'latentprior[{extra}]'")
+
+
+class LearningDivergedError(LatentPriorError, RuntimeError):
+    """A stage's loss stopped being finite, also after one retry with a smaller learning rate."""
+
+
+class LatentPriorWarning(UserWarning):
+    """Base of every warning that this package gives."""
+
+
+class NormalizerBracketWarning(LatentPriorWarning):
+    """The log normaliser from the base's end and from the data's end differ by more than 0.1 nats.
+
+    Densities may then be off by as much as the bracket is wide: use a better base (``base="gmm"``), more
+    particles, or treat ``log_prob`` as known up to that constant only.
+    """
+
+
+class StageSaturatedWarning(LatentPriorWarning):
+    """The ladder ended while its last stage still told data from samples almost perfectly.
+
+    The prior has not arrived: raise ``max_stages`` or start from a better base (``base="gmm"``).
+    """
+
+
+class LowESSWarning(LatentPriorWarning):
+    """A weighted population stands on too few effective particles for its result to be trusted."""

@@ -1,0 +1,168 @@
+"""The ladder in standardised coordinates: a base density times bounded ratios, its values, gradients and path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .bases import Base, BlendBase, GaussianMixtureBase
+from .sampling import LogDensity, smc
+from .sampling.resampling import LogMean, effective_sample_size, log_mean_exp, systematic
+
+__all__ = ["FreshParticles", "Ladder"]
+
+BLOCK = 8192
+MIN_ESS = 0.01
+
+
+class FreshParticles(NamedTuple):
+    """Rows of :math:`p_K` never seen before, and how they were made."""
+
+    position: Tensor
+    source: str
+    """``base``, ``importance`` or ``smc``."""
+    log_normalizer: LogMean
+    r""":math:`\log \hat Z_K` of this pass: no stage so far was trained on these rows."""
+    ess: float
+    """Effective share of the base draws, or the smallest one met at a level of SMC."""
+    acceptance: float
+
+
+class Ladder:
+    r""":math:`\log \tilde p_K(u) = \log p_0(u) + \sum_{k<K} f_k(u)`, not normalised; rows ``(n, d)``.
+
+    Implements :class:`latentprior.sampling.smc.TemperedPath`. Everything is evaluated in blocks of rows, so that
+    memory does not grow with n beyond inputs and outputs.
+
+    ``cover`` is a mixture close to the target, for a base that does not reach it (N(0, I) and narrow modes, say).
+    Importance sampling then draws from the proposal h, half base and half cover, the latter at three widths:
+    early stages, bounded as they are, put mass in halos around the modes.
+    """
+
+    def __init__(self, base: Base, ratios: Sequence[nn.Module] = (), cover: GaussianMixtureBase | None = None) -> None:
+        self.base = base
+        self.ratios = tuple(ratios)
+        self.cover = cover
+        self.start: Base = base if cover is None else BlendBase(base, cover.widened((1.0, 1.5, 2.5)))
+
+    def extended(self, ratio: nn.Module) -> Ladder:
+        """Add a stage."""
+        return Ladder(self.base, (*self.ratios, ratio), self.cover)
+
+    def path_from(self, start: Base) -> smc.TemperedPath:
+        """From ``start`` to the whole ladder: stage by stage from the base, straight from anything else."""
+        return self if start is self.base else _Straight(self, start)
+
+    def log_weight(self, u: Tensor) -> Tensor:
+        r"""Log importance weight of a draw of ``start``, :math:`\log \tilde p_K(u) - \log h(u)`."""
+        potential = self.log_potential(u)
+        return potential if self.cover is None else potential + self.base.log_prob(u) - self.start.log_prob(u)
+
+    @property
+    def length(self) -> int:
+        """Number K of stages."""
+        return len(self.ratios)
+
+    def log_ratios(self, u: Tensor) -> Tensor:
+        """Every stage's log ratio, ``(n, d) -> (n, K)``."""
+        if not self.ratios:
+            return u.new_zeros(len(u), 0)
+        return torch.cat([torch.stack([f(block) for f in self.ratios], 1) for block in u.split(BLOCK)])
+
+    def log_potential(self, u: Tensor) -> Tensor:
+        """Sum of all log ratios, ``(n, d) -> (n,)``: the log weight of a base draw."""
+        total = u.new_zeros(len(u))
+        if not self.ratios:
+            return total
+        return torch.cat([sum((f(block) for f in self.ratios), block.new_zeros(())) for block in u.split(BLOCK)])
+
+    def density(self, t: float) -> LogDensity:
+        """Value and gradient of the density at ``t`` on the path from base (0) to ladder (K)."""
+        active = [(min(1.0, t - j), f) for j, f in enumerate(self.ratios) if t > j]
+
+        def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+            values, grads = [], []
+            for block in u.split(BLOCK):
+                value, grad = self.base.log_prob_and_grad(block)
+                if active:
+                    with torch.enable_grad():
+                        x = block.detach().requires_grad_(True)
+                        potential = sum((weight * f(x) for weight, f in active), x.new_zeros(()))
+                        (slope,) = torch.autograd.grad(potential.sum(), x)
+                    value, grad = value + potential.detach(), grad + slope
+                values.append(value)
+                grads.append(grad)
+            return torch.cat(values), torch.cat(grads)
+
+        return evaluate
+
+    @torch.no_grad()
+    def importance(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """``n`` draws of ``start`` ``(n, d)`` and their log weights ``(n,)`` under the ladder."""
+        draws, weights = [], []
+        for done in range(0, n, 1 << 16):
+            u = self.start.sample(min(1 << 16, n - done), generator)
+            draws.append(u)
+            weights.append(self.log_weight(u))
+        return torch.cat(draws), torch.cat(weights)
+
+    @torch.no_grad()
+    def fresh_particles(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        draws: int | None = None,
+        min_ess: float = MIN_ESS,
+        smc_particles: int = 32_768,
+        islands: int = 16,
+        moves: int = 8,
+    ) -> FreshParticles:
+        """``n`` rows of the ladder never seen before, and an independent estimate of its log normaliser.
+
+        ``draws`` (default ``2 n``) base draws (fewer where they would pass 256 MiB) are resampled while their
+        effective share is ``min_ess`` or more: exact, and no Markov chain. Below it at most ``smc_particles`` rows
+        are carried down the ladder in independent islands, which stay whole and in order.
+        """
+        if not self.ratios:
+            return FreshParticles(self.base.sample(n, generator), "base", LogMean(0.0, 0.0, 1.0), 1.0, 1.0)
+        probe, log_weights = self.importance(16_384, generator)
+        if effective_sample_size(log_weights) >= min_ess:
+            draws = min(draws or 2 * n, max(n // 4, (1 << 26) // probe.shape[1]))
+            u, log_weights = self.importance(draws, generator)
+            estimate = log_mean_exp(log_weights)
+            if estimate.ess >= min_ess:
+                index = systematic(log_weights, n, generator)
+                return FreshParticles(u[index], "importance", estimate, estimate.ess, 1.0)
+        m = max(1, min(n, smc_particles) // islands) * islands
+        start = self.start.sample(m, generator)
+        result = smc.run(start, self.path_from(self.start), islands=islands, moves=moves, generator=generator)
+        return FreshParticles(result.position, "smc", result.log_normalizer, result.ess, result.acceptance)
+
+
+class _Straight:
+    r"""The geometric path :math:`\log h + t\,(\log\tilde p_K - \log h)` from a proposal to a ladder, t in [0, 1]."""
+
+    length = 1
+
+    def __init__(self, ladder: Ladder, proposal: Base) -> None:
+        self.ladder, self.proposal = ladder, proposal
+
+    def log_ratios(self, u: Tensor) -> Tensor:
+        end = self.ladder.base.log_prob(u) + self.ladder.log_potential(u)
+        return (end - self.proposal.log_prob(u))[:, None]
+
+    def density(self, t: float) -> LogDensity:
+        whole = self.ladder.density(self.ladder.length)
+
+        def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+            start, start_grad = self.proposal.log_prob_and_grad(u)
+            if t == 0:
+                return start, start_grad
+            end, end_grad = whole(u)
+            return (1 - t) * start + t * end, (1 - t) * start_grad + t * end_grad
+
+        return evaluate

@@ -1,0 +1,456 @@
+"""The learned prior: a torch Distribution that samples, scores, tilts and saves."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from . import normalizers
+from .bases import Base, DistributionBase, GaussianMixtureBase, base_from_state
+from .checkpoint import load_state, save_state
+from .errors import CheckpointError, LatentPriorError, MissingExtraError
+from .ladder import MIN_ESS, Ladder
+from .latents import check_tensor
+from .normalizers import Bracket, Normalizer, NormalizerCheck
+from .ratios import build_ratio
+from .sampling import hmc, langevin, mala, smc
+from .sampling.resampling import LogMean, effective_sample_size, systematic
+from .whitening import Whitening
+
+__all__ = ["LatentPrior", "Stage"]
+
+SAMPLERS = ("smc", "mala", "hmc", "langevin", "sir")
+SAMPLE_BLOCK = 32_768
+PROBE = 4096
+
+
+@dataclass(frozen=True)
+class Stage:
+    r"""One rung: the log ratio :math:`f_k`, its log normaliser :math:`c_k`, and how well it told q from :math:`p_k`.
+
+    All figures are in nats; ``gain`` is held out, from 0 (no difference) to 1.386.
+    """
+
+    network: nn.Module
+    log_normalizer: float
+    log_normalizer_stderr: float
+    gain: float
+    gain_stderr: float
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LatentPrior(Distribution):
+    r"""A normalised density on latents, :math:`\log p_K(z) = \log p_0(z) + \sum_{k<K} (f_k(z) - c_k)`.
+
+    Made by :func:`latentprior.fit` or :meth:`from_pretrained`. A :class:`torch.distributions.Distribution` with an
+    empty ``batch_shape``: ``log_prob`` takes ``(n, *event_shape)`` in the user's coordinates and returns
+    ``(n,)`` nats, normalised, differentiable with respect to its input.
+
+    Source: Xiao and Han (NeurIPS 2022), eqs. 4 to 6; standardisation, bounds and normalisers are this package's.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        base: Base,
+        stages: Sequence[Stage],
+        whitening: Whitening,
+        event_shape: Sequence[int],
+        normalizer: Normalizer | None = None,
+        info: Mapping[str, Any] | None = None,
+        *,
+        cover: GaussianMixtureBase | None = None,
+    ) -> None:
+        super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
+        self.base = base
+        self.stages = tuple(stages)
+        self.whitening = whitening
+        self.normalizer = normalizer or Normalizer(
+            sum(s.log_normalizer for s in self.stages),
+            math.hypot(*(s.log_normalizer_stderr for s in self.stages)),
+            1.0,
+            "stages",
+            None,
+        )
+        self.info = dict(info or {})
+        self.cover = cover
+        self.ladder = Ladder(base, [stage.network for stage in self.stages], cover)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All of real space."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type that densities are computed in."""
+        return self.whitening.loc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that densities are computed on."""
+        return self.whitening.loc.device
+
+    @property
+    def log_prob_stderr(self) -> float:
+        """Standard error that the normaliser's estimate adds to every ``log_prob``, in nats."""
+        return self.normalizer.stderr
+
+    @property
+    def bracket(self) -> Bracket | None:
+        """Log Z of the whole ladder from the base's end and from the data's end; None without stages."""
+        return self.normalizer.bracket
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentPrior(event_shape={tuple(self.event_shape)}, base={self.base.name!r}, stages={len(self.stages)}, "
+            f"log_prob_stderr={self.log_prob_stderr:.3g})"
+        )
+
+    def replaced(
+        self,
+        stages: Sequence[Stage],
+        normalizer: Normalizer | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> LatentPrior:
+        """The same base and standardisation under other stages."""
+        info = self.info if info is None else info
+        return LatentPrior(self.base, stages, self.whitening, self.event_shape, normalizer, info, cover=self.cover)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:
+        """Return a copy on another device or in another floating type (the networks are shared if nothing moves)."""
+        if (device is None or torch.device(device) == self.device) and dtype in (None, self.dtype):
+            return self
+        base, whitening, cover = (_moved(part, device, dtype) for part in (self.base, self.whitening, self.cover))
+        stages = [replace(stage, network=_moved(stage.network, device, dtype)) for stage in self.stages]
+        return LatentPrior(base, stages, whitening, self.event_shape, self.normalizer, self.info, cover=cover)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Normalised log density, ``(n, *event_shape) -> (n,)`` nats; also one unbatched event, to a scalar.
+
+        Every value carries the same unknown shift of size :attr:`log_prob_stderr`. Raises
+        :class:`~latentprior.errors.InvalidLatentsError` for another shape. NaN in gives NaN out.
+        """
+        single = tuple(value.shape) == tuple(self.event_shape)
+        z = check_tensor(value[None] if single else value, self.event_shape, self.device, self.dtype)
+        result = self.log_prob_whitened(self.whitening.whiten(z)) + self.whitening.log_abs_det
+        return result[0] if single else result
+
+    def log_prob_whitened(self, u: Tensor) -> Tensor:
+        """Normalised log density in the standardised coordinates themselves, ``(n, d) -> (n,)`` nats."""
+        return self.base.log_prob(u) + self.ladder.log_potential(u) - self.normalizer.value
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sample_shape: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        sampler: str = "smc",
+        **options: Any,
+    ) -> Tensor:
+        """Draw ``(*sample_shape, *event_shape)`` in the user's coordinates.
+
+        Samplers
+        --------
+        ``smc`` : sequential Monte Carlo down the ladder, shuffled (default): base draws, enough for n effective
+            ones, resampled and moved by MALA in one level where their effective share is 1% or more, else
+            level by level. ``ess`` of a level, ``moves`` a level.
+        ``sir`` : sampling-importance-resampling of base draws (NCP-VAE, Aneja et al. 2021); fast, repeats rows
+            where the effective share is low. ``candidates`` a draw, default 16.
+        ``mala``, ``hmc`` : Metropolis-corrected chains from ``sir`` draws. ``steps``, ``step_size``,
+            ``leapfrog_steps``.
+        ``langevin`` : the paper's short-run dynamics from base draws. ``steps`` 60, ``step_size`` 0.4; biased.
+
+        Raises :class:`LatentPriorError` for an unknown sampler.
+        """
+        if sampler not in SAMPLERS:
+            raise LatentPriorError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        n = math.prod(sample_shape)
+        parts = [self._draw(min(SAMPLE_BLOCK, n - i), generator, sampler, options) for i in range(0, n, SAMPLE_BLOCK)]
+        u = torch.cat(parts) if parts else self.base.sample(0, generator)
+        return self.whitening.unwhiten(u).reshape(*sample_shape, *self.event_shape)
+
+    def _draw(self, n: int, generator: torch.Generator | None, sampler: str, options: Mapping[str, Any]) -> Tensor:
+        if not self.stages and sampler != "langevin":
+            return self.base.sample(n, generator)
+        density = self.ladder.density(self.ladder.length)
+        if sampler == "smc":
+            return self._smc(n, generator, **options)
+        if sampler == "langevin":
+            return langevin.sample(self.base.sample(n, generator), density, generator=generator, **options)
+        resampling = dict(options)
+        candidates = max(int(resampling.pop("candidates", 16)) * n, 4096)
+        u, log_weights = self.ladder.importance(candidates, generator)
+        u = u[systematic(log_weights, n, generator)]
+        if sampler == "sir":
+            return u
+        chain = mala.sample if sampler == "mala" else hmc.sample
+        return chain(u, density, generator=generator, **resampling)[0]
+
+    def _smc(self, n: int, generator: torch.Generator | None, ess: float = 0.5, moves: int = 6) -> Tensor:
+        """Carry base draws down the ladder, or jump it at once where importance weights allow that."""
+        share = effective_sample_size(self.ladder.importance(PROBE, generator)[1])
+        if share >= MIN_ESS:
+            u, log_weights = self.ladder.importance(math.ceil(max(n, PROBE) / share), generator)
+            start = u[systematic(log_weights, n, generator)]
+            density = self.ladder.density(self.ladder.length)
+            return mala.sample(start, density, steps=moves, generator=generator)[0]
+        # Twice the particles, of which the draws are a random half, keep families small.
+        start = self.ladder.start.sample(max(2 * n, PROBE), generator)
+        result = smc.run(start, self.ladder.path_from(self.ladder.start), ess=ess, moves=moves, generator=generator)
+        return result.position[_permutation(len(start), generator, self.device)[:n]]
+
+    @torch.no_grad()
+    def tilt(
+        self,
+        g: Callable[[Tensor], Tensor],
+        *,
+        particles: int = 16_384,
+        generator: torch.Generator | None = None,
+    ) -> LatentPrior:
+        r"""The prior :math:`p_g(z) = p(z)\, e^{g(z)} / Z_g`: again a prior that samples and scores.
+
+        Arguments
+        ---------
+        g : a log potential on the user's coordinates, ``(n, *event_shape) -> (n,)``, differentiable: a log
+            likelihood, a class score, a property, a preference. Not bounded; it must keep :math:`Z_g` finite.
+
+        :math:`\log Z_g` comes from draws of the prior while their effective share is 2% or more, else from SMC
+        in islands; its standard error joins :attr:`log_prob_stderr`. A tilted prior cannot be saved.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        stage = Stage(_Potential(g, self.whitening, self.event_shape), 0.0, 0.0, math.nan, math.nan)
+        tilted = Ladder(self.base, [*self.ladder.ratios, stage.network])
+        islands = 16
+        parts = max(1, particles // islands) * islands
+        start = torch.cat([self._draw(parts // islands, generator, "smc", {}) for _ in range(islands)])
+        if effective_sample_size(stage.network(start)) >= MIN_ESS or not self.stages:
+            method = {"moves": 0}
+        else:
+            method = {"moves": 6}
+        result = smc.run(
+            start,
+            tilted,
+            start=float(len(self.stages)),
+            islands=islands,
+            ess=MIN_ESS if method["moves"] == 0 else 0.5,
+            generator=generator,
+            **method,
+        )
+        c: LogMean = result.log_normalizer
+        stage = replace(stage, log_normalizer=c.value, log_normalizer_stderr=c.stderr)
+        total = Normalizer(
+            self.normalizer.value + c.value,
+            math.hypot(self.log_prob_stderr, c.stderr),
+            result.ess,
+            "tilt",
+            None,
+        )
+        return self.replaced((*self.stages, stage), total)
+
+    @torch.no_grad()
+    def check_normalizer(
+        self,
+        reference: str | Distribution = "gmm",
+        *,
+        draws: int = 200_000,
+        generator: torch.Generator | None = None,
+    ) -> NormalizerCheck:
+        r"""Integrate ``exp(log_prob)`` with another normalised density h: :math:`\mathbb E_h[p/h]` must be 1.
+
+        Arguments
+        ---------
+        reference : ``"gmm"``, a mixture fitted to draws of this prior, widened by a twentieth and mixed with one
+            part in ten of a wide normal so that weights stay bounded; ``"base"``, fresh draws of the base;
+            or a torch Distribution over the user's coordinates.
+
+        Independent of every number that made :meth:`log_prob`. Warns
+        :class:`~latentprior.errors.LowESSWarning` where the reference hardly overlaps the prior.
+        """
+        generator = generator or torch.Generator().manual_seed(1)
+        base: Base
+        if isinstance(reference, Distribution):
+            base, name = DistributionBase(reference, self.whitening), type(reference).__name__
+        elif reference == "base":
+            base, name = self.base, "base"
+        elif reference == "gmm":
+            base, name = self._reference(generator), "gmm"
+        else:
+            raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
+        u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
+        return normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+
+    def _reference(self, generator: torch.Generator) -> Base:
+        u = self._draw(20_000, generator, "smc", {})
+        n = len(u) * 9 // 10
+        fitted = GaussianMixtureBase.fit(u[:n], u[n:], generator=generator)
+        centre, spread = (
+            u.mean(0),
+            torch.linalg.cholesky(torch.cov(u.T).double().reshape(u.shape[1], u.shape[1])),
+        )
+        weights = torch.cat([0.9 * fitted.log_weights.exp(), fitted.log_weights.new_tensor([0.1])])
+        means = torch.cat([fitted.means, centre[None].to(fitted.means)])
+        cholesky = torch.cat([1.05 * fitted.cholesky, 1.5 * spread[None].to(fitted.cholesky)])
+        return GaussianMixtureBase(weights, means, cholesky).to(device=self.device, dtype=self.dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and a safetensors file into ``folder``, atomically; never a pickle.
+
+        Raises :class:`CheckpointError` for a tilted prior, or a folder that cannot be written.
+        """
+        config, tensors = self.state()
+        save_state(folder, "prior", config, tensors)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds this prior."""
+        stages = []
+        tensors = {f"whitening.{k}": v for k, v in self.whitening.state_dict().items()}
+        if not isinstance(self.base, DistributionBase):
+            tensors.update({f"base.{k}": v for k, v in self.base.state_dict().items()})
+        if self.cover is not None:
+            tensors.update({f"cover.{k}": v for k, v in self.cover.state_dict().items()})
+        for i, stage in enumerate(self.stages):
+            spec = getattr(stage.network, "spec", None)
+            if not spec:
+                raise CheckpointError("a tilted prior holds a function of yours and cannot be saved: save the prior")
+            tensors.update({f"stages.{i}.{k}": v for k, v in stage.network.state_dict().items()})
+            stages.append(
+                {
+                    "spec": spec,
+                    "log_normalizer": stage.log_normalizer,
+                    "log_normalizer_stderr": stage.log_normalizer_stderr,
+                    "gain": stage.gain,
+                    "gain_stderr": stage.gain_stderr,
+                    "diagnostics": dict(stage.diagnostics),
+                }
+            )
+        config = {
+            "event_shape": list(self.event_shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "whitening": self.whitening.kind,
+            "base": self.base.config(),
+            "cover": self.cover and self.cover.config(),
+            "stages": stages,
+            "normalizer": _normalizer_to_json(self.normalizer),
+            "info": self.info,
+        }
+        return config, tensors
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        base: Distribution | None = None,
+        device: torch.device | str | None = None,
+    ) -> LatentPrior:
+        """Load from a folder, or from ``"user/name"`` on the Hugging Face hub (extra ``hub``).
+
+        ``base`` gives back the torch Distribution of a prior that was fitted on one. Raises
+        :class:`CheckpointError` for anything absent, damaged, foreign or from another format version.
+        """
+        folder = Path(source)
+        if not folder.is_dir() and isinstance(source, str) and source.count("/") == 1 and not source.startswith("."):
+            folder = _from_hub(source)
+        config, tensors = load_state(folder, "prior")
+        return cls.from_state(config, tensors, base=base, where=str(folder)).to(device)
+
+    @classmethod
+    def from_state(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        base: Distribution | None = None,
+        where: str = "prior",
+    ) -> LatentPrior:
+        """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
+        try:
+            whitening = Whitening.from_state(_part(tensors, "whitening."), str(config["whitening"]))
+            start: Base = (
+                DistributionBase(base, whitening)
+                if base is not None
+                else base_from_state(config["base"], _part(tensors, "base."))
+            )
+            cover = base_from_state(config["cover"], _part(tensors, "cover.")) if config["cover"] else None
+            if not isinstance(cover, (GaussianMixtureBase, type(None))):
+                raise CheckpointError(f"{where}: its cover is not a mixture")
+            stages = []
+            for i, entry in enumerate(config["stages"]):
+                network = build_ratio(entry["spec"], torch.Generator()).to(whitening.loc.dtype)
+                network.load_state_dict(_part(tensors, f"stages.{i}."))
+                figures = {
+                    k: float(entry[k]) for k in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
+                }
+                stages.append(Stage(network.eval().requires_grad_(False), **figures, diagnostics=entry["diagnostics"]))
+            normalizer = _normalizer_from_json(config["normalizer"])
+            shape = [int(size) for size in config["event_shape"]]
+            return cls(start, stages, whitening, shape, normalizer, config.get("info"), cover=cover)
+        except (LatentPriorError, MissingExtraError):
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{where}: configuration and tensors do not fit together ({line})") from None
+
+
+class _Potential(nn.Module):
+    def __init__(self, g: Callable[[Tensor], Tensor], whitening: Whitening, event_shape: torch.Size) -> None:
+        super().__init__()
+        self.g, self.event_shape = g, event_shape
+        self.whitening = whitening
+
+    def forward(self, u: Tensor) -> Tensor:
+        value = self.g(self.whitening.unwhiten(u).reshape(len(u), *self.event_shape))
+        if value.shape != (len(u),):
+            raise LatentPriorError(
+                f"the tilt returned shape {tuple(value.shape)} for {len(u)} rows: return one log potential a row"
+            )
+        return value.to(u)
+
+
+def _moved(module: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    return None if module is None else copy.deepcopy(module).to(device=device, dtype=dtype)
+
+
+def _permutation(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    where = torch.device("cpu") if generator is None else generator.device
+    return torch.randperm(n, generator=generator, device=where).to(device)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _normalizer_to_json(normalizer: Normalizer) -> dict[str, Any]:
+    ends = normalizer.bracket
+    return {**normalizer._asdict(), "bracket": ends and {k: list(v) for k, v in ends._asdict().items()}}
+
+
+def _normalizer_from_json(entry: Mapping[str, Any]) -> Normalizer:
+    ends = entry["bracket"]
+    bracket = ends and Bracket(LogMean(*map(float, ends["forward"])), LogMean(*map(float, ends["reverse"])))
+    return Normalizer(
+        float(entry["value"]),
+        float(entry["stderr"]),
+        float(entry["ess"]),
+        str(entry["source"]),
+        bracket or None,
+    )
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtraError(f"{name} is no folder here; loading it from the hub", "hub") from None
+    return Path(snapshot_download(name, allow_patterns=["config.json", "prior-*.safetensors"]))

@@ -1,0 +1,164 @@
+"""What a person sees of a run and can do to it: progress bars, one-line warnings, a clean stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from .errors import LatentPriorWarning
+from .learning import Event
+
+__all__ = ["FitProgress", "StopSignals", "Stopped", "note", "row_bar", "tidy_warnings"]
+
+STAGE_BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+
+
+class Stopped(BaseException):
+    """Somebody asked the run to end; ``resumable`` says whether its state is on disk."""
+
+    def __init__(self, message: str = "nothing was saved", *, resumable: bool = False) -> None:
+        super().__init__(message)
+        self.resumable = resumable
+
+
+class StopSignals:
+    """Within this context Ctrl-C and SIGTERM raise :class:`Stopped`, wherever the run is.
+
+    :meth:`check`, a callback for :func:`latentprior.fit`, raises again at the next event, in case the signal
+    met code that swallows exceptions, such as a finaliser.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        raise Stopped
+
+    def check(self, event: Event) -> None:
+        """Raise :class:`Stopped` if a signal has come."""
+        if self.asked:
+            raise Stopped
+
+
+class FitProgress:
+    """A callback for :func:`latentprior.fit` that draws one bar a stage, with its held-out gain in nats.
+
+    Nothing is drawn unless ``file`` (standard error by default) is a terminal. Close it, or use it as a
+    context, before writing anything else to ``file``.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self.file = sys.stderr if file is None else file
+        self.begun = False
+        self._bar: tqdm[Any] | None = None
+        self._task, self._since = "", 0.0
+
+    def __enter__(self) -> FitProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        self.begun = True
+        if not self.file.isatty():
+            return
+        if event.kind == "base":
+            self._line(f"base {event.message}", event.seconds)
+        elif event.kind == "stage":
+            self._finish(event.seconds)
+            self._bar = tqdm(
+                total=event.steps,
+                initial=event.step,
+                desc=f"stage {event.stage}",
+                bar_format=STAGE_BAR,
+                file=self.file,
+                dynamic_ncols=True,
+            )
+        elif event.kind in ("step", "evaluate") and self._bar is not None:
+            if math.isfinite(event.gain):
+                self._bar.set_postfix_str(f"gain {event.gain:.3f} ±{event.gain_stderr:.3f}", refresh=False)
+            self._bar.update(event.step - self._bar.n)
+        elif event.kind == "learned" and self._bar is not None:
+            self._bar.total = event.step
+            self._finish(event.seconds)
+        elif event.kind == "normalizer":
+            if self._bar is not None and not self._task:
+                self._bar.set_postfix_str("adds nothing, left out", refresh=False)
+            self._line("log normaliser", event.seconds)
+        elif event.kind == "end":
+            self._finish(event.seconds)
+
+    def close(self) -> None:
+        """Leave what has been drawn as it stands, with the cursor on a fresh line."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._task = None, ""
+
+    def _line(self, task: str, seconds: float) -> None:
+        self._finish(seconds)
+        self._task, self._since = task, seconds
+        self._bar = tqdm(total=0, desc=f"{task} ...", bar_format="{desc}", file=self.file)
+
+    def _finish(self, seconds: float) -> None:
+        if self._bar is not None and self._task:
+            self._bar.set_description_str(f"{self._task} {seconds - self._since:.1f} s", refresh=False)
+        if self._bar is not None:
+            self._bar.refresh()
+        self.close()
+
+
+def row_bar(total: int, task: str, file: TextIO | None = None) -> tqdm[Any]:
+    """A bar that counts rows and goes away when done; nothing unless ``file`` is a terminal."""
+    file = sys.stderr if file is None else file
+    return tqdm(
+        total=total,
+        desc=task,
+        unit=" rows",
+        unit_scale=True,
+        file=file,
+        leave=False,
+        disable=not file.isatty(),
+    )
+
+
+def note(kind: str, message: str) -> None:
+    """Write ``kind: message`` to standard error on one line, above any bar that is being drawn."""
+    tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def tidy_warnings() -> Iterator[None]:
+    """Within this context every warning is one line on standard error, ``warning: ...``."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        note("warning", str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LatentPriorWarning)
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,282 @@
+"""Learning one stage: a classifier between fresh draws of the target and fresh particles of the ladder so far."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import LearningDivergedError
+from .ladder import FreshParticles, Ladder
+from .latents import Latents
+from .ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
+from .whitening import Whitening
+
+__all__ = ["LearnedStage", "StageLearner", "StageSettings", "Target", "derived_generator"]
+
+
+def derived_generator(device: torch.device, *keys: int | str) -> torch.Generator:
+    """A generator seeded by a hash of ``keys``: any part of a run can be repeated without replaying the rest."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How a stage is learned. The defaults are one setting measured to serve all sets, not tuned to any."""
+
+    ratio: str = "auto"
+    """``residual``, ``mlp`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else ``residual``."""
+    width: int = 256
+    depth: int = 2
+    bound: float = 5.0
+    """Largest log ratio of one stage, in nats."""
+    steps: int = 2000
+    batch_size: int = 1024
+    """Rows and particles a step; an eighth of the rows where that is less, but 64 at least."""
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    average: float = 0.999
+    """Decay of the exponential moving average of weights that is evaluated and kept."""
+    patience: int = 3
+    """Evaluations without a better held-out loss after which a stage ends."""
+
+    def spec(self, event_shape: tuple[int, ...]) -> dict[str, Any]:
+        """The network's specification for :func:`~latentprior.ratios.build_ratio`."""
+        spatial = len(event_shape) == 3 and min(event_shape[1:]) >= 4
+        kind = self.ratio if self.ratio != "auto" else ("conv" if spatial else "residual")
+        width = self.width // 4 if kind == "conv" else self.width
+        return {
+            "kind": kind,
+            "event_shape": list(event_shape),
+            "width": width,
+            "depth": self.depth,
+            "bound": self.bound,
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """The rows of q that a stage learns from and those that are held out, drawn in standardised coordinates."""
+
+    latents: Latents
+    train: Tensor
+    """Indices of training rows ``(n,)``."""
+    held_out: Tensor
+    """Held-out rows, one draw each, standardised ``(m, d)``."""
+    whitening: Whitening
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        """``rows`` training rows without repetition until all are used; fresh posterior draws if known."""
+        n = len(self.train)
+        orders = []
+        for start in range(0, rows, n):
+            if n > 1 << 22:
+                order = torch.randint(n, (min(n, rows - start),), generator=generator, device=generator.device)
+            else:
+                order = torch.randperm(n, generator=generator, device=generator.device)
+            orders.append(order[: rows - start].to(self.train.device))
+        index = self.train[torch.cat(orders)]
+        loc = self.whitening.loc
+        z = self.latents.draw(index, generator, device=loc.device, dtype=loc.dtype)
+        return self.whitening.whiten(z)
+
+
+class LearnedStage(NamedTuple):
+    """A learned log ratio with its held-out gain and what its learning saw."""
+
+    ratio: BoundedRatio
+    gain: Gain
+    steps: int
+    saturated: float
+    """Share of held-out rows at the bound."""
+    history: list[float]
+
+
+EVALUATE = 100
+WARM_UP = 50
+HELD_OUT_PARTICLES = 8192
+
+
+class StageLearner:
+    """Logistic learning of ``f_k`` as a state that can be saved between evaluations and resumed exactly.
+
+    Minimises :func:`~latentprior.ratios.logistic_loss` by AdamW under a cosine schedule; keeps the moving average
+    of weights with the best held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        ladder: Ladder,
+        settings: StageSettings,
+        event_shape: tuple[int, ...],
+        seed: int,
+        *,
+        learning_rate: float | None = None,
+    ) -> None:
+        self.target, self.ladder, self.settings = target, ladder, settings
+        self.seed, self.index = seed, ladder.length
+        self.device, self.dtype = target.held_out.device, target.held_out.dtype
+        spec = settings.spec(event_shape)
+        generator = derived_generator(torch.device("cpu"), seed, self.index, "weights")
+        self.ratio = build_ratio(spec, generator).to(device=self.device, dtype=self.dtype)
+        self.parameters = dict(self.ratio.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.best = {name: p.clone() for name, p in self.average.items()}
+        self.learning_rate = learning_rate or settings.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            self.ratio.parameters(), lr=self.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.step, self.waited, self.best_gain = 0, 0, Gain(-math.inf, math.inf)
+        self.history: list[float] = []
+        dim = target.held_out.shape[1]
+        # Small sets take small batches: an evaluation interval then stays a few passes over the rows.
+        self.batch = min(settings.batch_size, max(64, len(target.train) // 8))
+        self.chunk = max(1, min(3, (1 << 25) // (self.batch * dim * EVALUATE))) * EVALUATE
+
+    def particles(self) -> FreshParticles:
+        """The first fresh pass: negatives of this stage, and the normaliser of all stages before it."""
+        return self.ladder.fresh_particles(
+            self.chunk * self.batch, derived_generator(self.device, self.seed, self.index, "particles", 0)
+        )
+
+    def learn(
+        self,
+        first: FreshParticles,
+        *,
+        deadline: float | None = None,
+        on_step: Callable[[StageLearner], None] = lambda learner: None,
+        on_evaluate: Callable[[StageLearner], None] = lambda learner: None,
+    ) -> LearnedStage:
+        """Go on until the schedule, the patience or the ``deadline`` (:func:`time.monotonic`) ends.
+
+        Raises :class:`LearningDivergedError` when the held-out loss is not finite.
+        """
+        negatives, held_out, effective = self._split(first)
+        begun = time.monotonic()
+        while not self.finished:
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            chunk = self.step // self.chunk
+            draw = derived_generator(self.device, self.seed, self.index, "target", chunk)
+            positives = self.target.draw(self.chunk * self.batch, draw)
+            negatives = self._negatives(negatives, first.source, chunk)
+            while self.step // self.chunk == chunk and not self.finished:
+                for _ in range(EVALUATE):
+                    progress = self.step / self.settings.steps
+                    if deadline is not None:
+                        spent = (time.monotonic() - begun) / max(1e-9, deadline - begun)
+                        progress = min(1.0, max(progress, spent))
+                    here = (self.step % self.chunk) * self.batch
+                    rows = slice(here, here + self.batch)
+                    wrapped = torch.arange(here, here + self.batch, device=self.device) % len(negatives)
+                    self._update(positives[rows], negatives[wrapped], progress)
+                    on_step(self)
+                self._evaluate(held_out, effective)
+                on_evaluate(self)
+                if deadline is not None and time.monotonic() >= deadline:
+                    break
+        self.ratio.load_state_dict(self.best)
+        ratio = self.ratio.eval().requires_grad_(False)
+        with torch.no_grad():
+            saturated = float(ratio.is_saturated(ratio(self.target.held_out)).double().mean())
+        return LearnedStage(ratio, self.best_gain, self.step, saturated, self.history)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule or the patience has run out."""
+        return self.step >= self.settings.steps or self.waited >= self.settings.patience
+
+    def _split(self, first: FreshParticles) -> tuple[Tensor, Tensor, int]:
+        if first.source == "smc":
+            # Islands are independent: the last two never touch the rest.
+            cut = len(first.position) * 7 // 8
+            return first.position[:cut], first.position[cut:], len(first.position) - cut
+        keys = (self.seed, self.index, "held-out particles")
+        rows, draws = HELD_OUT_PARTICLES, 8 * HELD_OUT_PARTICLES
+        held_out = self.ladder.fresh_particles(rows, derived_generator(self.device, *keys), draws=draws)
+        effective = rows if held_out.source == "base" else min(rows, int(held_out.ess * draws))
+        return first.position, held_out.position, effective
+
+    def _negatives(self, current: Tensor, source: str, chunk: int) -> Tensor:
+        if source == "smc":
+            order = derived_generator(self.device, self.seed, self.index, "order", chunk)
+            return current[torch.randperm(len(current), generator=order, device=self.device)]
+        if chunk == 0:
+            return current
+        fresh = derived_generator(self.device, self.seed, self.index, "particles", chunk)
+        return self.ladder.fresh_particles(self.chunk * self.batch, fresh).position
+
+    def _update(self, positives: Tensor, negatives: Tensor, progress: float) -> None:
+        warm = min(1.0, (self.step + 1) / WARM_UP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        f = self.ratio(torch.cat([positives, negatives]))
+        loss = logistic_loss(f[: len(positives)], f[len(positives) :])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.settings.average, self.step / (self.step + 9))
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.average[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def _evaluate(self, held_out: Tensor, effective: int) -> None:
+        def averaged(u: Tensor) -> Tensor:
+            parts = [torch.func.functional_call(self.ratio, self.average, (block,)) for block in u.split(8192)]
+            return torch.cat(parts)
+
+        now = gain(averaged(self.target.held_out), averaged(held_out), effective)
+        if not math.isfinite(now.value):
+            raise LearningDivergedError(
+                f"stage {self.index}: the held-out loss is not finite after {self.step} steps at learning rate "
+                f"{self.learning_rate:g}; lower learning_rate, or look for extreme rows in the latents"
+            )
+        self.history.append(round(now.value, 5))
+        self.waited += 1
+        if now.value > self.best_gain.value:
+            self.best_gain, self.waited = now, 0
+            self.best = {name: p.clone() for name, p in self.average.items()}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that :meth:`restore` needs, as JSON and tensors."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"now.{name}"] = parameter.detach()
+            tensors[f"average.{name}"] = self.average[name]
+            tensors[f"best.{name}"] = self.best[name]
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        config = {
+            "step": self.step,
+            "waited": self.waited,
+            "best_gain": list(self.best_gain),
+            "history": self.history,
+            "learning_rate": self.learning_rate,
+        }
+        return config, tensors
+
+    def restore(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Stand where :meth:`state` was taken."""
+        self.step, self.waited = int(config["step"]), int(config["waited"])
+        self.best_gain = Gain(*map(float, config["best_gain"]))
+        self.history = [float(v) for v in config["history"]]
+        self.learning_rate = float(config["learning_rate"])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                self.average[name].copy_(tensors[f"average.{name}"])
+                self.best[name].copy_(tensors[f"best.{name}"])
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{key}.{name}"].clone().to(self.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }

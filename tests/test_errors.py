@@ -1,0 +1,43 @@
+import inspect
+
+import pytest
+
+import latentprior as lp
+from latentprior import errors
+
+NAMES = sorted(errors.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_public_documented_and_of_one_family(name: str) -> None:
+    kind = getattr(errors, name)
+    assert getattr(lp, name) is kind
+    assert inspect.getdoc(kind)
+    family = lp.LatentPriorWarning if name.endswith("Warning") else lp.LatentPriorError
+    assert issubclass(kind, family)
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (lp.InvalidLatentsError, ValueError),
+        (lp.CheckpointError, ValueError),
+        (lp.MissingExtraError, ImportError),
+        (lp.LearningDivergedError, RuntimeError),
+        (lp.LatentPriorWarning, UserWarning),
+    ],
+)
+def test_errors_can_be_caught_by_their_builtin_kind(kind: type, builtin: type) -> None:
+    assert issubclass(kind, builtin)
+
+
+def test_all_lists_every_class() -> None:
+    defined = {n for n, v in vars(errors).items() if inspect.isclass(v) and v.__module__ == errors.__name__}
+    assert defined == set(errors.__all__)
+
+
+def test_missing_extra_names_the_command() -> None:
+    assert (
+        str(lp.MissingExtraError("base='flow'", "flow"))
+        == "base='flow' needs an extra: pip install 'latentprior[flow]'"
+    )

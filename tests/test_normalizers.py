@@ -1,0 +1,151 @@
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
+from latentprior.bases import NormalBase
+from latentprior.ladder import Ladder
+from latentprior.normalizers import bracket, check, estimate
+from quadrature import integral
+
+
+class Slope(torch.nn.Module):
+    def __init__(self, steepness: float, shift: float) -> None:
+        super().__init__()
+        self.steepness, self.shift = steepness, shift
+
+    def forward(self, u: Tensor) -> Tensor:
+        return 3 * torch.tanh(self.steepness * (u[:, 0] - self.shift) - 0.5 * u[:, -1])
+
+
+@pytest.fixture(scope="module")
+def ladder() -> Ladder:
+    return Ladder(NormalBase(2).float(), [Slope(1.0, 0.5), Slope(0.7, 1.0)])
+
+
+@pytest.fixture(scope="module")
+def log_z(ladder: Ladder) -> float:
+    return math.log(integral(lambda u: ladder.base.log_prob(u) + ladder.log_potential(u), -9, 9, 2))
+
+
+@pytest.fixture(scope="module")
+def held_out(ladder: Ladder) -> Tensor:
+    return ladder.fresh_particles(2000, torch.Generator().manual_seed(99)).position
+
+
+def test_no_stages_need_no_estimate() -> None:
+    got = estimate(Ladder(NormalBase(2)), torch.zeros(3, 2))
+    assert (got.value, got.stderr, got.source, got.bracket) == (0, 0, "base", None)
+
+
+def test_estimate_agrees_with_quadrature(ladder: Ladder, held_out: Tensor, log_z: float) -> None:
+    for seed in range(3):
+        got = estimate(
+            ladder,
+            held_out,
+            torch.Generator().manual_seed(seed),
+            draws=1 << 16,
+            particles=1024,
+            islands=16,
+            moves=4,
+        )
+        assert got.source == "importance"
+        # 4.5 standard errors, of many draws: 1 in 150,000.
+        assert abs(got.value - log_z) < 4.5 * got.stderr
+        assert got.stderr < 0.02
+
+
+def test_bracket_holds_the_truth(ladder: Ladder, held_out: Tensor, log_z: float) -> None:
+    forward, reverse = [], []
+    for seed in range(10):
+        ends = bracket(ladder, held_out, torch.Generator().manual_seed(seed), particles=1024, islands=16, moves=4)
+        assert ends.width == pytest.approx(ends.reverse.value - ends.forward.value)
+        forward.append(ends.forward.value - log_z)
+        reverse.append(ends.reverse.value - log_z)
+    # Means over seeds: |t_9| > 6 has chance 0.0002; the reverse end shares its 2000 held-out rows between seeds, which
+    # moves all of them by sd(1/w) / sqrt(2000), under 0.03.
+    for values, shared in ((torch.tensor(forward), 0.0), (torch.tensor(reverse), 0.03)):
+        assert abs(float(values.mean())) < 6 * float(values.std()) / math.sqrt(10) + 4 * shared
+
+
+def test_poor_overlap_gives_the_middle_of_the_bracket_and_warns() -> None:
+    steep = Ladder(NormalBase(2).float(), [Slope(8.0, 3.0), Slope(8.0, 4.0), Slope(8.0, 5.0)])
+    data = torch.tensor([5.5, 0.0]) + 0.2 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(
+        NormalizerBracketWarning,
+        match=r"from the base and .* from the data: the bracket is .* wide; use a better base",
+    ):
+        got = estimate(steep, data, torch.Generator().manual_seed(0), draws=1 << 15, particles=64, islands=16, moves=1)
+    assert got.source == "smc"
+    assert got.bracket is not None
+    assert got.value == pytest.approx(0.5 * (got.bracket.forward.value + got.bracket.reverse.value))
+    assert got.stderr >= 0.5 * got.bracket.width
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 5000])
+def test_any_number_of_held_out_rows(ladder: Ladder, rows: int, generator: torch.Generator) -> None:
+    data = 0.3 * torch.randn(rows, 2, generator=generator) + 1
+    ends = bracket(ladder, data, generator, particles=256, islands=16, moves=2)
+    assert math.isfinite(ends.forward.value)
+    assert math.isfinite(ends.reverse.value)
+    assert math.isfinite(ends.reverse.stderr)
+
+
+def test_estimate_leaves_grad_mode_and_inputs_alone(
+    ladder: Ladder, held_out: Tensor, generator: torch.Generator
+) -> None:
+    before = held_out.clone()
+    estimate(ladder, held_out, generator, draws=1 << 15, particles=1024, islands=16, moves=4)
+    assert torch.equal(held_out, before)
+
+
+def test_check_integrates(generator: torch.Generator) -> None:
+    draws = torch.randn(20_000, 1, generator=generator)
+
+    def reference(u: Tensor) -> Tensor:
+        return -0.5 * u[:, 0].square() - 0.5 * math.log(2 * math.pi)
+
+    def shifted(u: Tensor) -> Tensor:
+        return -0.5 * (u[:, 0] - 0.4).square() - 0.5 * math.log(2 * math.pi)
+
+    right = check(shifted, reference, draws, "n")
+    # 4.5 standard errors: 1 in 150,000.
+    assert abs(right.value - 1) < 4.5 * right.stderr
+    assert right.stderr == pytest.approx(math.sqrt(math.expm1(0.16) / 20_000), rel=0.05)
+    assert right.ess == pytest.approx(math.exp(-0.16), rel=0.05)
+    assert right.reference == "n"
+    wrong = check(lambda u: shifted(u) + 0.2, reference, draws, "n")
+    assert wrong.value == pytest.approx(right.value * math.exp(0.2))
+    assert not wrong.passed
+
+
+def test_check_warns_where_the_reference_misses(generator: torch.Generator) -> None:
+    draws = torch.randn(2000, 1, generator=generator)
+    with pytest.warns(LowESSWarning, match=r"only \d+ effective draws of the reference 'n'"):
+        check(lambda u: 8 * u[:, 0] - 40, lambda u: torch.zeros(len(u)), draws, "n")
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "passed"),
+    [
+        (1.0, 0.0, True),
+        (1.004, 0.0, True),
+        (1.006, 0.0, False),
+        (0.9, 0.034, True),
+        (0.9, 0.03, False),
+        (1.22, 0.05, False),
+    ],
+)
+def test_passed(value: float, stderr: float, passed: bool) -> None:
+    assert NormalizerCheck(value, stderr, 0.5, "n").passed is passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_check_does_not_pass(value: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not NormalizerCheck(value, math.nan, 0.5, "n").passed
+        assert not NormalizerCheck(value, math.inf, 0.5, "n").passed

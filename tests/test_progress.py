@@ -1,0 +1,90 @@
+import io
+import os
+import signal
+import warnings
+
+import pytest
+
+from latentprior.errors import LatentPriorWarning
+from latentprior.learning import Event
+from latentprior.progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
+
+RUN = [
+    Event("base", message="gmm"),
+    Event("stage", 0, 0, 200, seconds=1.5),
+    *(Event("step", 0, step, 200, 0.25, 0.01, seconds=2.0) for step in range(1, 101)),
+    Event("evaluate", 0, 100, 200, 0.25, 0.01, seconds=2.0),
+    Event("learned", 0, 100, 200, 0.25, 0.01, seconds=2.5),
+    Event("stage", 1, 0, 200, seconds=2.5),
+    Event("step", 1, 1, 200, seconds=2.6),
+    Event("normalizer", 1, seconds=3.0),
+    Event("end", 1, seconds=4.0, message="no gain"),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def show(file):
+    with FitProgress(file) as progress:
+        for event in RUN:
+            progress(event)
+    assert progress.begun
+    return file.getvalue()
+
+
+def test_a_terminal_sees_base_stages_and_normaliser():
+    left = [line.rpartition("\r")[2].rstrip() for line in show(Terminal()).split("\n")]
+    assert left[0] == "base gmm 1.5 s"
+    assert left[1].startswith("stage 0 100%")
+    assert "100/100 steps" in left[1]
+    assert "gain 0.250 ±0.010" in left[1]
+    assert left[2].startswith("stage 1")
+    assert "left out" in left[2]
+    assert left[3] == "log normaliser 1.0 s"
+
+
+def test_a_file_sees_nothing():
+    assert show(io.StringIO()) == ""
+    file = io.StringIO()
+    with row_bar(10, "scoring", file) as bar:
+        bar.update(10)
+    assert file.getvalue() == ""
+
+
+def test_a_bar_follows_a_stage_that_is_learned_again_and_one_that_is_resumed():
+    file = Terminal()
+    with FitProgress(file) as progress:
+        progress(Event("stage", 0, 100, 200))
+        assert progress._bar.n == 100
+        progress(Event("step", 0, 150, 200))
+        progress(Event("step", 0, 1, 200))
+        assert progress._bar.n == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_at_once_and_again_at_the_next_event(number):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        stop.check(RUN[0])
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
+        with pytest.raises(Stopped):
+            stop.check(RUN[0])
+    assert signal.getsignal(number) == before
+
+
+def test_warnings_are_one_line(capsys):
+    shown = warnings.showwarning
+    with tidy_warnings():
+        for _ in range(2):
+            warnings.warn("the bracket\n  is wide", LatentPriorWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: the bracket is wide\n" * 2
+    assert warnings.showwarning is shown
+
+
+def test_a_note_is_one_line(capsys):
+    note("error", "a\nb")
+    assert capsys.readouterr().err == "error: a b\n"
