@@ -61,8 +61,8 @@ def test_the_saved_prior_scores_the_saved_latents_as_reported(short):
 def test_prints_a_table_and_commands_that_can_be_pasted(short):
     out, found, printed = short
     for name, row in found["rows"].items():
-        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
-        assert f"{row['frechet_distance']:.2f}" in line
+        line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
+        assert line.endswith(f" {row['frechet_distance']:.2f}")
     for command in ("sample", "score", "fit"):
         assert f" {command} " in printed
     assert f"'{out / 'prior'}'" in printed  # the folder has a space

@@ -63,7 +63,7 @@ class NormalizerCheck(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether 1 lies within three standard errors (or 0.5%, where the error is smaller still)."""
+        """Whether 1 lies within three standard errors (or half a percent, where the error is smaller still)."""
         return abs(self.value - 1) <= max(3 * self.stderr, 0.005)
 
 

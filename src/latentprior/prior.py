@@ -274,7 +274,8 @@ class LatentPrior(Distribution):
             part in ten of a wide normal so that weights stay bounded; ``"base"``, fresh draws of the base;
             or a torch Distribution over the user's coordinates.
 
-        Independent of every number that made :meth:`log_prob`. Warns
+        Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
+        :attr:`log_prob_stderr`. Warns
         :class:`~latentprior.errors.LowESSWarning` where the reference hardly overlaps the prior.
         """
         generator = generator or torch.Generator().manual_seed(1)
@@ -288,12 +289,13 @@ class LatentPrior(Distribution):
         else:
             raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
         u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
-        return normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+        found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+        return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
     def _reference(self, generator: torch.Generator) -> Base:
         u = self._draw(20_000, generator, "smc", {})
-        n = len(u) * 9 // 10
-        fitted = GaussianMixtureBase.fit(u[:n], u[n:], generator=generator)
+        k = max(1, min(32, len(u) // (10 * u.shape[1])))
+        fitted = GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator)
         centre, spread = (
             u.mean(0),
             torch.linalg.cholesky(torch.cov(u.T).double().reshape(u.shape[1], u.shape[1])),

@@ -134,7 +134,7 @@ class StageLearner:
         self.optimizer = torch.optim.AdamW(
             self.ratio.parameters(), lr=self.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        self.step, self.waited, self.best_gain = 0, 0, Gain(-math.inf, math.inf)
+        self.step, self.waited, self.best_gain = 0, 0, Gain(-math.inf, 0.0)
         self.history: list[float] = []
         dim = target.held_out.shape[1]
         # Small sets take small batches: an evaluation interval then stays a few passes over the rows.
@@ -243,7 +243,8 @@ class StageLearner:
             )
         self.history.append(round(now.value, 5))
         self.waited += 1
-        if now.value > self.best_gain.value:
+        # By its lower bound: on few held-out rows a late, noisy gain must not displace a certain one.
+        if now.value - 2 * now.stderr > self.best_gain.value - 2 * self.best_gain.stderr:
             self.best_gain, self.waited = now, 0
             self.best = {name: p.clone() for name, p in self.average.items()}
 
