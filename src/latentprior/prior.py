@@ -225,7 +225,7 @@ class LatentPrior(Distribution):
         g : a log potential on the user's coordinates, ``(n, *event_shape) -> (n,)``, differentiable: a log
             likelihood, a class score, a property, a preference. Not bounded; it must keep :math:`Z_g` finite.
 
-        :math:`\log Z_g` comes from draws of the prior while their effective share is 2% or more, else from SMC
+        :math:`\log Z_g` comes from reweighed draws of the prior where half of them stay effective, else from SMC,
         in islands; its standard error joins :attr:`log_prob_stderr`. A tilted prior cannot be saved.
         """
         generator = generator or torch.Generator().manual_seed(0)
@@ -234,19 +234,10 @@ class LatentPrior(Distribution):
         islands = 16
         parts = max(1, particles // islands) * islands
         start = torch.cat([self._draw(parts // islands, generator, "smc", {}) for _ in range(islands)])
-        if effective_sample_size(stage.network(start)) >= MIN_ESS or not self.stages:
-            method = {"moves": 0}
-        else:
-            method = {"moves": 6}
-        result = smc.run(
-            start,
-            tilted,
-            start=float(len(self.stages)),
-            islands=islands,
-            ess=MIN_ESS if method["moves"] == 0 else 0.5,
-            generator=generator,
-            **method,
-        )
+        # One reweighing needs no moves, and no gradient of g.
+        moves = 0 if effective_sample_size(stage.network(start)) >= 0.5 else 6
+        begin = float(len(self.stages))
+        result = smc.run(start, tilted, start=begin, islands=islands, moves=moves, generator=generator)
         c: LogMean = result.log_normalizer
         stage = replace(stage, log_normalizer=c.value, log_normalizer_stderr=c.stderr)
         total = Normalizer(
