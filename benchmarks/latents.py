@@ -34,10 +34,13 @@ SAMPLES = 10_000
 
 
 class FlowRival:
-    """zuko NSF by maximum likelihood: AdamW 2e-3, cosine over the time it is given, best validation kept."""
+    """zuko NSF by maximum likelihood: AdamW 2e-3, cosine over the time it is given, best validation kept.
+
+    Three transforms, 256 x 2, batches of 1,024: the best on validation rows of three settings tried on mnist16.
+    """
 
     def __init__(self, dim: int) -> None:
-        self.flow = zuko.flows.NSF(dim, transforms=5, hidden_features=(128, 128), bins=8)
+        self.flow = zuko.flows.NSF(dim, transforms=3, hidden_features=(256, 256), bins=8)
 
     def fit(self, data: Any, validation: Tensor, seconds: float) -> float:
         optimizer = torch.optim.AdamW(self.flow.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -47,13 +50,13 @@ class FlowRival:
             while (spent := time.monotonic() - begun) < seconds:
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-3 * (1 + torch.cos(torch.tensor(torch.pi * spent / seconds)).item())
-                loss = -self.flow().log_prob(data(512)).mean()
+                loss = -self.flow().log_prob(data(1024)).mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.flow.parameters(), 5.0)
                 optimizer.step()
                 step += 1
-                if step % 200 == 0:
+                if step % 100 == 0:
                     score = self.log_prob(validation).mean().item()
                     if score > best:
                         best, best_at = score, time.monotonic() - begun
@@ -138,10 +141,10 @@ def measure(latents: LatentSet, seed: int, flow_seconds: float) -> dict[str, dic
     gaussian = MultivariateNormal(mean, cov)
     report("Gaussian", gaussian.log_prob, gaussian.sample((SAMPLES,)), 0.0, 0.0)
 
-    # The number of components is searched once a set, by doubling, and kept for further seeds.
+    # The number of components is searched once a set, by validation, and kept for further seeds.
     begun = time.monotonic()
     mixture = best = None
-    for k in [COMPONENTS[latents.name]] if latents.name in COMPONENTS else [10, 20, 40, 80, 160]:
+    for k in [COMPONENTS[latents.name]] if latents.name in COMPONENTS else SEARCH[latents.name]:
         mixture = GaussianMixture(k, random_state=seed, reg_covar=1e-4, max_iter=100).fit(everything.numpy())
         score = mixture.score(held_out.numpy())
         if best is not None and score < best[0]:
@@ -197,6 +200,7 @@ def measure(latents: LatentSet, seed: int, flow_seconds: float) -> dict[str, dic
 
 REAL = torch.empty(0)
 COMPONENTS: dict[str, int] = {}
+SEARCH = {"mnist16": [80, 160], "vae20": [40, 80, 160], "cifar64": [10, 20, 40]}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ class GaussianMixtureBase(Base):
         log_weights = weights.log() - weights.sum().log()
         log_det = cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
         self.register_buffer("means", means)
-        self.register_buffer("cholesky", cholesky)
+        self.register_buffer("cholesky", cholesky.contiguous())
         self.register_buffer("log_weights", log_weights)
         self.register_buffer("projection", inverse.permute(2, 0, 1).reshape(d, k * d).contiguous())
         self.register_buffer("offset", torch.einsum("kij,kj->ki", inverse, means).reshape(-1))
@@ -172,7 +173,7 @@ class GaussianMixtureBase(Base):
         return GaussianMixtureBase(weights, self.means.repeat(m, 1), cholesky)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.addmm(-self.offset, u, self.projection).view(len(u), self.n_components, -1)
+        y = torch.addmm(-self.offset, u, self.projection).view(len(u), self.n_components, u.shape[1])
         return y, self.constant - 0.5 * y.square().sum(-1)
 
     def log_prob(self, u: Tensor) -> Tensor:
@@ -193,6 +194,8 @@ class GaussianMixtureBase(Base):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         device = _device(generator)
+        if n == 0:
+            return self.means.new_zeros(0, self.means.shape[1])
         weights = self.log_weights.exp().to(device)
         which = torch.multinomial(weights, n, replacement=True, generator=generator).to(self.means.device)
         noise = _normal((n, self.means.shape[1]), self.means, generator)
@@ -309,7 +312,7 @@ class FlowBase(Base):
             raise MissingExtraError("base='flow'", "flow") from None
         self.dim, self.transforms, self.hidden = dim, transforms, tuple(hidden)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             self.flow = zuko.flows.NSF(dim, transforms=transforms, hidden_features=self.hidden, bins=8)
 
     def config(self) -> dict[str, Any]:
@@ -355,6 +358,8 @@ class FlowBase(Base):
         return base.requires_grad_(False)
 
     def log_prob(self, u: Tensor) -> Tensor:
+        if not len(u):
+            return u.sum(1)
         return torch.cat([self.flow().log_prob(block) for block in u.split(4096)])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -379,19 +384,48 @@ class DistributionBase(Base):
         self.distribution = distribution
         self.whitening = whitening
         self.shape = distribution.batch_shape + distribution.event_shape
+        if math.prod(self.shape) != len(whitening.loc):
+            raise LatentPriorError(
+                f"the base has shape {tuple(self.shape)}, the latents {len(whitening.loc)} coordinates a row: "
+                "give a distribution of that many"
+            )
+        self.inside = self._draw(1, 0)
 
     def log_prob(self, u: Tensor) -> Tensor:
-        z = self.whitening.unwhiten(u).reshape(-1, *self.shape)
+        if not len(u):
+            return u.sum(1)
+        z = self.whitening.unwhiten(u).reshape(len(u), *self.shape).to(self.inside)
+        inside = self._inside(z)
+        if inside is not None:
+            # Out of the support a distribution raises or returns NaN: score a point within, then refuse.
+            event = (1,) * len(self.distribution.event_shape)
+            z = torch.where(inside.reshape(*inside.shape, *event), z, self.inside)
         value = self.distribution.log_prob(z)
-        return value.reshape(len(u), -1).sum(1) - self.whitening.log_abs_det
+        if inside is not None:
+            value = torch.where(inside, value, -math.inf)
+        flat = value.reshape(len(u), math.prod(self.distribution.batch_shape)).sum(1).to(u)
+        return flat + 0.0 * u.sum(1) - self.whitening.log_abs_det
+
+    def _inside(self, z: Tensor) -> Tensor | None:
+        try:
+            support = self.distribution.support
+        except NotImplementedError:
+            return None
+        return None if support is None else support.check(z)
+
+    def _draw(self, n: int, seed: int) -> Tensor:
+        loc = self.whitening.loc
+        with torch.random.fork_rng(devices=[loc.device] if loc.is_cuda else []):
+            # Not torch.manual_seed, which would seed every accelerator as well.
+            torch.default_generator.manual_seed(seed)
+            if loc.is_cuda:
+                torch.cuda.manual_seed(seed)
+            return self.distribution.sample(torch.Size([n]))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         seed = int(torch.randint(2**62, (), generator=generator, device=_device(generator)))
-        loc = self.whitening.loc
-        with torch.random.fork_rng(devices=[loc.device] if loc.is_cuda else []):
-            torch.manual_seed(seed)
-            z = self.distribution.sample(torch.Size([n]))
-        return self.whitening.whiten(z.to(loc).flatten(1))
+        z = self._draw(n, seed).to(self.whitening.loc)
+        return self.whitening.whiten(z.reshape(n, len(self.whitening.loc)))
 
 
 def fit_base(
@@ -406,7 +440,7 @@ def fit_base(
     Raises :class:`LatentPriorError` for an unknown name, :class:`MissingExtraError` where an extra is absent.
     """
     if isinstance(kind, Base):
-        base: Base = kind
+        base: Base = copy.deepcopy(kind)
     elif isinstance(kind, torch.distributions.Distribution):
         base = DistributionBase(kind, whitening)
     elif kind == "normal":
@@ -431,12 +465,15 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     if name == "normal":
         return NormalBase(len(tensors["zero"])).to(tensors["zero"].dtype)
     if name == "gmm":
-        return GaussianMixtureBase(tensors["log_weights"].exp(), tensors["means"], tensors["cholesky"])
+        mixture = GaussianMixtureBase(tensors["log_weights"].exp(), tensors["means"], tensors["cholesky"])
+        # The derived buffers too, lest they differ in their last bits.
+        mixture.load_state_dict(dict(tensors))
+        return mixture
     if name == "copula":
         return CopulaBase(tensors["centers"], tensors["widths"])
     if name == "flow":
         flow = FlowBase(int(config["dim"]), int(config["transforms"]), tuple(map(int, config["hidden"])))
-        flow.to(next(iter(tensors.values())).dtype).load_state_dict(dict(tensors))
+        flow.to(next(v.dtype for v in tensors.values() if v.is_floating_point())).load_state_dict(dict(tensors))
         return flow.requires_grad_(False)
     if name == "distribution":
         raise CheckpointError(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,26 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
         "weights": weights,
         "sha256": digest,
     }
-    text = json.dumps({**head, **config}, indent=1, allow_nan=False)
+    try:
+        document = {**head, **config}
+        text = json.dumps({**document, "checksum": _checksum(document)}, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot save (the configuration is not JSON: {error})") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / weights, blob)
         _write(folder / "config.json", text.encode())
-        for stale in folder.glob(f"{kind}-*.safetensors"):
-            if stale.name != weights:
+        for stale in folder.iterdir():
+            ours = re.fullmatch(rf"{kind}-[0-9a-f]{{16}}\.safetensors", stale.name) and stale.name != weights
+            if ours or re.fullmatch(r"\.(config\.json|[a-z]+-[0-9a-f]{16}\.safetensors)\.\d+\.partial", stale.name):
                 stale.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot save ({error.strerror or error})") from None
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in document.items() if k != "checksum"}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write(path: Path, blob: bytes) -> None:
@@ -81,6 +92,8 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
         if path.stat().st_size > CONFIG_LIMIT:
             raise CheckpointError(f"{path}: too large to be a configuration")
         config = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or unreadable ({type(error).__name__})") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -92,6 +105,12 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
             f"{path}: format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
             "use the latentprior release that wrote it"
         )
+    try:
+        intact = config.get("checksum") == _checksum(config)
+    except ValueError:
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path}: damaged (its checksum differs)")
     return config
 
 
@@ -107,8 +126,8 @@ def load_state(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
     path = Path(folder) / name
     try:
         blob = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its tensor file cannot be read ({error})") from None
     if hashlib.sha256(blob).hexdigest() != digest:
         raise CheckpointError(f"{path}: damaged (its checksum differs from the one in config.json)")
     try:

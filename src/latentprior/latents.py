@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -87,16 +89,17 @@ class Latents:
         cache_dir : where ``mean.npy`` and ``scale.npy`` are written and kept; a temporary folder otherwise,
             removed with the returned object.
         """
-        keep: tempfile.TemporaryDirectory[str] | None = None
+        folder = Path(tempfile.mkdtemp(prefix="latentprior-") if cache_dir is None else cache_dir)
+        try:
+            mean, scale = _encode(encoder, dataset, batch_size, device, folder, num_workers)
+            latents = cls(mean, scale, name="encoded latents")
+        except BaseException:
+            if cache_dir is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         if cache_dir is None:
-            keep = tempfile.TemporaryDirectory(prefix="latentprior-")
-            cache_dir = keep.name
-        mean, scale = _encode(encoder, dataset, batch_size, device, Path(cache_dir), num_workers)
-        latents = cls(mean, scale, name="encoded latents")
-        latents._keep = keep
+            weakref.finalize(latents, shutil.rmtree, folder, ignore_errors=True)
         return latents
-
-    _keep: object = None
 
     def __len__(self) -> int:
         return int(self._mean.shape[0])
@@ -148,6 +151,8 @@ def _as_rows(values: Any, name: str) -> Tensor | Array:
         except (ValueError, TypeError) as error:
             raise InvalidLatentsError(f"{name} are not one rectangular array of numbers: {error}") from None
         kind_ok = values.dtype.kind in "fiu"
+        if kind_ok and values.dtype.itemsize > 8:
+            values = values.astype(np.float64)
         if kind_ok and values.dtype.byteorder not in "=|":
             values = values.astype(values.dtype.newbyteorder("="))
     if not kind_ok:
@@ -188,13 +193,21 @@ def _encode(
         raise InvalidLatentsError("the data set to encode is empty")
     mean_file: Array | None = None
     scale_file: Array | None = None
-    training = isinstance(encoder, torch.nn.Module) and encoder.training
+    modes = {m: m.training for m in encoder.modules()} if isinstance(encoder, torch.nn.Module) else {}
     if isinstance(encoder, torch.nn.Module):
         encoder.eval()
     try:
         for batch in _batches(dataset, batch_size, num_workers):
             with torch.no_grad():
                 mean, scale = _posterior_of(encoder(batch.to(device)))
+            if scale is not None and scale.shape != mean.shape:
+                raise InvalidLatentsError(
+                    f"the encoder returned means of shape {tuple(mean.shape)} and scales of {tuple(scale.shape)}"
+                )
+            if mean_file is not None and mean.shape[1:] != mean_file.shape[1:]:
+                raise InvalidLatentsError(
+                    f"the encoder returned rows of shape {tuple(mean.shape[1:])} after {mean_file.shape[1:]}"
+                )
             stop = start + len(mean)
             if mean_file is None:
                 shape = (n, *mean.shape[1:])
@@ -207,8 +220,8 @@ def _encode(
                 scale_file[start:stop] = scale.float().cpu().numpy()
             start = stop
     finally:
-        if isinstance(encoder, torch.nn.Module):
-            encoder.train(training)
+        for module, training in modes.items():
+            module.training = training
     if start != n or mean_file is None:
         raise InvalidLatentsError(f"the encoder returned {start} rows for {n} inputs")
     return mean_file, scale_file
@@ -222,7 +235,9 @@ def _batches(dataset: Any, batch_size: int, num_workers: int) -> Iterable[Tensor
     if isinstance(dataset, Tensor):
         yield from dataset.split(batch_size)
         return
-    for batch in torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers):
+    for batch in torch.utils.data.DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
+    ):
         while not isinstance(batch, Tensor):
             batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
         yield batch

@@ -145,7 +145,7 @@ def fit(
         started = time.monotonic()
         learned, learner = _learn(run, prior, learner, particles)
         if learned.gain.value <= 2 * learned.gain.stderr:
-            reason = "no gain"
+            reason = "no gain" if learned.history else "time_budget"
             break
         following = StageLearner(aim, prior.ladder.extended(learned.ratio), settings, tuple(prior.event_shape), seed)
         after = following.particles()
@@ -294,6 +294,7 @@ def _start(
     kind = kind or ("diagonal" if base == "copula" else "full")
     streams = derived_generator(torch.device("cpu"), seed, "whitening")
     whitening = Whitening.fit(latents.blocks(streams), kind).to(device=device, dtype=dtype)
+    _check_precision(whitening)
     rows = _rows(*held_out, seed, whitening)
     generator = derived_generator(device, seed, "base")
     pick = torch.randperm(len(train), generator=derived_generator(torch.device("cpu"), seed, "base rows"))
@@ -305,6 +306,18 @@ def _start(
         near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"))
         cover = near if isinstance(near, GaussianMixtureBase) else None
     return LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover), rows
+
+
+def _check_precision(whitening: Whitening) -> None:
+    """Raise where rounding in the prior's floating type is coarser than a hundredth of a standard deviation."""
+    info = torch.finfo(whitening.loc.dtype)
+    spread, centre = whitening.inverse.double().norm(dim=1), whitening.loc.double().abs()
+    lost = ~((spread > 100 * info.tiny) & (spread < 0.001 * info.max) & (info.eps * centre < 0.01 * spread))
+    if lost.any():
+        raise InvalidLatentsError(
+            f"latent coordinate(s) {lost.nonzero().flatten().tolist()[:5]} are too large, small or far from zero for "
+            f"{whitening.loc.dtype}: shift and rescale them, or pass dtype=torch.float64"
+        )
 
 
 def _identity(
@@ -319,6 +332,10 @@ def _identity(
     """A digest of everything that decides the outcome: settings, and a sample of the rows."""
     digest = hashlib.sha256()
     name = base if isinstance(base, str) else type(base).__name__
+    if isinstance(base, torch.distributions.Distribution):
+        plain = Whitening.fit(target[0].blocks(torch.Generator().manual_seed(0)), "none")
+        rows = target[0].draw(target[1][:16], torch.Generator().manual_seed(0), dtype=torch.float64)
+        digest.update(fit_base(base, rows, rows, plain).log_prob(rows).detach().numpy().tobytes())
     digest.update(repr((name, seed, str(dtype), whitening, asdict(settings))).encode())
     for latents, index in (target, held_out):
         digest.update(repr((tuple(latents.event_shape), len(index), latents.is_posterior)).encode())
@@ -390,7 +407,10 @@ class _Run:
             raise CheckpointError(
                 f"{self.folder}: holds a run on other latents or settings; choose another folder, or do not resume"
             )
-        self.before = float(document["seconds"])
+        try:
+            self.before = float(document["seconds"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{self.folder}: its checkpoint is damaged; start afresh in another folder") from None
         return _Saved(document, tensors)
 
 
@@ -407,4 +427,7 @@ class _Saved:
 
     def restore(self, learner: StageLearner) -> None:
         if "learner" in self.document:
-            learner.restore(self.document["learner"], self._part("learner."))
+            try:
+                learner.restore(self.document["learner"], self._part("learner."))
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(f"the checkpoint's learner is damaged ({type(error).__name__})") from None

@@ -64,7 +64,7 @@ class NormalizerCheck(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether 1 lies within three standard errors (or half a percent, where the error is smaller still)."""
-        return abs(self.value - 1) <= max(3 * self.stderr, 0.005)
+        return math.isfinite(self.stderr) and abs(self.value - 1) <= max(3 * self.stderr, 0.005)
 
 
 def estimate(
@@ -82,7 +82,8 @@ def estimate(
     The value is that of importance sampling where its effective share is half a percent or more; otherwise
     the middle of the bracket, and half the bracket's width joins the standard error.
 
-    Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats.
+    Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats, or its ends cross by more than
+    that and two standard errors.
     """
     if ladder.length == 0:
         return Normalizer(0.0, 0.0, 1.0, "base", None)
@@ -95,10 +96,10 @@ def estimate(
         middle = 0.5 * (ends.forward.value + ends.reverse.value)
         stderr = math.hypot(0.5 * ends.stderr, 0.5 * ends.width)
         result = Normalizer(middle, stderr, ends.forward.ess, "smc", ends)
-    if ends.width > WIDE:
+    if ends.width > WIDE or ends.width < -WIDE - 2 * ends.stderr:
         warnings.warn(
             f"log Z is {ends.forward.value:.3f} from the base and {ends.reverse.value:.3f} from the data: the bracket "
-            f"is {ends.width:.2f} nats wide; use a better base (base='gmm') or read log_prob up to that constant",
+            f"is {abs(ends.width):.2f} nats wide; use a better base (base='gmm') or read log_prob up to that constant",
             NormalizerBracketWarning,
             stacklevel=3,
         )

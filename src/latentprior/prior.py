@@ -30,6 +30,8 @@ __all__ = ["LatentPrior", "Stage"]
 SAMPLERS = ("smc", "mala", "hmc", "langevin", "sir")
 SAMPLE_BLOCK = 32_768
 PROBE = 4096
+DRAW_NUMBERS = 1 << 26
+"""Most numbers (256 MiB of float32) in the base draws that are held together."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,14 @@ class LatentPrior(Distribution):
         """Carry base draws down the ladder, or jump it at once where importance weights allow that."""
         share = effective_sample_size(self.ladder.importance(PROBE, generator)[1])
         if share >= MIN_ESS:
-            u, log_weights = self.ladder.importance(math.ceil(max(n, PROBE) / share), generator)
-            start = u[systematic(log_weights, n, generator)]
+            rows = max(1, min(n, int(share * DRAW_NUMBERS / len(self.whitening.loc))))
+            parts = []
+            for done in range(0, n, rows):
+                m = min(rows, n - done)
+                u, log_weights = self.ladder.importance(math.ceil(max(m, PROBE) / share), generator)
+                parts.append(u[systematic(log_weights, m, generator)])
             density = self.ladder.density(self.ladder.length)
-            return mala.sample(start, density, steps=moves, generator=generator)[0]
+            return mala.sample(torch.cat(parts), density, steps=moves, generator=generator)[0]
         # Twice the particles, of which the draws are a random half, keep families small.
         start = self.ladder.start.sample(max(2 * n, PROBE), generator)
         result = smc.run(start, self.ladder.path_from(self.ladder.start), ess=ess, moves=moves, generator=generator)
@@ -388,10 +394,14 @@ class LatentPrior(Distribution):
                 stages.append(Stage(network.eval().requires_grad_(False), **figures, diagnostics=entry["diagnostics"]))
             normalizer = _normalizer_from_json(config["normalizer"])
             shape = [int(size) for size in config["event_shape"]]
+            if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
+                raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
+            if not math.isfinite(normalizer.value):
+                raise ValueError("the log normaliser is not finite")
             return cls(start, stages, whitening, shape, normalizer, config.get("info"), cover=cover)
-        except (LatentPriorError, MissingExtraError):
+        except (CheckpointError, MissingExtraError):
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        except (LatentPriorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             line = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{where}: configuration and tensors do not fit together ({line})") from None
 

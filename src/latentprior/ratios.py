@@ -121,8 +121,8 @@ class BoundedRatio(nn.Module):
 
     def __init__(self, network: nn.Module, bound: float = 5.0, spec: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        if not bound > 0:
-            raise LatentPriorError(f"the bound of a log ratio must be positive, got {bound}")
+        if not 0 < bound < math.inf:
+            raise LatentPriorError(f"the bound of a log ratio must be positive and finite, got {bound}")
         self.network = network
         self.bound = float(bound)
         self.spec = dict(spec or {})

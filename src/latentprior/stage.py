@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import LearningDivergedError
+from .errors import LatentPriorError, LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
 from .ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
@@ -46,6 +46,13 @@ class StageSettings:
     """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3
     """Evaluations without a better held-out loss after which a stage ends."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
+        if min(self.width, self.batch_size, self.patience) < 1 or min(self.depth, self.steps) < 0:
+            raise LatentPriorError("width, batch_size and patience must be 1 or more, depth and steps 0 or more")
+        if not self.bound > 0 or not self.learning_rate > 0:
+            raise LatentPriorError("bound and learning_rate must be positive")
 
     def spec(self, event_shape: tuple[int, ...]) -> dict[str, Any]:
         """The network's specification for :func:`~latentprior.ratios.build_ratio`."""
@@ -159,7 +166,7 @@ class StageLearner:
 
         Raises :class:`LearningDivergedError` when the held-out loss is not finite.
         """
-        negatives, held_out, effective = self._split(first)
+        own, held_out, effective = self._split(first)
         begun = time.monotonic()
         while not self.finished:
             if deadline is not None and time.monotonic() >= deadline:
@@ -167,9 +174,9 @@ class StageLearner:
             chunk = self.step // self.chunk
             draw = derived_generator(self.device, self.seed, self.index, "target", chunk)
             positives = self.target.draw(self.chunk * self.batch, draw)
-            negatives = self._negatives(negatives, first.source, chunk)
+            negatives = self._negatives(own, first.source, chunk)
             while self.step // self.chunk == chunk and not self.finished:
-                for _ in range(EVALUATE):
+                for _ in range(min(EVALUATE, self.settings.steps - self.step)):
                     progress = self.step / self.settings.steps
                     if deadline is not None:
                         spent = (time.monotonic() - begun) / max(1e-9, deadline - begun)
