@@ -152,11 +152,17 @@ def test_ample_time_changes_nothing(quick: Fit) -> None:
 # Determinism and resuming
 
 
+# One hurried, loosely bound stage leaves the two ends of log Z a tenth of a nat apart.
+hurried = pytest.mark.filterwarnings("ignore::latentprior.NormalizerBracketWarning")
+
+
+@hurried
 @pytest.mark.parametrize("base", ["normal", "gmm:2", pytest.param("copula", marks=pytest.mark.slow)])
 def test_same_seed_same_bits(quick: Fit, base: str) -> None:
     assert_same(quick(base=base, max_stages=1, seed=3), quick(base=base, max_stages=1, seed=3))
 
 
+@hurried
 def test_other_seeds_differ(quick: Fit, crescent: Tensor) -> None:
     a, b = quick(max_stages=1, seed=3), quick(max_stages=1, seed=4)
     assert not torch.equal(a.log_prob(crescent), b.log_prob(crescent))

@@ -17,11 +17,13 @@ from .latents import Latents
 from .learning import Event, fit
 from .normalizers import NormalizerCheck
 from .prior import LatentPrior, Stage
+from .progress import FitProgress
 from .stage import StageSettings
 
 __all__ = [
     "CheckpointError",
     "Event",
+    "FitProgress",
     "InvalidLatentsError",
     "LatentPrior",
     "LatentPriorError",
