@@ -209,16 +209,15 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--flow-seconds", type=float, default=180)
     ask.add_argument("--threads", type=int, default=2)
-    ask.add_argument("--out", default="latents")
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
-    results: dict[str, Any] = {}
     for name in call.sets:
+        results: dict[str, Any] = {}
         latents = load_set(name)
         for seed in range(call.seeds):
             warnings.simplefilter("ignore")  # scikit-learn's, of EM stopped early
             results.setdefault(name, []).append(measure(latents, seed, call.flow_seconds))
-            write_results(call.out, {"sets": results}, threads=call.threads, settings=vars(call))
+            write_results(f"latents_{name}", {"sets": results}, threads=call.threads, settings=vars(call))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def produced(document: dict[str, Any]) -> str:
 
 def latents_section(document: dict[str, Any]) -> list[str]:
     """E2."""
-    out = ["## Latents of real generators", "", f"`python benchmarks/latents.py`. {produced(document)}", ""]
+    sets = " ".join(document["sets"])
+    out = [f"## Latents of real generators: {sets}", ""]
+    out += [f"`python benchmarks/latents.py --sets {sets}`. {produced(document)}", ""]
     out += [
         "Held-out log density in nats, in coordinates standardised alike for all methods; medians over seeds, range in "
         "brackets. AUC: gradient-boosted trees telling samples from test latents, 0.5 = cannot. "
@@ -165,17 +167,47 @@ def scale_section(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def headline(documents: list[dict[str, Any]]) -> str:
+    """The README's table: every set, the methods that anyone would try, the ladder last."""
+    rows = []
+    for document in documents:
+        for name, runs in document["sets"].items():
+            for method in (m for m in runs[0] if m != "floors"):
+                figures = [run[method] for run in runs]
+                rows.append(
+                    [
+                        name,
+                        method,
+                        spread(f["log_prob"] for f in figures),
+                        spread((f["auc"] for f in figures), ".3f"),
+                        spread((f["frechet"] for f in figures), ".1f") if "frechet" in figures[0] else "-",
+                        spread((f["seconds"] for f in figures), ".0f"),
+                    ]
+                )
+            if "floors" in runs[0]:
+                floor = runs[0]["floors"]["reconstructions"]
+                rows.append([name, "*floor: reconstructions*", "", "", f"{floor:.1f}", ""])
+    return table(
+        ["latents", "prior", "held-out log density, nats", "two-sample AUC", "Fréchet distance", "fit, s"], rows
+    )
+
+
 def main() -> None:
     out = ["# Results", "", "Written by `python benchmarks/report.py` from `benchmarks/results/`.", ""]
-    for name, section in (
-        ("latents", latents_section),
-        ("known_truth", known_truth_section),
-        ("scale", scale_section),
-    ):
+    found = [read_results(f"latents_{name}") for name in SETS]
+    latents = [document for document in found if document is not None]
+    for document in latents:
+        out += latents_section(document)
+    for name, section in (("known_truth", known_truth_section), ("scale", scale_section)):
         document = read_results(name)
         if document is not None:
             out += section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
+    readme = HERE.parent / "README.md"
+    begin, end = "<!-- headline -->\n", "<!-- /headline -->"
+    before, rest = readme.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{headline(latents)}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
