@@ -9,6 +9,7 @@ from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder
 from latentprior.normalizers import bracket, check, estimate
+from latentprior.sampling import mala
 from quadrature import integral
 
 
@@ -149,3 +150,23 @@ def test_a_broken_check_does_not_pass(value: float) -> None:
         warnings.simplefilter("ignore")
         assert not NormalizerCheck(value, math.nan, 0.5, "n").passed
         assert not NormalizerCheck(value, math.inf, 0.5, "n").passed
+
+
+class Spike(torch.nn.Module):
+    """A narrow mode that draws of the base never meet, as heavy as all the rest."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return 41.0 * torch.exp(-0.5 * (u - 6.0).square().sum(1) / 0.25)
+
+
+def test_a_mode_hidden_from_the_sampler_is_seen_from_the_data(generator: torch.Generator) -> None:
+    ladder = Ladder(NormalBase(2).float(), [Spike()])
+    near = torch.randn(1000, 2, generator=generator)
+    there, _ = mala.sample(torch.full((1000, 2), 6.0), ladder.density(1.0), steps=100, generator=generator)
+    with pytest.warns(NormalizerBracketWarning, match="use a better base"):
+        found = estimate(ladder, torch.cat([near, there]), generator, draws=1 << 15)
+    # By the base's draws alone nothing is amiss; the data know better.
+    assert abs(found.value) < 0.01
+    assert found.stderr > 0.5
+    assert found.bracket is not None
+    assert found.bracket.width > 0.5

@@ -79,8 +79,9 @@ def estimate(
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
-    The value is that of importance sampling where its effective share is half a percent or more; otherwise
-    the middle of the bracket, and half the bracket's width joins the standard error.
+    The value is that of importance sampling where its effective share is half a percent or more, and what the
+    bracket's width exceeds two of its standard errors by joins the standard error; otherwise the middle of the
+    bracket, and half the bracket's width joins the standard error.
 
     Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats, or its ends cross by more than
     that and two standard errors.
@@ -91,7 +92,9 @@ def estimate(
     draws = max(1 << 15, min(draws, (1 << 26) // held_out.shape[1]))
     direct = log_mean_exp(ladder.importance(draws, generator)[1])
     if direct.ess >= MIN_ESS / 2:
-        result = Normalizer(direct.value, direct.stderr, direct.ess, "importance", ends)
+        # What the data's end shows beyond doubt, draws of the base may have missed.
+        missed = max(0.0, ends.width - 2 * ends.stderr)
+        result = Normalizer(direct.value, math.hypot(direct.stderr, missed), direct.ess, "importance", ends)
     else:
         middle = 0.5 * (ends.forward.value + ends.reverse.value)
         stderr = math.hypot(0.5 * ends.stderr, 0.5 * ends.width)
