@@ -90,7 +90,8 @@ def fit(
     settings : how a stage is learned, :class:`~latentprior.StageSettings`.
     checkpoint_dir : where the state is saved at every evaluation; with ``resume=True`` a run goes on from there
         and ends, on a CPU with the same number of threads, with the same bytes as one never stopped.
-    time_budget : seconds this call may take, normaliser included; a stage that has begun is shortened to fit.
+    time_budget : seconds this call may take, normaliser included; a stage that has begun is shortened to fit, the
+        base is not.
     callbacks : called with every :class:`Event`; what they raise ends the run, which can then be resumed.
 
     Returns
@@ -358,7 +359,7 @@ class _Run:
         self.begun = time.monotonic()
         self.before = 0.0
         self.time_budget = time_budget
-        # The last tenth (a second at least) is kept for the normaliser.
+        # The rest is kept for the normaliser.
         self.deadline = None if time_budget is None else self.begun + 0.85 * time_budget
         self.callbacks, self.folder = callbacks, folder
         self.identity = ""
