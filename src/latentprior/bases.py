@@ -206,7 +206,7 @@ class GaussianMixtureBase(Base):
 
 
 MIXTURE_ROWS = 100_000
-MIXTURE_WORK = 5e9
+MIXTURE_WORK = 6e9
 
 
 class CopulaBase(Base):
