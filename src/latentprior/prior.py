@@ -291,7 +291,9 @@ class LatentPrior(Distribution):
 
     def _reference(self, generator: torch.Generator) -> Base:
         u = self._draw(20_000, generator, "smc", {})
-        k = max(1, min(32, len(u) // (10 * u.shape[1])))
+        d = u.shape[1]
+        # As many rows a component as its covariance has parameters, or weights would be ruled by a few draws.
+        k = max(1, min(32, len(u) // max(10 * d, d * d // 2)))
         fitted = GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator)
         centre, spread = (
             u.mean(0),
