@@ -1,7 +1,6 @@
 """latentprior: learn the latent prior that a generator should have had."""
 
-__version__ = "0.1.0"
-
+from ._version import __version__
 from .errors import (
     CheckpointError,
     InvalidLatentsError,
@@ -37,5 +36,6 @@ __all__ = [
     "Stage",
     "StageSaturatedWarning",
     "StageSettings",
+    "__version__",
     "fit",
 ]

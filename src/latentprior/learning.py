@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import normalizers
+from ._version import __version__
 from .bases import Base, GaussianMixtureBase, fit_base
 from .checkpoint import load_state, save_state
 from .errors import CheckpointError, InvalidLatentsError, LearningDivergedError, StageSaturatedWarning
@@ -347,8 +348,6 @@ def _identity(
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
-
     return {"latentprior": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
