@@ -359,7 +359,7 @@ class _Run:
         self.before = 0.0
         self.time_budget = time_budget
         # The rest is kept for the normaliser.
-        self.deadline = None if time_budget is None else self.begun + 0.85 * time_budget
+        self.deadline = None if time_budget is None else self.begun + 0.8 * time_budget
         self.callbacks, self.folder = callbacks, folder
         self.identity = ""
 
