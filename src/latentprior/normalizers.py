@@ -159,7 +159,7 @@ def check(
     if value.ess * len(weights) < 100:
         warnings.warn(
             f"only {value.ess * len(weights):.0f} effective draws of the reference {name!r} reach the prior: "
-            "the check says little; use reference='gmm' or more draws",
+            "the check says little; try another reference (gmm, base, a Distribution of yours) or more draws",
             LowESSWarning,
             stacklevel=3,
         )
