@@ -29,7 +29,7 @@ def derived_generator(device: torch.device, *keys: int | str) -> torch.Generator
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How a stage is learned. The defaults are one setting measured to serve all sets, not tuned to any."""
+    """How a stage is learned. The defaults were chosen on 16-d MNIST latents and serve every set."""
 
     ratio: str = "auto"
     """``residual``, ``mlp`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else ``residual``."""
