@@ -49,7 +49,7 @@ def latents_section(document: dict[str, Any]) -> list[str]:
         "brackets. AUC: gradient-boosted trees telling samples from test latents, 0.5 = cannot. "
         "Integral: importance-sampling estimate of the ladder's integral, which must be 1, from a mixture fitted to "
         "its samples and from its base. The ladder's defaults were chosen on mnist16 with its test rows in view, and "
-        "the largest number of components of its base was raised after a first run on cifar64: both are slightly selected.",
+        "its base was let have more components after a first run on cifar64: both are slightly selected.",
         "",
     ]
     for name, runs in document["sets"].items():
