@@ -200,7 +200,7 @@ def measure(latents: LatentSet, seed: int, flow_seconds: float) -> dict[str, dic
 
 REAL = torch.empty(0)
 COMPONENTS: dict[str, int] = {}
-SEARCH = {"mnist16": [80, 160], "vae20": [40, 80, 160], "cifar64": [20, 40]}
+SEARCH = {"mnist16": [80, 160], "vae20": [40, 80, 160], "cifar64": [16, 32, 64]}
 
 
 def main() -> None:

@@ -205,3 +205,23 @@ def test_extended_adds_a_stage_and_keeps_the_cover(covered: Ladder, u: Tensor) -
     longer = Ladder(covered.base, covered.ratios[:2], covered.cover).extended(covered.ratios[2])
     assert longer.cover is covered.cover
     torch.testing.assert_close(longer.log_weight(u), covered.log_weight(u))
+
+
+def test_stages_share_the_features_of_their_mixture(u: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = GaussianMixtureBase(
+        torch.ones(2) / 2, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.eye(2).repeat(2, 1, 1)
+    )
+    spec = {**SPEC, "features": True}
+    ratios = [build_ratio(spec, torch.Generator().manual_seed(s), mixture).requires_grad_(False) for s in range(3)]
+    shared = Ladder(mixture, ratios)
+    torch.testing.assert_close(shared.log_ratios(u), torch.stack([f(u) for f in ratios], 1))
+    torch.testing.assert_close(shared.log_potential(u), sum(f(u) for f in ratios))
+    calls = []
+    plain = GaussianMixtureBase.log_terms
+    monkeypatch.setattr(GaussianMixtureBase, "log_terms", lambda self, x: calls.append(len(x)) or plain(self, x))
+    shared.log_potential(u)
+    assert calls == [len(u)]
+    _, grad = shared.density(3.0)(u)
+    x = u.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad((mixture.log_prob(x) + shared.log_potential(x)).sum(), x)
+    torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-5)

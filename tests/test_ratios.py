@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentprior import CheckpointError, LatentPriorError
-from latentprior.ratios import MLP, BoundedRatio, ConvNet, Gain, ResidualMLP, build_ratio, gain, logistic_loss
+from latentprior.bases import GaussianMixtureBase
+from latentprior.ratios import (
+    MLP,
+    BoundedRatio,
+    ConvNet,
+    Gain,
+    MixtureFeatures,
+    ResidualMLP,
+    build_ratio,
+    gain,
+    logistic_loss,
+)
 
 SPECS = [
     {"kind": "mlp", "event_shape": [3], "width": 8, "depth": 1, "bound": 5.0},
@@ -161,3 +172,57 @@ def test_gain_is_bounded_and_its_error_finite(a: list[float], b: list[float]) ->
     assert got.value <= 2 * math.log(2)
     assert math.isfinite(got.stderr)
     assert got.stderr >= 0
+
+
+def mixture(dim: int = 3) -> GaussianMixtureBase:
+    g = torch.Generator().manual_seed(3)
+    root = torch.randn(2, dim, dim, generator=g, dtype=torch.float64) * 0.2 + torch.eye(dim, dtype=torch.float64)
+    means = torch.stack([torch.full((dim,), 20.0), torch.full((dim,), -20.0)]).double()
+    return GaussianMixtureBase(torch.tensor([0.75, 0.25]).double(), means, torch.linalg.cholesky(root @ root.mT))
+
+
+def test_mixture_features_are_standardised_under_the_mixture(generator: torch.Generator) -> None:
+    source = mixture()
+    features = MixtureFeatures(source)
+    rows = source.sample(20_000, generator)
+    share, radius, level = features(rows).split([2, 2, 1], 1)
+    mine = (rows.sum(1) > 0).double()
+    torch.testing.assert_close(share, torch.stack([mine, 1 - mine], 1))
+    # Twenty thousand rows: five standard errors of a mean and of a variance with kurtosis 15 (chi-square of 3).
+    own = radius.sum(1)
+    assert abs(own.mean()) < 5 / 20_000**0.5
+    assert abs(own.var() - 1) < 5 * (7 / 20_000) ** 0.5
+    assert abs(level.mean()) < 5 / 20_000**0.5
+    assert abs(level.var() - 1) < 5 * (7 / 20_000) ** 0.5
+
+
+def test_mixture_features_at_a_component_mean() -> None:
+    source = mixture()
+    found = MixtureFeatures(source)(source.means)
+    dim = 3
+    expected = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double()
+    torch.testing.assert_close(found[:, :2], expected)
+    torch.testing.assert_close(found[:, 2:4], -expected * dim / math.sqrt(2 * dim))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "residual", "conv"])
+def test_ratio_reads_features_and_saves_without_the_mixture(kind: str, generator: torch.Generator) -> None:
+    source = mixture(4)
+    shape = [1, 2, 2] if kind == "conv" else [4]
+    spec = {"kind": kind, "event_shape": shape, "width": 8, "depth": 2, "bound": 5.0, "features": True}
+    ratio = build_ratio(spec, generator, source).double()
+    u = source.sample(5, generator)
+    given = ratio.features(u)
+    torch.testing.assert_close(ratio(u), ratio(u, given))
+    assert (ratio(u) - ratio(u, given + 1)).abs().min() > 1e-6
+    assert torch.autograd.gradcheck(ratio, u.clone().requires_grad_(True))
+    again = build_ratio(spec, torch.Generator().manual_seed(99), source).double()
+    assert not any("mixture" in name for name in ratio.weights())
+    again.load_weights(ratio.weights())
+    assert torch.equal(ratio(u), again(u))
+    with pytest.raises(RuntimeError, match="do not fit"):
+        again.load_weights({**ratio.weights(), "stranger": u})
+    with pytest.raises(RuntimeError, match="do not fit"):
+        again.load_weights({})
+    with pytest.raises(CheckpointError, match="mixture"):
+        build_ratio(spec, generator)

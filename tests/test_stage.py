@@ -70,7 +70,10 @@ def test_auto_chooses_by_shape() -> None:
         "width": 64,
         "depth": 2,
         "bound": 5.0,
+        "features": False,
     }
+    assert s.spec((16,), features=True)["features"]
+    assert not dataclasses.replace(s, mixture_features=False).spec((16,), features=True)["features"]
     assert s.spec((32, 3, 4))["kind"] == "residual"
     assert s.spec((4, 4))["kind"] == "residual"
     assert dataclasses.replace(s, ratio="mlp").spec((32, 4, 4))["kind"] == "mlp"

@@ -3,6 +3,7 @@
 from ._version import __version__
 from .errors import (
     CheckpointError,
+    InvalidImagesError,
     InvalidLatentsError,
     LatentPriorError,
     LatentPriorWarning,
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "Event",
     "FitProgress",
+    "InvalidImagesError",
     "InvalidLatentsError",
     "LatentPrior",
     "LatentPriorError",

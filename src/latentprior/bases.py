@@ -104,8 +104,8 @@ class GaussianMixtureBase(Base):
         self.register_buffer("means", means)
         self.register_buffer("cholesky", cholesky.contiguous())
         self.register_buffer("log_weights", log_weights)
-        self.register_buffer("projection", inverse.permute(2, 0, 1).reshape(d, k * d).contiguous())
-        self.register_buffer("offset", torch.einsum("kij,kj->ki", inverse, means).reshape(-1))
+        self.register_buffer("projection", inverse.permute(2, 1, 0).reshape(d, d * k).contiguous())
+        self.register_buffer("offset", torch.einsum("kij,kj->ik", inverse, means).reshape(-1))
         self.register_buffer("constant", log_weights - log_det - 0.5 * d * LOG_2PI)
 
     @property
@@ -173,24 +173,31 @@ class GaussianMixtureBase(Base):
         return GaussianMixtureBase(weights, self.means.repeat(m, 1), cholesky)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.addmm(-self.offset, u, self.projection).view(len(u), self.n_components, u.shape[1])
-        return y, self.constant - 0.5 * y.square().sum(-1)
+        """Standardised residuals ``(n, d, K)`` and log terms ``(n, K)``; components last, so that sums are fast."""
+        y = torch.addmm(-self.offset, u, self.projection).view(len(u), u.shape[1], self.n_components)
+        return y, self.constant - 0.5 * y.square().sum(1)
+
+    def log_terms(self, u: Tensor) -> Tensor:
+        r""":math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)` of every component, ``(n, d) -> (n, K)``."""
+        return torch.cat([self._project(block)[1] for block in u.split(self._rows())])
 
     def log_prob(self, u: Tensor) -> Tensor:
-        return torch.cat([torch.logsumexp(self._project(b)[1], 1) for b in u.split(self._rows())])
+        return torch.logsumexp(self.log_terms(u), 1)
 
     def log_prob_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         values, grads = [], []
         for block in u.split(self._rows()):
             y, terms = self._project(block)
             value = torch.logsumexp(terms, 1)
-            weight = (terms - value[:, None]).exp()
+            # Denormal numbers would slow the matrix product down many times.
+            weight = (terms - value[:, None]).clamp_min(-60).exp()
             values.append(value)
-            grads.append(-(y * weight[:, :, None]).flatten(1) @ self.projection.T)
+            grads.append(-(y * weight[:, None]).flatten(1) @ self.projection.T)
         return torch.cat(values), torch.cat(grads)
 
     def _rows(self) -> int:
-        return max(64, (1 << 22) // self.projection.shape[1])
+        # What fits a core's cache.
+        return max(64, (1 << 18) // self.projection.shape[1])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         device = _device(generator)

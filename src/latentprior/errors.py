@@ -2,6 +2,7 @@
 
 __all__ = [
     "CheckpointError",
+    "InvalidImagesError",
     "InvalidLatentsError",
     "LatentPriorError",
     "LatentPriorWarning",
@@ -19,6 +20,10 @@ class LatentPriorError(Exception):
 
 class InvalidLatentsError(LatentPriorError, ValueError):
     """The latents cannot be learned from or scored: wrong shape, type, or non-finite numbers."""
+
+
+class InvalidImagesError(LatentPriorError, ValueError):
+    """The images cannot be learned from or scored: wrong shape, type, range, or a damaged file."""
 
 
 class CheckpointError(LatentPriorError, ValueError):

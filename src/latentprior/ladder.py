@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Base, BlendBase, GaussianMixtureBase
+from .ratios import BoundedRatio
 from .sampling import LogDensity, smc
 from .sampling.resampling import LogMean, effective_sample_size, log_mean_exp, systematic
 
@@ -66,22 +67,28 @@ class Ladder:
         """Number K of stages."""
         return len(self.ratios)
 
+    @property
+    def mixture(self) -> GaussianMixtureBase | None:
+        """The mixture that stages may read features of: the base if it is one, else the cover."""
+        return self.base if isinstance(self.base, GaussianMixtureBase) else self.cover
+
     def log_ratios(self, u: Tensor) -> Tensor:
         """Every stage's log ratio, ``(n, d) -> (n, K)``."""
         if not self.ratios:
             return u.new_zeros(len(u), 0)
-        return torch.cat([torch.stack([f(block) for f in self.ratios], 1) for block in u.split(BLOCK)])
+        return torch.cat([torch.stack(_values(self.ratios, block), 1) for block in u.split(BLOCK)])
 
     def log_potential(self, u: Tensor) -> Tensor:
         """Sum of all log ratios, ``(n, d) -> (n,)``: the log weight of a base draw."""
         total = u.new_zeros(len(u))
         if not self.ratios:
             return total
-        return torch.cat([sum((f(block) for f in self.ratios), block.new_zeros(())) for block in u.split(BLOCK)])
+        return torch.cat([torch.stack(_values(self.ratios, block)).sum(0) for block in u.split(BLOCK)])
 
     def density(self, t: float) -> LogDensity:
         """Value and gradient of the density at ``t`` on the path from base (0) to ladder (K)."""
-        active = [(min(1.0, t - j), f) for j, f in enumerate(self.ratios) if t > j]
+        weights = [min(1.0, t - j) for j in range(self.length) if t > j]
+        active = self.ratios[: len(weights)]
 
         def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
             values, grads = [], []
@@ -90,7 +97,8 @@ class Ladder:
                 if active:
                     with torch.enable_grad():
                         x = block.detach().requires_grad_(True)
-                        potential = sum((weight * f(x) for weight, f in active), x.new_zeros(()))
+                        terms = zip(weights, _values(active, x), strict=True)
+                        potential = sum((weight * f for weight, f in terms), x.new_zeros(()))
                         (slope,) = torch.autograd.grad(potential.sum(), x)
                     value, grad = value + potential.detach(), grad + slope
                 values.append(value)
@@ -141,6 +149,22 @@ class Ladder:
         start = self.start.sample(m, generator)
         result = smc.run(start, self.path_from(self.start), islands=islands, moves=moves, generator=generator)
         return FreshParticles(result.position, "smc", result.log_normalizer, result.ess, result.acceptance)
+
+
+def _values(ratios: Sequence[nn.Module], u: Tensor) -> list[Tensor]:
+    """Every log ratio at ``u``; features of one mixture are evaluated once for all stages that read them."""
+    known: dict[int, Tensor] = {}
+    values = []
+    for ratio in ratios:
+        features = ratio.features if isinstance(ratio, BoundedRatio) else None
+        if features is None:
+            values.append(ratio(u))
+            continue
+        key = id(features.mixture)
+        if key not in known:
+            known[key] = features(u)
+        values.append(ratio(u, known[key]))
+    return values
 
 
 class _Straight:

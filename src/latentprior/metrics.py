@@ -1,8 +1,9 @@
-"""Distances between two sets of rows, and average precision; scikit-learn and torchmetrics do the work."""
+"""Distances between two sets of rows or images, and average precision; scikit-learn and torchmetrics do the work."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,22 +11,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .errors import InvalidLatentsError, MissingExtraError
+from .errors import InvalidImagesError, InvalidLatentsError, MissingExtraError
+from .feature_networks import check_images, feature_network
 
 __all__ = [
     "AveragePrecision",
+    "Estimate",
     "TwoSampleTest",
     "average_precision",
+    "feature_report",
     "features",
     "frechet_distance",
     "image_frechet_distance",
+    "image_report",
+    "kernel_distance",
     "maximum_mean_discrepancy",
+    "mean_squared_error",
     "two_sample_auc",
 ]
 
 Rows = Tensor | NDArray[Any]
 LARGEST_SAMPLE = 5_000
 MEDIAN_ROWS = 1_000
+
+
+class Estimate(NamedTuple):
+    """A number measured on a sample, and its standard error."""
+
+    value: float
+    stderr: float
 
 
 class TwoSampleTest(NamedTuple):
@@ -69,6 +83,48 @@ def frechet_distance(real_features: Rows, fake_features: Rows) -> float:
     return max(0.0, float(metric.compute()))
 
 
+def kernel_distance(
+    real_features: Rows, fake_features: Rows, *, subsets: int = 100, subset_size: int = 1_000, seed: int = 0
+) -> Estimate:
+    r"""Kernel (Inception) distance of two sets of features, the mean over random subsets (extra ``metrics``).
+
+    .. math:: \mathrm{MMD}^2_u(\text{real}, \text{fake}), \quad k(x, y) = (x^\top y / d + 1)^3
+
+    Unbiased: around 0, also below it, for equal laws, at any n and any size of subset. Subsets have ``subset_size``
+    rows or half the rows, whichever is less. Their values overlap, so that their spread s alone says nothing of the
+    error: with m of n rows in each of b subsets the standard error is
+    :math:`s \sqrt{m / (n - m) + 1 / b}`, which is too wide, never too narrow, where the laws are nearly equal.
+    Shapes: ``(n, d)`` and ``(m, d)``; no units; numbers on different features never compare.
+
+    Raises :class:`~latentprior.errors.MissingExtraError` without torchmetrics, and
+    :class:`~latentprior.errors.InvalidLatentsError` for fewer than four rows, other shapes, non-finite numbers, real
+    features that are all equal, or fewer than two subsets or two rows in each.
+
+    Source: Binkowski, Sutherland, Arbel and Gretton (ICLR 2018), sec. 4.
+    """
+    try:
+        from torchmetrics.image.kid import poly_mmd
+    except ImportError:
+        raise MissingExtraError("the kernel distance", "metrics") from None
+    real, fake = _pair(real_features, fake_features, "features")
+    n = min(len(real), len(fake))
+    rows = min(subset_size, n // 2)
+    if subsets < 2 or rows < 2:
+        raise InvalidLatentsError(
+            f"need at least 4 rows of each, 2 subsets and 2 rows in each, got {n}, {subsets} and {subset_size}"
+        )
+    if bool((real == real[0]).all()):
+        raise InvalidLatentsError("all real features are equal: the network or the data is constant, choose another")
+    # torchmetrics' metric object draws its subsets from the global random state, its estimator does not.
+    g = torch.Generator().manual_seed(seed)
+
+    def subset(v: Tensor) -> Tensor:
+        return v[torch.randperm(len(v), generator=g)[:rows]]
+
+    values = torch.stack([poly_mmd(subset(real), subset(fake)) for _ in range(subsets)])
+    return Estimate(float(values.mean()), float(values.std()) * math.sqrt(rows / (n - rows) + 1 / subsets))
+
+
 def image_frechet_distance(real: Rows, fake: Rows, network: nn.Module, *, batch_size: int = 256) -> float:
     """:func:`frechet_distance` on ``network(images)``; images ``(n, ...)`` as the network takes them.
 
@@ -91,6 +147,94 @@ def features(network: nn.Module, images: Rows, *, batch_size: int = 256) -> Tens
     finally:
         network.train(training)
     return torch.cat(parts)
+
+
+def mean_squared_error(x: Tensor, y: Tensor) -> Estimate:
+    r"""Mean over images of the squared difference per pixel and channel, :math:`\|x_i - y_i\|^2 / CHW`.
+
+    Shapes: both ``(n, C, H, W)`` in [-1, 1], paired, n at least 2: four times the error on [0, 1]. Raises
+    :class:`~latentprior.errors.InvalidImagesError` for anything else.
+    """
+    if check_images(x).shape != check_images(y).shape or len(x) < 2:
+        raise InvalidImagesError(
+            f"need at least 2 pairs of images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    pairs = zip(x.split(1024), y.split(1024), strict=True)
+    errors = torch.cat([(a.double() - b.double()).square().flatten(1).mean(1).cpu() for a, b in pairs])
+    return Estimate(float(errors.mean()), float(errors.std()) / math.sqrt(len(errors)))
+
+
+def feature_report(
+    real_train: Rows, real_test: Rows, generated: Rows, reconstructions: Rows, *, subsets: int = 100, seed: int = 0
+) -> dict[str, Any]:
+    """Frechet and kernel distances to ``real_test`` of samples, and beside them of reconstructions and training data.
+
+    All four are features ``(n, d)`` with n in common: the Frechet distance's bias is then the same in all three. No
+    generator with this decoder can be expected below ``reconstructions``, nor any below ``real``. The result holds
+    ``images`` (n), ``features`` (d), and ``frechet``, ``kernel``, ``kernel_stderr`` of ``generated``,
+    ``reconstructions`` and ``real``; it is JSON as it stands.
+
+    Raises :class:`~latentprior.errors.InvalidLatentsError` unless n is the same, and as the two distances do.
+    """
+    sets = {"generated": generated, "reconstructions": reconstructions, "real": real_train}
+    if len(lengths := {len(rows) for rows in (*sets.values(), real_test)}) > 1:
+        raise InvalidLatentsError(
+            f"Frechet distances compare at equal n only, got {sorted(lengths)}: take as many rows"
+        )
+    report: dict[str, Any] = {"images": len(real_test), "features": int(real_test.shape[1])}
+    for name, rows in sets.items():
+        kernel = kernel_distance(real_test, rows, subsets=subsets, seed=seed)
+        report[name] = {
+            "frechet": frechet_distance(real_test, rows),
+            "kernel": kernel.value,
+            "kernel_stderr": kernel.stderr,
+        }
+    return report
+
+
+def image_report(
+    real_train: Rows,
+    real_test: Rows,
+    generated: Rows,
+    reconstructions: Rows,
+    network: str | nn.Module | Callable[[Tensor], Tensor],
+    *,
+    network_name: str | None = None,
+    batch_size: int = 256,
+    subsets: int = 100,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """:func:`feature_report` on images, with the network's name and the reconstructions' mean squared error.
+
+    Arguments
+    ---------
+    real_train, real_test, generated : ``(n_i, C, H, W)`` in [-1, 1]; the smallest n counts, others are subsampled.
+    reconstructions : of ``real_test``, in its order.
+    network : a name for :func:`~latentprior.feature_networks.feature_network`, or a module or function of one's own.
+    network_name : what the result calls it, by default the module's ``name`` or class.
+
+    Raises :class:`~latentprior.errors.InvalidImagesError` for reconstructions of another shape than ``real_test``,
+    and as the distances and the network do.
+    """
+    train, test, samples, decoded = (torch.as_tensor(v) for v in (real_train, real_test, generated, reconstructions))
+    if decoded.shape != test.shape:
+        raise InvalidImagesError(
+            f"reconstructions {tuple(decoded.shape)} must be those of real_test {tuple(test.shape)}, in its order"
+        )
+    module = feature_network(network)
+    n = min(len(v) for v in (train, test, samples))
+    # Files are often sorted by class: the rows that count are drawn, not the first.
+    g = torch.Generator().manual_seed(seed)
+    index, of_train, of_samples = (torch.randperm(len(v), generator=g)[:n] for v in (test, train, samples))
+    pair = test[index], decoded[index]
+    error = mean_squared_error(*pair)
+    sets = (train[of_train], pair[0], samples[of_samples], pair[1])
+    report = feature_report(
+        *(features(module, images, batch_size=batch_size) for images in sets), subsets=subsets, seed=seed
+    )
+    report["reconstructions"] |= {"mean_squared_error": error.value, "mean_squared_error_stderr": error.stderr}
+    name = network_name or getattr(module, "name", None) or type(module).__name__
+    return {"feature_network": str(name), **report}
 
 
 def two_sample_auc(a: Rows, b: Rows, *, seed: int = 0, folds: int = 5) -> TwoSampleTest:

@@ -20,7 +20,7 @@ from .errors import CheckpointError, LatentPriorError, MissingExtraError
 from .ladder import MIN_ESS, Ladder
 from .latents import check_tensor
 from .normalizers import Bracket, Normalizer, NormalizerCheck
-from .ratios import build_ratio
+from .ratios import BoundedRatio, build_ratio
 from .sampling import hmc, langevin, mala, smc
 from .sampling.resampling import LogMean, effective_sample_size, systematic
 from .whitening import Whitening
@@ -133,8 +133,12 @@ class LatentPrior(Distribution):
         """Return a copy on another device or in another floating type (the networks are shared if nothing moves)."""
         if (device is None or torch.device(device) == self.device) and dtype in (None, self.dtype):
             return self
-        base, whitening, cover = (_moved(part, device, dtype) for part in (self.base, self.whitening, self.cover))
-        stages = [replace(stage, network=_moved(stage.network, device, dtype)) for stage in self.stages]
+        # Copied in one go, so that stages go on sharing one mixture with the ladder.
+        parts = copy.deepcopy((self.base, self.whitening, self.cover, [stage.network for stage in self.stages]))
+        base, whitening, cover, networks = parts
+        for part in (base, whitening, *([] if cover is None else [cover]), *networks):
+            part.to(device=device, dtype=dtype)
+        stages = [replace(stage, network=network) for stage, network in zip(self.stages, networks, strict=True)]
         return LatentPrior(base, stages, whitening, self.event_shape, self.normalizer, self.info, cover=cover)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -267,8 +271,9 @@ class LatentPrior(Distribution):
 
         Arguments
         ---------
-        reference : ``"gmm"``, a mixture fitted to draws of this prior, widened by a twentieth and mixed with one
-            part in ten of a wide normal so that weights stay bounded; ``"base"``, fresh draws of the base;
+        reference : ``"gmm"``, a mixture fitted to draws of this prior, two thirds of it widened by 3%, a third by a
+            fifth, and mixed with one part in ten of a wide normal so that weights stay bounded; ``"base"``, fresh
+            draws of the base;
             or a torch Distribution over the user's coordinates.
 
         Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
@@ -290,19 +295,17 @@ class LatentPrior(Distribution):
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
     def _reference(self, generator: torch.Generator) -> Base:
-        u = self._draw(20_000, generator, "smc", {})
-        d = u.shape[1]
-        # As many rows a component as its covariance has parameters, or weights would be ruled by a few draws.
-        k = max(1, min(32, len(u) // max(10 * d, d * d // 2)))
+        d = len(self.whitening.loc)
+        u = self._draw(max(20_000, min(60_000, 10 * d * d)), generator, "smc", {})
+        # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
+        k = max(1, min(32, len(u) // max(10 * d, 5 * d * d // 8)))
         fitted = GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator)
-        centre, spread = (
-            u.mean(0),
-            torch.linalg.cholesky(torch.cov(u.T).double().reshape(u.shape[1], u.shape[1])),
-        )
-        weights = torch.cat([0.9 * fitted.log_weights.exp(), fitted.log_weights.new_tensor([0.1])])
-        means = torch.cat([fitted.means, centre[None].to(fitted.means)])
-        cholesky = torch.cat([1.05 * fitted.cholesky, 1.5 * spread[None].to(fitted.cholesky)])
-        return GaussianMixtureBase(weights, means, cholesky).to(device=self.device, dtype=self.dtype)
+        spread = torch.linalg.cholesky(torch.cov(u.T).double().reshape(d, d)).to(fitted.cholesky)
+        weights = torch.cat([share * fitted.log_weights.exp() for share in (0.6, 0.3)])
+        means = torch.cat([fitted.means, fitted.means, u.mean(0, keepdim=True).to(fitted.means)])
+        cholesky = torch.cat([1.03 * fitted.cholesky, 1.2 * fitted.cholesky, 1.5 * spread[None]])
+        mixture = GaussianMixtureBase(torch.cat([weights, weights.new_tensor([0.1])]), means, cholesky)
+        return mixture.to(device=self.device, dtype=self.dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and a safetensors file into ``folder``, atomically; never a pickle.
@@ -321,10 +324,10 @@ class LatentPrior(Distribution):
         if self.cover is not None:
             tensors.update({f"cover.{k}": v for k, v in self.cover.state_dict().items()})
         for i, stage in enumerate(self.stages):
-            spec = getattr(stage.network, "spec", None)
-            if not spec:
+            if not isinstance(stage.network, BoundedRatio) or not stage.network.spec:
                 raise CheckpointError("a tilted prior holds a function of yours and cannot be saved: save the prior")
-            tensors.update({f"stages.{i}.{k}": v for k, v in stage.network.state_dict().items()})
+            spec = stage.network.spec
+            tensors.update({f"stages.{i}.{k}": v for k, v in stage.network.weights().items()})
             stages.append(
                 {
                     "spec": spec,
@@ -386,10 +389,11 @@ class LatentPrior(Distribution):
             cover = base_from_state(config["cover"], _part(tensors, "cover.")) if config["cover"] else None
             if not isinstance(cover, (GaussianMixtureBase, type(None))):
                 raise CheckpointError(f"{where}: its cover is not a mixture")
+            mixture = start if isinstance(start, GaussianMixtureBase) else cover
             stages = []
             for i, entry in enumerate(config["stages"]):
-                network = build_ratio(entry["spec"], torch.Generator()).to(whitening.loc.dtype)
-                network.load_state_dict(_part(tensors, f"stages.{i}."))
+                network = build_ratio(entry["spec"], torch.Generator(), mixture).to(whitening.loc.dtype)
+                network.load_weights(_part(tensors, f"stages.{i}."))
                 figures = {
                     k: float(entry[k]) for k in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
                 }
@@ -421,10 +425,6 @@ class _Potential(nn.Module):
                 f"the tilt returned shape {tuple(value.shape)} for {len(u)} rows: return one log potential a row"
             )
         return value.to(u)
-
-
-def _moved(module: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
-    return None if module is None else copy.deepcopy(module).to(device=device, dtype=dtype)
 
 
 def _permutation(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:

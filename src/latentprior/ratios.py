@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bases import GaussianMixtureBase
 from .errors import CheckpointError, LatentPriorError
 
-__all__ = ["MLP", "BoundedRatio", "ConvNet", "Gain", "ResidualMLP", "build_ratio", "gain", "logistic_loss"]
+__all__ = [
+    "MLP",
+    "BoundedRatio",
+    "ConvNet",
+    "Gain",
+    "MixtureFeatures",
+    "ResidualMLP",
+    "build_ratio",
+    "gain",
+    "logistic_loss",
+]
 
 FIRST_LAYER_SCALE = 1.0
 
@@ -32,18 +43,76 @@ def _first(fan_in: int, fan_out: int, g: torch.Generator | None) -> nn.Linear:
     return _linear(fan_in, fan_out, FIRST_LAYER_SCALE / math.sqrt(fan_in), FIRST_LAYER_SCALE, g)
 
 
-class MLP(nn.Module):
-    """A plain perceptron ``(n, d) -> (n,)``: ``depth`` hidden layers of ``width`` SiLU units."""
+def _beside(features: int, width: int, g: torch.Generator | None) -> nn.Linear | None:
+    """Where a hidden layer takes in features; nothing if there are none."""
+    return _linear(features, width, 0.5 / math.sqrt(features), 0.0, g) if features else None
 
-    def __init__(self, dim: int, width: int = 256, depth: int = 2, generator: torch.Generator | None = None) -> None:
+
+class MixtureFeatures(nn.Module):
+    r"""Where a row stands in a Gaussian mixture: ``(n, d) -> (n, 2 K + 1)``.
+
+    The responsibilities :math:`r_k(u)`; the squared Mahalanobis distance to each component, standardised, where
+    that component is responsible, :math:`r_k(u)\,(\|y_k\|^2 - d) / \sqrt{2 d}`; and the standardised
+    :math:`\log p(u)`. What a mixture gets wrong is mostly radial and differs from component to component, which a
+    perceptron on the coordinates alone finds slowly and from many rows.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, mixture: GaussianMixtureBase) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_first(dim, width, generator), nn.SiLU()]
+        self.mixture = mixture
+        # Moments of log p where components do not overlap.
+        dim, weights = mixture.means.shape[1], mixture.log_weights.exp()
+        level = mixture.constant
+        center = (weights * level).sum()
+        self.register_buffer("center", center - 0.5 * dim, persistent=False)
+        spread = (0.5 * dim + (weights * (level - center).square()).sum()).sqrt()
+        self.register_buffer("spread", spread, persistent=False)
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return 2 * self.mixture.n_components + 1
+
+    def forward(self, u: Tensor) -> Tensor:
+        dim = u.shape[1]
+        terms = self.mixture.log_terms(u)
+        log_prob = torch.logsumexp(terms, 1, keepdim=True)
+        # Denormal numbers would slow the next matrix product down many times.
+        share = (terms - log_prob).clamp_min(-60).exp()
+        radius = (2 * (self.mixture.constant - terms) - dim) / math.sqrt(2 * dim)
+        return torch.cat([share, share * radius, (log_prob - self.center) / self.spread], 1)
+
+
+class MLP(nn.Module):
+    """A plain perceptron ``(n, d) -> (n,)``: ``depth`` hidden layers of ``width`` SiLU units.
+
+    The first takes in ``features`` more inputs, if there are any.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 256,
+        depth: int = 2,
+        generator: torch.Generator | None = None,
+        features: int = 0,
+    ) -> None:
+        super().__init__()
+        self.first = _first(dim, width, generator)
+        self.beside = _beside(features, width, generator)
+        layers: list[nn.Module] = [nn.SiLU()]
         for _ in range(depth - 1):
             layers += [_linear(width, width, math.sqrt(2 / width), 0.0, generator), nn.SiLU()]
         self.layers = nn.Sequential(*layers, _linear(width, 1, 1 / math.sqrt(width), 0.0, generator))
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.layers(u).squeeze(1)  # type: ignore[no-any-return]
+    def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
+        h = self.first(u)
+        if self.beside is not None:
+            h = h + self.beside(features)
+        return self.layers(h).squeeze(1)  # type: ignore[no-any-return]
 
 
 class _ResidualBlock(nn.Module):
@@ -57,23 +126,37 @@ class _ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Pre-activation residual perceptron ``(n, d) -> (n,)`` with ``depth`` blocks, each zero at first."""
+    """Pre-activation residual perceptron ``(n, d) -> (n,)`` with ``depth`` blocks, each zero at first.
 
-    def __init__(self, dim: int, width: int = 256, depth: int = 2, generator: torch.Generator | None = None) -> None:
+    The first layer takes in ``features`` more inputs, if there are any.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 256,
+        depth: int = 2,
+        generator: torch.Generator | None = None,
+        features: int = 0,
+    ) -> None:
         super().__init__()
         self.first = _first(dim, width, generator)
+        self.beside = _beside(features, width, generator)
         self.blocks = nn.Sequential(*[_ResidualBlock(width, generator) for _ in range(depth)])
         self.last = _linear(width, 1, 1 / math.sqrt(width), 0.0, generator)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.last(F.silu(self.blocks(self.first(u)))).squeeze(1)  # type: ignore[no-any-return]
+    def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
+        h = self.first(u)
+        if self.beside is not None:
+            h = h + self.beside(features)
+        return self.last(F.silu(self.blocks(h))).squeeze(1)  # type: ignore[no-any-return]
 
 
 class ConvNet(nn.Module):
     """A convolutional ratio for spatial latents: flat ``(n, C*H*W) -> (n,)``.
 
     Two 3x3 convolutions at full resolution, then ``depth`` strided ones while the map is wider than 2, the
-    mean and the flattened rest read by a hidden layer.
+    mean and the flattened rest read by a hidden layer, which takes in ``features`` more inputs, if there are any.
     """
 
     def __init__(
@@ -82,6 +165,7 @@ class ConvNet(nn.Module):
         width: int = 64,
         depth: int = 2,
         generator: torch.Generator | None = None,
+        features: int = 0,
     ) -> None:
         super().__init__()
         if len(event_shape) != 3:
@@ -104,11 +188,14 @@ class ConvNet(nn.Module):
         self.convs = nn.Sequential(*convs)
         flat = width * height * breadth
         self.hidden = _linear(flat, 4 * width, math.sqrt(2 / flat), 0.0, generator)
+        self.beside = _beside(features, 4 * width, generator)
         self.last = _linear(4 * width, 1, 0.5 / math.sqrt(width), 0.0, generator)
 
-    def forward(self, u: Tensor) -> Tensor:
-        features = self.convs(u.view(-1, *self.event_shape)).flatten(1)
-        return self.last(F.silu(self.hidden(features))).squeeze(1)  # type: ignore[no-any-return]
+    def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
+        h = self.hidden(self.convs(u.view(-1, *self.event_shape)).flatten(1))
+        if self.beside is not None:
+            h = h + self.beside(features)
+        return self.last(F.silu(h)).squeeze(1)  # type: ignore[no-any-return]
 
 
 class BoundedRatio(nn.Module):
@@ -116,43 +203,77 @@ class BoundedRatio(nn.Module):
 
     No stage reweighs a point by more than :math:`e^{s}`, so that a density chasm is crossed in several stages
     instead of by one saturated classifier (Rhodes, Xu and Gutmann, NeurIPS 2020, describe the chasm).
-    Shapes: ``(n, d) -> (n,)``, in nats.
+    Shapes: ``(n, d) -> (n,)``, in nats. With ``features`` the network reads these beside the coordinates; whoever
+    has evaluated them already (several stages share a mixture) passes them on.
     """
 
-    def __init__(self, network: nn.Module, bound: float = 5.0, spec: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        bound: float = 5.0,
+        spec: Mapping[str, Any] | None = None,
+        features: MixtureFeatures | None = None,
+    ) -> None:
         super().__init__()
         if not 0 < bound < math.inf:
             raise LatentPriorError(f"the bound of a log ratio must be positive and finite, got {bound}")
         self.network = network
+        self.features = features
         self.bound = float(bound)
         self.spec = dict(spec or {})
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.bound * torch.tanh(self.network(u) / self.bound)
+    def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
+        if self.features is None:
+            value = self.network(u)
+        else:
+            value = self.network(u, self.features(u) if features is None else features)
+        return self.bound * torch.tanh(value / self.bound)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state to be saved: all of it but the mixture, which belongs to the ladder."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("features.")}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in what :meth:`weights` gave; raises :class:`RuntimeError` where names or shapes differ."""
+        missing, unexpected = self.load_state_dict(dict(weights), strict=False)
+        wrong = [k for k in missing if not k.startswith("features.")] + list(unexpected)
+        if wrong:
+            raise RuntimeError(f"weights that do not fit: {', '.join(sorted(wrong)[:5])}")
 
     def is_saturated(self, f: Tensor) -> Tensor:
         """Which values stand within 2% of the bound."""
         return f.abs() > 0.98 * self.bound
 
 
-def build_ratio(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> BoundedRatio:
+def build_ratio(
+    spec: Mapping[str, Any],
+    generator: torch.Generator | None = None,
+    mixture: GaussianMixtureBase | None = None,
+) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 
-    ``kind`` is ``mlp``, ``residual`` or ``conv``; with ``event_shape``, ``width``, ``depth`` and ``bound``. Raises
-    :class:`CheckpointError` for a kind it does not know.
+    ``kind`` is ``mlp``, ``residual`` or ``conv``; with ``event_shape``, ``width``, ``depth``, ``bound`` and, where the
+    network reads :class:`MixtureFeatures`, ``features`` true. Raises :class:`CheckpointError` for a kind it does
+    not know, or if the mixture is absent.
     """
     kind, shape = spec.get("kind"), tuple(spec["event_shape"])
     width, depth = int(spec["width"]), int(spec["depth"])
+    features = None
+    if spec.get("features"):
+        if mixture is None:
+            raise CheckpointError("this ratio network reads features of a mixture, and there is none")
+        features = MixtureFeatures(mixture)
+    extra = features.size if features is not None else 0
     network: nn.Module
     if kind == "mlp":
-        network = MLP(math.prod(shape), width, depth, generator)
+        network = MLP(math.prod(shape), width, depth, generator, extra)
     elif kind == "residual":
-        network = ResidualMLP(math.prod(shape), width, depth, generator)
+        network = ResidualMLP(math.prod(shape), width, depth, generator, extra)
     elif kind == "conv":
-        network = ConvNet(shape, width, depth, generator)
+        network = ConvNet(shape, width, depth, generator, extra)
     else:
         raise CheckpointError(f"unknown ratio network {kind!r}: choose mlp, residual or conv")
-    return BoundedRatio(network, float(spec["bound"]), spec)
+    return BoundedRatio(network, float(spec["bound"]), spec, features)
 
 
 def logistic_loss(f_target: Tensor, f_particles: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class StageSettings:
     depth: int = 2
     bound: float = 5.0
     """Largest log ratio of one stage, in nats."""
+    mixture_features: bool = True
+    """Whether the network also reads where a row stands in the ladder's mixture."""
     steps: int = 2000
     batch_size: int = 1024
     """Rows and particles a step; an eighth of the rows where that is less, but 64 at least."""
@@ -54,7 +56,7 @@ class StageSettings:
         if not self.bound > 0 or not self.learning_rate > 0:
             raise LatentPriorError("bound and learning_rate must be positive")
 
-    def spec(self, event_shape: tuple[int, ...]) -> dict[str, Any]:
+    def spec(self, event_shape: tuple[int, ...], features: bool = False) -> dict[str, Any]:
         """The network's specification for :func:`~latentprior.ratios.build_ratio`."""
         spatial = len(event_shape) == 3 and min(event_shape[1:]) >= 4
         kind = self.ratio if self.ratio != "auto" else ("conv" if spatial else "residual")
@@ -65,6 +67,7 @@ class StageSettings:
             "width": width,
             "depth": self.depth,
             "bound": self.bound,
+            "features": features and self.mixture_features,
         }
 
 
@@ -131,9 +134,9 @@ class StageLearner:
         self.target, self.ladder, self.settings = target, ladder, settings
         self.seed, self.index = seed, ladder.length
         self.device, self.dtype = target.held_out.device, target.held_out.dtype
-        spec = settings.spec(event_shape)
+        spec = settings.spec(event_shape, ladder.mixture is not None)
         generator = derived_generator(torch.device("cpu"), seed, self.index, "weights")
-        self.ratio = build_ratio(spec, generator).to(device=self.device, dtype=self.dtype)
+        self.ratio = build_ratio(spec, generator, ladder.mixture).to(device=self.device, dtype=self.dtype)
         self.parameters = dict(self.ratio.named_parameters())
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
@@ -190,7 +193,7 @@ class StageLearner:
                 on_evaluate(self)
                 if deadline is not None and time.monotonic() >= deadline:
                     break
-        self.ratio.load_state_dict(self.best)
+        self.ratio.load_weights(self.best)
         ratio = self.ratio.eval().requires_grad_(False)
         with torch.no_grad():
             saturated = float(ratio.is_saturated(ratio(self.target.held_out)).double().mean())

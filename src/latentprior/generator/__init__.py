@@ -1,0 +1,1 @@
+"""Generators, their latent variable models, and how they are learned."""

@@ -1,0 +1,468 @@
+"""A generator and its prior as one latent variable model: generate, reconstruct, infer, score, complete, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..bases import DistributionBase, NormalBase
+from ..checkpoint import load_state, save_state
+from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
+from ..prior import LatentPrior
+from ..sampling import LogDensity, mala
+from ..whitening import Whitening
+from .inference import (
+    LogLikelihood,
+    annealed_log_likelihood,
+    log_gaussian,
+    log_mean,
+    maximize,
+    posterior_density,
+    short_run,
+)
+from .networks import build_encoder, build_generator
+
+__all__ = ["LatentVariableModel", "standard_normal_prior"]
+
+Method = Literal["langevin", "mala", "map", "encoder", "tilt"]
+Score = Literal["joint", "reconstruction", "prior", "marginal"]
+TILT_PARTICLES = 1024
+ROWS = 256
+"""Images that meet the generator at a time."""
+
+
+def standard_normal_prior(event_shape: Sequence[int]) -> LatentPrior:
+    r"""The prior :math:`\mathcal N(0, I)` that generators usually have: a ladder of no stages."""
+    return LatentPrior(
+        NormalBase(math.prod(event_shape)).float(), (), identity_whitening(math.prod(event_shape)), event_shape
+    )
+
+
+def identity_whitening(dim: int) -> Whitening:
+    """Coordinates left as they are."""
+    eye = torch.eye(dim)
+    return Whitening(torch.zeros(dim), eye, eye.clone(), torch.zeros(()), "none")
+
+
+class LatentVariableModel(nn.Module):
+    r""":math:`p(x, z) = \mathcal N(x; g(z), \sigma^2 I)\; p(z)` for images in [-1, 1], log densities in nats.
+
+    Arguments
+    ---------
+    generator : maps ``(n, *event_shape)`` latents to ``(n, C, H, W)`` images in [-1, 1].
+    prior : a :class:`~latentprior.LatentPrior`, any torch Distribution over latents that samples and scores, or None
+        for :math:`\mathcal N(0, I)` (the generator then needs a ``latent_shape``).
+    sigma : standard deviation of a pixel around the generator's mean.
+    encoder : maps images to posterior means, to ``(mean, scale)``, or is None.
+
+    Posterior chains run in the prior's standardised coordinates, so that step sizes mean the same for every
+    autoencoder. Source: Xiao and Han (NeurIPS 2022), eqs. 1 to 5.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        prior: LatentPrior | Distribution | None = None,
+        sigma: float = 0.3,
+        encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not (0 < sigma < math.inf):
+            raise LatentPriorError(f"sigma must be positive and finite, got {sigma}")
+        if prior is None:
+            shape = getattr(generator, "latent_shape", None)
+            if shape is None:
+                raise LatentPriorError("give a prior: this generator has no latent_shape to make N(0, I) from")
+            prior = standard_normal_prior(shape)
+        elif not isinstance(prior, LatentPrior):
+            event = prior.batch_shape + prior.event_shape
+            flat = identity_whitening(math.prod(event))
+            prior = LatentPrior(DistributionBase(prior, flat), (), flat, event)
+        self.generator = generator
+        self.encoder = encoder
+        self.sigma = float(sigma)
+        like = next(generator.parameters(), torch.zeros(()))
+        self.prior: LatentPrior = prior.to(like.device)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one latent."""
+        return self.prior.event_shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the prior, and of latents and images that the model returns."""
+        return self.prior.device
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean images of latents, ``(n, *event_shape) -> (n, C, H, W)``; differentiable."""
+        return torch.cat([self.generator(block) for block in z.split(ROWS)])
+
+    def _decode_whitened(self, u: Tensor) -> Tensor:
+        return self.decode(self.prior.whitening.unwhiten(u).reshape(len(u), *self.event_shape))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        sampler: str = "smc",
+        **options: Any,
+    ) -> Tensor:
+        """``n`` images ``(n, C, H, W)``: the decoder's means at draws of the prior (``options`` for its sampler)."""
+        return self.decode(self.prior.sample((n,), generator=generator, sampler=sampler, **options))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The encoder's posterior means ``(n, *event_shape)`` and standard deviations, if it gives any."""
+        if self.encoder is None:
+            raise LatentPriorError("this model has no encoder: infer with method='langevin', 'mala' or 'map'")
+        means, scales = [], []
+        for block in self._images(x).split(ROWS):
+            out = self.encoder(block)
+            mean, scale = out if isinstance(out, tuple) else (out, None)
+            means.append(mean.reshape(len(block), *self.event_shape))
+            if scale is not None:
+                scales.append(scale.reshape(len(block), *self.event_shape))
+        return torch.cat(means), torch.cat(scales) if scales else None
+
+    @torch.no_grad()
+    def infer(
+        self,
+        x: Tensor,
+        *,
+        method: Method | None = None,
+        steps: int | None = None,
+        step_size: float = 0.1,
+        mask: Tensor | None = None,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Latents of images, ``(n, C, H, W) -> (n, *event_shape)``.
+
+        Methods
+        -------
+        ``langevin`` : short-run dynamics (``steps`` 20 of ``step_size``), one posterior draw an image, biased.
+        ``mala`` : Metropolis-corrected chains (``steps`` 100), their common step size adapted in the first half.
+        ``map`` : the most probable latent, by Adam (``steps`` 100).
+        ``encoder`` : the encoder's mean.
+        ``tilt`` : the prior tilted by each image's likelihood, by SMC: slow, and it misses no mode that the prior
+            reaches.
+
+        The default is ``mala``. Chains start at ``start``, else at the encoder's mean, else at a draw of the
+        prior. With a ``mask`` (1 where a pixel is seen) the posterior is that given the seen pixels. Raises
+        :class:`~latentprior.errors.InvalidImagesError` for images of another shape or with NaN.
+        """
+        method = method or "mala"
+        x = self._images(x)
+        if method == "encoder":
+            return self.encode(x)[0]
+        if method == "tilt":
+            draws = [self._tilted(image[None], mask, generator) for image in x]
+            return torch.cat(draws) if draws else self.prior.sample((0,), generator)
+        if method not in ("langevin", "mala", "map"):
+            raise LatentPriorError(f"unknown method {method!r}: choose langevin, mala, map, encoder or tilt")
+        rows = []
+        for i in range(0, len(x), ROWS):
+            block = x[i : i + ROWS]
+            seen = None if mask is None else mask.expand(len(x), *mask.shape[-3:])[i : i + ROWS]
+            begin = self._start(block, None if start is None else start[i : i + ROWS], mask is None, generator)
+            density = posterior_density(self._decode_whitened, self.prior.log_prob_whitened, block, self.sigma, seen)
+            if method == "langevin":
+                u = short_run(begin, density, steps=steps or 20, step_size=step_size, generator=generator)
+            elif method == "mala":
+                u = mala.sample(begin, density, steps=steps or 100, step_size=step_size, generator=generator)[0]
+            else:
+                u = maximize(begin, density, steps=steps or 100)
+            rows.append(self.prior.whitening.unwhiten(u).reshape(len(block), *self.event_shape))
+        return torch.cat(rows) if rows else self.prior.sample((0,), generator)
+
+    def _start(self, x: Tensor, start: Tensor | None, whole: bool, generator: torch.Generator | None) -> Tensor:
+        if start is None and self.encoder is not None and whole:
+            start = self.encode(x)[0]
+        if start is None:
+            start = self.prior.sample((len(x),), generator)
+        return self.prior.whitening.whiten(start.reshape(len(x), -1).to(self.prior.whitening.loc))
+
+    def _tilted(
+        self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None, particles: int = 1024
+    ) -> Tensor:
+        def potential(z: Tensor) -> Tensor:
+            return log_gaussian(x, self.decode(z), self.sigma, mask)
+
+        return self.prior.tilt(potential, particles=TILT_PARTICLES, generator=generator).sample((1,), generator)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, **options: Any) -> Tensor:
+        """Images of the latents that :meth:`infer` finds with ``options`` (``map`` by default), ``(n, C, H, W)``."""
+        options.setdefault("method", "map")
+        return self.decode(self.infer(x, **options))
+
+    @torch.no_grad()
+    def anomaly_score(
+        self,
+        x: Tensor,
+        *,
+        kind: Score = "joint",
+        z: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
+        r"""How odd each image is, ``(n,)`` nats, higher is odder.
+
+        Kinds
+        -----
+        ``joint`` : :math:`-\log p(x, z)` at the inferred latent (the paper's score).
+        ``reconstruction`` : :math:`-\log p(x \mid z)`.
+        ``prior`` : :math:`-\log p(z)`.
+        ``marginal`` : :math:`-\log p(x)` by :meth:`log_likelihood`; ``options`` go there.
+
+        ``z`` are latents already inferred; else :meth:`infer` finds them with ``options``.
+        """
+        x = self._images(x)
+        if kind == "marginal":
+            return -self.log_likelihood(x, generator=generator, **options).value
+        if kind not in ("joint", "reconstruction", "prior"):
+            raise LatentPriorError(f"unknown score {kind!r}: choose joint, reconstruction, prior or marginal")
+        z = self.infer(x, generator=generator, **options) if z is None else z
+        score = x.new_zeros(len(x))
+        if kind != "prior":
+            score = score - log_gaussian(x, self.decode(z), self.sigma)
+        return score if kind == "reconstruction" else score - self.prior.log_prob(z)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        x: Tensor,
+        *,
+        method: Literal["importance", "annealed"] = "importance",
+        samples: int = 256,
+        temperatures: int = 200,
+        generator: torch.Generator | None = None,
+    ) -> LogLikelihood:
+        r"""Estimate :math:`\log p(x)` of each image, with a standard error; ``(n,)`` nats each.
+
+        Methods
+        -------
+        ``importance`` : ``samples`` draws of a Gaussian around the posterior mode, its scales those of MALA chains
+            there, a tenth of them twice as wide; reliable for small d and a posterior of one mode.
+        ``annealed`` : ``samples`` chains of annealed importance sampling from the prior, ``temperatures`` each; slower,
+            and right for many modes.
+
+        Both are unbiased for :math:`p(x)`, so that their logs are low on average, most where the standard error is
+        large. Source: Burda, Grosse and Salakhutdinov (2016); Wu et al. (2017).
+        """
+        x = self._images(x)
+        if method not in ("importance", "annealed"):
+            raise LatentPriorError(f"unknown method {method!r}: choose importance or annealed")
+        if samples < 2:
+            raise LatentPriorError(f"samples must be 2 or more, got {samples}")
+        images = max(1, (1 << 14) // samples)
+        parts = []
+        for block in x.split(images):
+            if method == "annealed":
+                start = self.prior.sample((len(block) * samples,), generator)
+                u = self.prior.whitening.whiten(start.flatten(1))
+                parts.append(
+                    annealed_log_likelihood(
+                        u, self._decode_whitened, self.prior.log_prob_whitened, block, self.sigma,
+                        chains=samples, temperatures=temperatures, generator=generator,
+                    )
+                )  # fmt: skip
+            else:
+                parts.append(self._importance(block, samples, generator))
+        empty = x.new_zeros(0, dtype=torch.float64)
+        return LogLikelihood(
+            torch.cat([empty, *(part.value for part in parts)]), torch.cat([empty, *(part.stderr for part in parts)])
+        )
+
+    def _importance(self, x: Tensor, samples: int, generator: torch.Generator | None) -> LogLikelihood:
+        density = posterior_density(self._decode_whitened, self.prior.log_prob_whitened, x, self.sigma)
+        centre = maximize(self._start(x, None, True, generator), density, steps=150)
+        total, square, moves = torch.zeros_like(centre), torch.zeros_like(centre), 200
+        chains = mala.init(centre, density, 0.05)
+        for i in range(2 * moves):
+            chains, info = mala.step(chains, density, generator)
+            if i < moves:
+                chains = chains._replace(step_size=mala.adapt(chains.step_size, info.acceptance, rate=0.2))
+            else:
+                total, square = total + chains.position, square + chains.position.square()
+        centre = total / moves
+        scale = 1.2 * (square / moves - centre.square()).clamp_min(1e-6).sqrt()
+        n, d = centre.shape
+        wide = torch.ones(samples, 1, dtype=scale.dtype, device=scale.device)
+        wide[: max(1, samples // 10)] = 2.0
+        noise = torch.randn(n, samples, d, generator=generator, device=_device(generator), dtype=scale.dtype)
+        u = centre[:, None] + scale[:, None] * wide * noise.to(scale)
+        log_q = _log_defensive((u - centre[:, None]) / scale[:, None], samples) - scale.log().sum(1, keepdim=True)
+        flat = u.reshape(n * samples, d)
+        joint = self.prior.log_prob_whitened(flat) + log_gaussian(
+            x.repeat_interleave(samples, 0), self._decode_whitened(flat), self.sigma
+        )
+        return log_mean(joint.view(n, samples).double() - log_q.double())
+
+    @torch.no_grad()
+    def inpaint(self, x: Tensor, mask: Tensor, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        """Fill unseen pixels: the posterior given the seen ones (``mask`` 1), decoded; seen pixels are kept.
+
+        Shapes: ``(n, C, H, W)`` and a mask that broadcasts to it. ``options`` go to :meth:`infer`; the default
+        there is MALA, from draws of the prior, so that repeated calls show what the pixels leave open.
+        """
+        x = self._images(torch.where(mask.expand_as(x).bool(), x, torch.zeros_like(x)))
+        seen = mask.to(x).expand_as(x)
+        options.setdefault("method", "mala")
+        return seen * x + (1 - seen) * self.decode(self.infer(x, mask=seen, generator=generator, **options))
+
+    @torch.no_grad()
+    def interpolate(self, start: Tensor, end: Tensor, n: int = 8, *, relaxation: int = 50) -> Tensor:
+        r"""``n`` images on a path between two latents that keeps to where the prior has mass, ends included.
+
+        The string method: interior points follow :math:`\nabla\log p(z)` and are spread to equal distances again,
+        ``relaxation`` times (0 gives the straight line). ``start`` and ``end`` have the event's shape. Source: E,
+        Ren and Vanden-Eijnden (2007).
+        """
+        if n < 2:
+            raise LatentPriorError(f"a path has 2 points or more, got {n}")
+        whitening = self.prior.whitening
+        ends = whitening.whiten(torch.stack([start.flatten(), end.flatten()]).to(whitening.loc))
+        share = torch.linspace(0, 1, n, dtype=ends.dtype, device=ends.device)[:, None]
+        path = ends[0] + share * (ends[1] - ends[0])
+        density = self.prior.ladder.density(self.prior.ladder.length)
+        for _ in range(relaxation):
+            moved = path + 0.05 * density(path)[1]
+            moved[0], moved[-1] = ends[0], ends[1]
+            path = _respaced(moved)
+        return self._decode_whitened(path)
+
+    def log_posterior(self, x: Tensor, mask: Tensor | None = None) -> LogDensity:
+        r"""Value and gradient of :math:`\log p(x, u)` in standardised coordinates, for samplers of your own."""
+        return posterior_density(self._decode_whitened, self.prior.log_prob_whitened, x, self.sigma, mask)
+
+    def _images(self, x: Tensor) -> Tensor:
+        x = torch.as_tensor(x).to(device=self.device)
+        if x.ndim != 4 or not x.is_floating_point():
+            raise InvalidImagesError(
+                f"images must be floating point (n, C, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}; "
+                "read files with latentprior.read_images"
+            )
+        shape = getattr(self.generator, "image_shape", None)
+        if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+            raise InvalidImagesError(f"images have shape {tuple(x.shape[1:])}, the generator makes {tuple(shape)}")
+        if not torch.isfinite(x).all():
+            raise InvalidImagesError("images hold NaN or infinite values: remove or mend them")
+        return x.to(self.prior.dtype)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration (JSON) and tensors of the whole model."""
+        config, tensors = self.prior.state()
+        document: dict[str, Any] = {"sigma": self.sigma, "prior": config}
+        everything = {f"prior.{k}": v for k, v in tensors.items()}
+        for name, network in (("generator", self.generator), ("encoder", self.encoder)):
+            document[name] = None if network is None else {"spec": getattr(network, "spec", None)}
+            if network is not None:
+                everything.update({f"{name}.{k}": v for k, v in network.state_dict().items()})
+        return document, everything
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and one safetensors file, atomically; never pickle."""
+        config, tensors = self.state()
+        save_state(folder, "model", config, tensors)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        generator: nn.Module | None = None,
+        encoder: nn.Module | None = None,
+        prior: Distribution | None = None,
+        device: torch.device | str | None = None,
+    ) -> LatentVariableModel:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Networks of your own are given again, untrained, and filled with the saved weights; so is a Distribution
+        that the prior stands on. Raises :class:`~latentprior.errors.CheckpointError` for anything absent, damaged or
+        foreign.
+        """
+        config, tensors = load_state(folder, "model")
+        return cls.from_state(config, tensors, generator=generator, encoder=encoder, prior=prior).moved(device)
+
+    @classmethod
+    def from_state(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        generator: nn.Module | None = None,
+        encoder: nn.Module | None = None,
+        prior: Distribution | None = None,
+    ) -> LatentVariableModel:
+        """Rebuild from :meth:`state`."""
+        try:
+            made = _network(config["generator"], generator, build_generator, "generator", tensors)
+            coded = config["encoder"] and _network(config["encoder"], encoder, build_encoder, "encoder", tensors)
+            learned = LatentPrior.from_state(config["prior"], _part(tensors, "prior."), base=prior)
+            return cls(made, learned, float(config["sigma"]), coded or None)
+        except LatentPriorError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"configuration and tensors of the model do not fit together ({line})") from None
+
+    def moved(self, device: torch.device | str | None) -> LatentVariableModel:
+        """The model on another device, its prior too (which :meth:`torch.nn.Module.to` does not know)."""
+        if device is not None:
+            self.to(device)
+            self.prior = self.prior.to(device)
+        return self
+
+
+def _network(
+    entry: Mapping[str, Any],
+    given: nn.Module | None,
+    build: Callable[..., nn.Module],
+    name: str,
+    tensors: Mapping[str, Tensor],
+) -> nn.Module:
+    if given is None and not entry["spec"]:
+        raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")
+    network = given if given is not None else build(entry["spec"], torch.Generator())
+    network.load_state_dict(_part(tensors, f"{name}."))
+    return network.eval().requires_grad_(False)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _log_defensive(y: Tensor, samples: int) -> Tensor:
+    """Log density of the mixture that drew standardised ``y`` ``(n, samples, d)``: a share of it twice as wide."""
+    d, share = y.shape[-1], max(1, samples // 10) / samples
+    square = y.square().sum(-1)
+    narrow = math.log1p(-share) - 0.5 * square
+    broad = math.log(share) - 0.125 * square - d * math.log(2)
+    return torch.logaddexp(narrow, broad) - 0.5 * d * math.log(2 * math.pi)
+
+
+def _respaced(path: Tensor) -> Tensor:
+    """The same broken line, its points at equal distances."""
+    gaps = path.diff(dim=0).norm(dim=1)
+    along = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
+    if along[-1] == 0:
+        return path
+    wanted = torch.linspace(0, 1, len(path), dtype=path.dtype, device=path.device) * along[-1]
+    right = torch.searchsorted(along, wanted).clamp(1, len(path) - 1)
+    share = ((wanted - along[right - 1]) / gaps[right - 1].clamp_min(1e-12))[:, None].clamp(0, 1)
+    spaced: Tensor = path[right - 1] + share * (path[right] - path[right - 1])
+    return spaced
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device

@@ -1,0 +1,92 @@
+"""Several processes on one run: each takes a share of the batch, gradients are averaged. accelerate does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LatentPriorError, MissingExtraError
+
+__all__ = ["AccelerateProcesses", "Processes", "SingleProcess", "launched_processes"]
+
+
+class Processes(Protocol):
+    """What training needs to know about the processes it runs in."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over processes, in place."""
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+
+
+class SingleProcess:
+    """One process, alone."""
+
+    rank, count = 0, 1
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = torch.device(device or "cpu")
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing to average."""
+
+    def wait(self) -> None:
+        """Nobody to wait for."""
+
+
+class AccelerateProcesses:
+    """The processes that ``accelerate launch`` or ``torchrun`` started (extra ``distributed``).
+
+    Raises :class:`~latentprior.errors.LatentPriorError` when another process has left: the run can be resumed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            raise MissingExtraError("training in several processes", "distributed") from None
+        self._state = PartialState()
+        self.rank = int(self._state.process_index)
+        self.count = int(self._state.num_processes)
+        self.device = torch.device(self._state.device)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """One message for all tensors, in their order."""
+        from accelerate.utils import reduce
+
+        flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+        try:
+            mean = reduce(flat, reduction="mean")
+        except RuntimeError as error:
+            raise _left(error) from None
+        for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """A barrier."""
+        try:
+            self._state.wait_for_everyone()
+        except RuntimeError as error:
+            raise _left(error) from None
+
+
+def _left(error: RuntimeError) -> LatentPriorError:
+    line = " ".join(str(error).split())[:120]
+    return LatentPriorError(f"another process of this run has ended ({line}); start all again with --resume")
+
+
+def launched_processes(device: torch.device | str | None = None) -> Processes:
+    """The processes of a launcher if one started this (``WORLD_SIZE`` above 1), else this one alone."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        return AccelerateProcesses()
+    return SingleProcess(device)

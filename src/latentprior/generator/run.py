@@ -1,0 +1,158 @@
+"""Clock, callbacks and checkpoints of a joint training run."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_state, save_state
+from ..errors import CheckpointError
+from ..prior import LatentPrior
+from ..ratios import Gain
+
+if TYPE_CHECKING:
+    from .training import JointLearner
+
+__all__ = ["TrainingRun"]
+
+
+class TrainingRun:
+    """What surrounds a :class:`~latentprior.generator.training.JointLearner`: its state can be saved and resumed."""
+
+    def __init__(
+        self, learner: JointLearner, folder: str | Path | None, callbacks: Iterable[Callable[[Any], None]]
+    ) -> None:
+        self.learner = learner
+        self.folder = None if folder is None else Path(folder)
+        self.callbacks = tuple(callbacks)
+        self.begun, self.before = time.monotonic(), 0.0
+        self.identity = _identity(learner)
+
+    def seconds(self) -> float:
+        """Seconds spent on the run, earlier calls that it resumed included."""
+        return self.before + time.monotonic() - self.begun
+
+    def tell(self, kind: str, losses: Mapping[str, float]) -> None:
+        """Tell every callback, in the main process."""
+        from .training import TrainingEvent
+
+        learner = self.learner
+        if learner.processes.rank != 0:
+            return
+        settling = kind == "settle"
+        event = TrainingEvent(
+            kind,
+            learner.stage,
+            learner.settled if settling else learner.step,
+            learner.config.settle_steps if settling else learner.config.steps,
+            losses,
+            learner.gain,
+            self.seconds(),
+            learner.model,
+        )
+        for callback in self.callbacks:
+            callback(event)
+
+    def save(self) -> None:
+        """Write everything that the next step depends on, atomically, in the main process."""
+        learner = self.learner
+        if self.folder is not None and learner.processes.rank == 0:
+            document, tensors = _state(learner)
+            document |= {"identity": self.identity, "seconds": self.seconds()}
+            save_state(self.folder, "training", document, tensors)
+        learner.processes.wait()
+
+    def load(self) -> None:
+        """Stand where the folder's run was saved; a folder without one begins afresh.
+
+        Raises :class:`CheckpointError` for a run on other images or settings, or a damaged one.
+        """
+        if self.folder is None:
+            raise CheckpointError("resume=True needs the checkpoint_dir of the run to go on with")
+        if not (self.folder / "config.json").exists():
+            return
+        document, tensors = load_state(self.folder, "training")
+        if document.get("identity") != self.identity:
+            raise CheckpointError(
+                f"{self.folder}: holds a run on other images or settings; choose another folder, or do not resume"
+            )
+        try:
+            self.before = float(document["seconds"])
+            _restore(self.learner, document, tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: its checkpoint is damaged ({type(error).__name__})") from None
+
+
+def _state(learner: JointLearner) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    prior, tensors = learner.model.prior.state()
+    everything = {f"prior.{k}": v for k, v in tensors.items()}
+    for part, module, average, optimizer in _trained(learner):
+        for name, parameter in module.named_parameters():
+            everything[f"{part}.now.{name}"] = parameter.detach()
+            everything[f"{part}.average.{name}"] = average[name]
+            for key, value in optimizer.state[parameter].items():
+                everything[f"{part}.{key}.{name}"] = value
+    for name in ("latents", "chains", "pool"):
+        kept = getattr(learner, name)
+        if kept is not None and kept.numel():
+            everything[f"kept.{name}"] = kept
+    counters = {k: getattr(learner, k) for k in ("step", "updates", "settled", "waited", "arrived")}
+    best = learner.best_gain if learner.waited or learner.step else None
+    document = {
+        "prior": prior,
+        "counters": counters,
+        "gain": None if learner.gain.value != learner.gain.value else list(learner.gain),
+        "best_gain": best if best is not None and best > -float("inf") else None,
+    }
+    return document, everything
+
+
+@torch.no_grad()
+def _restore(learner: JointLearner, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    device = learner.device
+    saved = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
+    learner.model.prior = LatentPrior.from_state(document["prior"], saved).to(device)
+    learner._begin_stage()
+    for part, module, average, optimizer in _trained(learner):
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"{part}.now.{name}"])
+            average[name].copy_(tensors[f"{part}.average.{name}"])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{part}.{key}.{name}" in tensors]
+            optimizer.state[parameter] = {
+                key: tensors[f"{part}.{key}.{name}"].clone().to("cpu" if key == "step" else device) for key in keys
+            }
+            if not keys:
+                del optimizer.state[parameter]
+    for name in ("latents", "chains", "pool"):
+        if f"kept.{name}" in tensors:
+            kept = tensors[f"kept.{name}"].clone()
+            setattr(learner, name, kept if name == "latents" else kept.to(device))
+    for name, value in document["counters"].items():
+        setattr(learner, name, bool(value) if name == "arrived" else int(value))
+    learner.gain = Gain(float("nan"), float("nan")) if document["gain"] is None else Gain(*document["gain"])
+    learner.best_gain = -float("inf") if document["best_gain"] is None else float(document["best_gain"])
+
+
+def _trained(learner: JointLearner) -> list[tuple[str, torch.nn.Module, dict[str, Tensor], torch.optim.Optimizer]]:
+    return [
+        ("networks", learner.networks, learner.average, learner.optimizer),
+        ("ratio", learner.ratio, learner.ratio_average, learner.ratio_optimizer),
+    ]
+
+
+def _identity(learner: JointLearner) -> str:
+    """A digest of everything that decides the outcome: settings, networks' shapes, and a sample of the images."""
+    digest = hashlib.sha256()
+    shapes = [(k, tuple(v.shape)) for k, v in learner.networks.named_parameters()]
+    digest.update(repr((asdict(learner.config), learner.seed, learner.model.sigma, shapes, learner.first)).encode())
+    some = torch.linspace(0, len(learner.images) - 1, min(64, len(learner.images))).long()
+    digest.update(repr((len(learner.images), learner.images.shape)).encode())
+    digest.update(learner.images.batch(some).numpy().tobytes())
+    return digest.hexdigest()

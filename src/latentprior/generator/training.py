@@ -1,0 +1,432 @@
+"""Joint learning of a generator and its multi-stage prior, in the order of the paper's algorithm."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import normalizers
+from ..errors import LatentPriorError, LearningDivergedError
+from ..images import Images
+from ..ladder import Ladder
+from ..prior import Stage
+from ..ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
+from ..sampling import langevin
+from ..stage import derived_generator
+from .inference import posterior_density, short_run
+from .model import LatentVariableModel
+from .processes import Processes, SingleProcess
+from .run import TrainingRun
+
+__all__ = ["TrainingConfig", "TrainingEvent", "train"]
+
+UNKNOWN = Gain(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a generator and its ladder are learned together. Defaults are the paper's where it gives them."""
+
+    stages: int = 5
+    """Most stages of the ladder."""
+    steps: int = 3000
+    """Steps of a stage; the most, where switching is adaptive."""
+    switch: Literal["adaptive", "schedule"] = "adaptive"
+    """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations."""
+    settle_steps: int = 0
+    """Steps of the generator alone under the whole ladder, after the last stage."""
+    batch_size: int = 100
+    posterior_start: Literal["prior", "encoder", "persistent"] = "prior"
+    """Where posterior chains begin: draws of the base (the paper), the encoder's draw, or the image's last latent."""
+    posterior_steps: int = 20
+    posterior_step_size: float = 0.1
+    prior_sampler: Literal["langevin", "persistent", "particles"] = "langevin"
+    """Short-run dynamics from the base (the paper), chains kept between steps, or the ladder's fresh particles."""
+    prior_steps: int = 60
+    prior_step_size: float = 0.4
+    ratio_width: int = 200
+    ratio_depth: int = 2
+    bound: float = 5.0
+    learning_rate: float = 1e-4
+    """Of the generator and the encoder (Adam, betas 0.5 and 0.999)."""
+    ratio_learning_rate: float = 2e-5
+    decay: float = 0.998
+    """Factor on both learning rates every epoch."""
+    average: float = 0.999
+    """Decay of the moving averages of weights: the generator's and encoder's that are returned, each stage's kept."""
+    evaluate_every: int = 250
+    patience: int = 3
+    held_out: int = 500
+    """Images, and as many particles, on which gains are measured: they train nothing."""
+    mixed_precision: bool = False
+    """bfloat16 in the generator, on CUDA."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
+        counts = ("steps", "batch_size", "posterior_steps", "prior_steps", "ratio_width", "evaluate_every", "patience")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise LatentPriorError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.stages < 0 or self.settle_steps < 0 or self.held_out < 2:
+            raise LatentPriorError("stages and settle_steps must be 0 or more, held_out 2 or more")
+        choices = {
+            "switch": ("adaptive", "schedule"),
+            "posterior_start": ("prior", "encoder", "persistent"),
+            "prior_sampler": ("langevin", "persistent", "particles"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class TrainingEvent:
+    """What a callback hears.
+
+    ``kind`` is ``step``, ``evaluate`` (held-out gain known; saved, with a ``checkpoint_dir``), ``learned`` (a stage
+    joined the ladder), ``settle`` (a step of the generator alone), ``normalizer`` or ``end``. ``losses`` holds the
+    logistic loss (``ratio``, nats), the squared error a pixel (``reconstruction``) and the encoder's, if it has one.
+    """
+
+    kind: str
+    stage: int = 0
+    step: int = 0
+    steps: int = 0
+    losses: Mapping[str, float] = field(default_factory=dict)
+    gain: Gain = UNKNOWN
+    seconds: float = 0.0
+    model: LatentVariableModel | None = None
+
+
+Callback = Callable[[TrainingEvent], None]
+
+
+def train(
+    model: LatentVariableModel,
+    images: Images,
+    config: TrainingConfig | None = None,
+    *,
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    processes: Processes | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> LatentVariableModel:
+    r"""Learn the generator :math:`p_\theta(x \mid z)` and the ladder :math:`p_k(z)` together; returns ``model``.
+
+    For every stage k: posterior samples :math:`z^+ \sim p_\theta(z \mid x) \propto p_\theta(x \mid z)\,p_k(z)` and
+    prior samples :math:`z^- \sim p_k(z)`; the log ratio :math:`f_k` descends the logistic loss between them;
+    :math:`\theta` ascends :math:`\log p_\theta(x \mid z^+)`. Then :math:`p_{k+1} = p_k\,e^{f_k - c_k}`: the prior, and
+    with it the posterior that the next stage aims at, have both moved.
+
+    The last ``held_out`` images after a shuffle train nothing: gains are measured on them. Gains and normalisers
+    are in nats. The model's networks end with the moving average of their weights.
+
+    Raises :class:`~latentprior.errors.LearningDivergedError` when a loss is not finite,
+    :class:`~latentprior.errors.CheckpointError` for a ``checkpoint_dir`` of another run.
+
+    Source: Xiao and Han (NeurIPS 2022), algorithm 1 and eqs. 5 to 9; bounded ratios, normalisers, the encoder's
+    start, particles and the adaptive switch are this package's.
+    """
+    learner = JointLearner(model, images, config or TrainingConfig(), seed, processes or SingleProcess(model.device))
+    run = TrainingRun(learner, checkpoint_dir, callbacks)
+    if resume:
+        run.load()
+    while learner.stage_wanted:
+        while not learner.stage_finished:
+            x, index = learner.batch()
+            posterior = learner.posterior_samples(x, index)
+            prior = learner.prior_samples(len(x))
+            losses = learner.update_ratio(posterior, prior)
+            losses |= learner.update_generator(x, posterior)
+            learner.step += 1
+            run.tell("step", losses)
+            if learner.step % learner.config.evaluate_every == 0:
+                learner.evaluate()
+                run.save()
+                run.tell("evaluate", losses)
+        learner.next_stage()
+        run.save()
+        run.tell("learned", {})
+    while learner.settled < learner.config.settle_steps:
+        x, index = learner.batch()
+        losses = learner.update_generator(x, learner.posterior_samples(x, index))
+        learner.settled += 1
+        run.tell("settle", losses)
+        if learner.settled % learner.config.evaluate_every == 0:
+            run.save()
+    run.tell("normalizer", {})
+    learner.normalize()
+    run.save()
+    run.tell("end", {})
+    return model
+
+
+class JointLearner:
+    """The parts of the algorithm, and everything they change; all draws are functions of ``seed`` and the step."""
+
+    def __init__(
+        self, model: LatentVariableModel, images: Images, config: TrainingConfig, seed: int, processes: Processes
+    ) -> None:
+        if len(images) < config.held_out + 2:
+            raise LatentPriorError(
+                f"{len(images)} images are too few beside {config.held_out} held out: lower held_out, or bring more"
+            )
+        if config.posterior_start == "encoder" and model.encoder is None:
+            raise LatentPriorError("posterior_start='encoder' needs a model with an encoder")
+        self.model, self.images, self.config, self.seed = model, images, config, seed
+        self.processes = processes
+        self.device = model.device
+        self.whitening = model.prior.whitening
+        self.first = len(model.prior.stages)
+        order = torch.randperm(len(images), generator=self._draws("split", cpu=True))
+        self.train_rows, self.held_out_rows = order[config.held_out :], order[: config.held_out]
+        networks = [model.generator, *([] if model.encoder is None else [model.encoder])]
+        self.networks = torch.nn.ModuleDict(dict(zip(("generator", "encoder"), networks, strict=False)))
+        self.networks.requires_grad_(True).train()
+        self.average = {k: v.detach().clone() for k, v in self.networks.named_parameters()}
+        self.optimizer = torch.optim.Adam(self.networks.parameters(), config.learning_rate, betas=(0.5, 0.999))
+        self.step = self.updates = self.settled = 0
+        self.arrived = False
+        self.latents: Tensor | None = None
+        if config.posterior_start == "persistent":
+            self.latents = model.prior.base.sample(len(images), self._draws("latents")).cpu()
+        self._begin_stage()
+
+    # One stage of the ladder ---------------------------------------------------------------------------------
+
+    def _begin_stage(self) -> None:
+        config = self.config
+        spec = {
+            "kind": "mlp",
+            "event_shape": list(self.model.event_shape),
+            "width": config.ratio_width,
+            "depth": config.ratio_depth,
+            "bound": config.bound,
+        }
+        weights = self._draws("weights", self.stage, cpu=True)
+        self.ratio: BoundedRatio = build_ratio(spec, weights).to(device=self.device, dtype=self.model.prior.dtype)
+        self.ratio_average = {k: v.detach().clone() for k, v in self.ratio.named_parameters()}
+        self.ratio_optimizer = torch.optim.Adam(self.ratio.parameters(), config.ratio_learning_rate, betas=(0.5, 0.999))
+        self.step, self.waited, self.best_gain, self.gain = 0, 0, -math.inf, UNKNOWN
+        self.chains: Tensor | None = None
+        self.pool = torch.empty(0)
+        self.began = time.monotonic()
+
+    @property
+    def stage(self) -> int:
+        """Index k of the stage that is being learned."""
+        return len(self.model.prior.stages)
+
+    @property
+    def ladder(self) -> Ladder:
+        """The ladder so far, in standardised coordinates."""
+        return self.model.prior.ladder
+
+    @property
+    def stage_wanted(self) -> bool:
+        """Whether another stage is to be learned."""
+        return not self.arrived and self.stage - self.first < self.config.stages
+
+    @property
+    def stage_finished(self) -> bool:
+        """Whether this stage's steps or, if adaptive, its patience have run out."""
+        adaptive = self.config.switch == "adaptive" and self.waited >= self.config.patience
+        return adaptive or self.step >= self.config.steps
+
+    # The four moves of a step --------------------------------------------------------------------------------
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return this process's share of the step's images, ``(b, C, H, W)``, and their indices."""
+        size, rows = self.config.batch_size, len(self.train_rows)
+        first = self.updates * size
+        wanted = torch.arange(first, first + size)
+        picks = []
+        for epoch in torch.unique(wanted // rows).tolist():
+            order = torch.randperm(rows, generator=self._draws("epoch", epoch, cpu=True))
+            picks.append(self.train_rows[order[wanted[wanted // rows == epoch] % rows]])
+        index = torch.cat(picks)[self.processes.rank :: self.processes.count]
+        return self.images.batch(index, device=self.device).to(self.model.prior.dtype), index
+
+    def posterior_samples(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        r"""Short-run Langevin draws ``(b, d)`` of :math:`p_\theta(x \mid z)\,p_k(z)` (eq. 5)."""
+        config, draws = self.config, self._draws("posterior", self.updates, self.processes.rank)
+        if config.posterior_start == "encoder":
+            start = self._encoded(x, draws)
+        elif config.posterior_start == "persistent" and self.latents is not None and index is not None:
+            start = self.latents[index].to(self.device)
+        else:
+            start = self.model.prior.base.sample(len(x), draws)
+        density = posterior_density(self._decode, self._log_prior, x, self.model.sigma)
+        z = short_run(
+            start, density, steps=config.posterior_steps, step_size=config.posterior_step_size, generator=draws
+        )
+        if self.latents is not None and index is not None:
+            self.latents[index] = z.cpu()
+        return z
+
+    def prior_samples(self, n: int) -> Tensor:
+        r"""Draws ``(n, d)`` of :math:`p_k(z)`: exact ones of the base while there is no stage."""
+        config, draws = self.config, self._draws("prior", self.updates, self.processes.rank)
+        if self.ladder.length == 0:
+            return self.ladder.base.sample(n, draws)
+        if config.prior_sampler == "particles":
+            return self._particles(n)
+        start = self.chains if self.chains is not None and len(self.chains) == n else self.ladder.base.sample(n, draws)
+        density = self.ladder.density(self.ladder.length)
+        z = langevin.sample(start, density, steps=config.prior_steps, step_size=config.prior_step_size, generator=draws)
+        self.chains = z if config.prior_sampler == "persistent" else None
+        return z
+
+    def update_ratio(self, posterior: Tensor, prior: Tensor) -> dict[str, float]:
+        """Descend the logistic loss of stage k between posterior and prior samples (eq. 6)."""
+        loss = logistic_loss(self.ratio(posterior), self.ratio(prior))
+        self._descend(self.ratio_optimizer, self.ratio, loss, self.config.ratio_learning_rate)
+        _follow(self.ratio_average, self.ratio, self.config.average, self.step)
+        return {"ratio": self._finite(loss, "ratio")}
+
+    def update_generator(self, x: Tensor, posterior: Tensor) -> dict[str, float]:
+        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8), and the encoder's :math:`\log q(z^+ \mid x)`."""
+        squared = (self._decode(posterior) - x).square().flatten(1).sum(1)
+        loss = squared.mean() / (2 * self.model.sigma**2)
+        losses = {"reconstruction": float(squared.detach().mean() / x[0].numel())}
+        if self.model.encoder is not None:
+            mean, scale = self._posterior_parameters(x)
+            taught = (0.5 * ((posterior - mean) / scale).square() + scale.log()).sum(1).mean()
+            loss = loss + taught
+            losses["encoder"] = float(taught.detach())
+        self._descend(self.optimizer, self.networks, loss, self.config.learning_rate)
+        self._finite(loss, "generator")
+        self.updates += 1
+        _follow(self.average, self.networks, self.config.average, self.updates)
+        return losses
+
+    # The end of a stage --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Measure the stage's gain on held-out images and as many fresh particles, in nats."""
+        x = self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
+        with torch.enable_grad():
+            posterior = torch.cat([self.posterior_samples(part) for part in x.split(self.config.batch_size)])
+        prior = self.ladder.fresh_particles(len(x), self._draws("held out", self.updates)).position
+        f = [torch.func.functional_call(self.ratio, self.ratio_average, (z,)) for z in (posterior, prior)]
+        measured = torch.tensor(gain(f[0], f[1]), device=self.device)
+        self.processes.average([measured])
+        self.gain = Gain(*measured.tolist())
+        self.waited += 1
+        if self.gain.value > self.best_gain:
+            self.best_gain, self.waited = self.gain.value, 0
+
+    def next_stage(self) -> None:
+        """Fix the stage, give it its log normaliser from particles that trained nothing, and begin the next.
+
+        A stage whose held-out gain is not above zero by two standard errors is left out: the ladder has arrived.
+        """
+        if math.isnan(self.gain.value):
+            self.evaluate()
+        if self.config.switch == "adaptive" and self.gain.value <= 2 * self.gain.stderr:
+            self.arrived = True
+            return
+        self.ratio.load_weights(self.ratio_average)
+        ratio = self.ratio.eval().requires_grad_(False)
+        before, after = (
+            ladder.fresh_particles(8192, self._draws("normalizer", ladder.length))
+            for ladder in (self.ladder, self.ladder.extended(ratio))
+        )
+        c = after.log_normalizer.value - before.log_normalizer.value
+        stderr = math.hypot(after.log_normalizer.stderr, before.log_normalizer.stderr)
+        diagnostics = {
+            "ess": after.ess,
+            "acceptance": after.acceptance,
+            "seconds": time.monotonic() - self.began,
+            "particles": after.source,
+            "steps": self.step,
+        }
+        stage = Stage(ratio, c, stderr, self.gain.value, self.gain.stderr, diagnostics)
+        self.model.prior = self.model.prior.replaced([*self.model.prior.stages, stage])
+        self._begin_stage()
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Put the averaged weights in place; estimate and bracket log Z at held-out posterior samples."""
+        for name, parameter in self.networks.named_parameters():
+            parameter.copy_(self.average[name])
+        self.networks.requires_grad_(False).eval()
+        x = self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
+        with torch.enable_grad():
+            rows = torch.cat([self.posterior_samples(part) for part in x.split(self.config.batch_size)])
+        prior = self.model.prior
+        total = normalizers.estimate(prior.ladder, rows, self._draws("log Z"))
+        info = {**prior.info, "training": asdict(self.config), "stopped": "no gain" if self.arrived else "stages"}
+        self.model.prior = prior.replaced(prior.stages, total, info)
+
+    # Pieces --------------------------------------------------------------------------------------------------
+
+    def _decode(self, u: Tensor) -> Tensor:
+        z = self.whitening.unwhiten(u).reshape(len(u), *self.model.event_shape)
+        half = self.config.mixed_precision and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            x: Tensor = self.model.generator(z)
+        return x.to(u.dtype)
+
+    def _log_prior(self, u: Tensor) -> Tensor:
+        return self.ladder.base.log_prob(u) + self.ladder.log_potential(u)
+
+    def _posterior_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's means and scales in standardised coordinates (whitened means; scales of the diagonal)."""
+        assert self.model.encoder is not None
+        mean, scale = self.model.encoder(x)
+        spread = self.whitening.matrix.diagonal().abs()
+        return self.whitening.whiten(mean.flatten(1)), scale.flatten(1) * spread
+
+    @torch.no_grad()
+    def _encoded(self, x: Tensor, draws: torch.Generator) -> Tensor:
+        mean, scale = self._posterior_parameters(x)
+        noise = torch.randn(mean.shape, generator=draws, device=draws.device, dtype=mean.dtype)
+        return mean + scale * noise.to(mean)
+
+    def _particles(self, n: int) -> Tensor:
+        """Rows of a pool of fresh particles, each used once."""
+        if len(self.pool) < n:
+            draws = self._draws("particles", self.updates, self.processes.rank)
+            self.pool = self.ladder.fresh_particles(max(64 * n, 1024), draws).position
+            order = torch.randperm(len(self.pool), generator=draws, device=draws.device)
+            self.pool = self.pool[order.to(self.pool.device)]
+        taken, self.pool = self.pool[:n], self.pool[n:]
+        return taken
+
+    def _descend(self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, loss: Tensor, rate: float) -> None:
+        epochs = self.updates * self.config.batch_size // len(self.train_rows)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * self.config.decay**epochs
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.processes.average([p.grad for p in module.parameters() if p.grad is not None])
+        optimizer.step()
+
+    def _finite(self, loss: Tensor, name: str) -> float:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise LearningDivergedError(
+                f"stage {self.stage}: the {name}'s loss is not finite at step {self.step}; lower learning_rate, "
+                "posterior_step_size or prior_step_size, or look for extreme images"
+            )
+        return value
+
+    def _draws(self, *keys: int | str, cpu: bool = False) -> torch.Generator:
+        return derived_generator(torch.device("cpu") if cpu else self.device, self.seed, "train", *keys)
+
+
+@torch.no_grad()
+def _follow(average: dict[str, Tensor], module: torch.nn.Module, decay: float, step: int) -> None:
+    decay = min(decay, (step + 1) / (step + 10))
+    for name, parameter in module.named_parameters():
+        average[name].lerp_(parameter, 1 - decay)
