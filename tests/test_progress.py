@@ -6,8 +6,18 @@ import warnings
 import pytest
 
 from latentprior.errors import LatentPriorWarning
+from latentprior.generator.training import TrainingEvent
 from latentprior.learning import Event
-from latentprior.progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
+from latentprior.progress import (
+    FitProgress,
+    Stopped,
+    StopSignals,
+    TrainingProgress,
+    note,
+    row_bar,
+    tidy_warnings,
+)
+from latentprior.ratios import Gain
 
 RUN = [
     Event("base", message="gmm"),
@@ -64,6 +74,39 @@ def test_a_bar_follows_a_stage_that_is_learned_again_and_one_that_is_resumed():
         assert progress._bar.n == 1
 
 
+def train_on(file):
+    known = Gain(0.25, 0.01)
+    losses = {"ratio": 0.5, "reconstruction": 0.0123}
+    with TrainingProgress(file) as progress:
+        for event in [
+            *(TrainingEvent("autoencoder", 0, k, 30, {"divergence": 7.0}) for k in range(1, 31)),
+            *(TrainingEvent("step", 0, k, 200, losses, known) for k in range(1, 101)),
+            TrainingEvent("evaluate", 0, 100, 200, losses, known),
+            TrainingEvent("learned", 1, 0, 200),
+            # Resumed: the stage goes on at its 51st step.
+            *(TrainingEvent("step", 1, k, 200, losses) for k in range(51, 61)),
+            TrainingEvent("normalizer", 1),
+            TrainingEvent("end", 1),
+        ]:
+            progress(event)
+    assert progress.begun
+    return file.getvalue()
+
+
+def test_training_shows_a_bar_a_phase():
+    left = [line.rpartition("\r")[2].rstrip() for line in train_on(Terminal()).split("\n")]
+    assert left[0].startswith("autoencoder 100%")
+    assert "divergence 7" in left[0]
+    assert left[1].startswith("stage 0 100%")
+    assert "100/100 steps" in left[1]
+    assert "reconstruction 0.0123" in left[1]
+    assert "gain 0.250 ±0.010" in left[1]
+    assert left[2].startswith("stage 1  30%")
+    assert "gain" not in left[2]
+    assert left[3] == "log normaliser ..."
+    assert train_on(io.StringIO()) == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_at_once_and_again_at_the_next_event(number):
     before = signal.getsignal(number)
@@ -82,6 +125,9 @@ def test_warnings_are_one_line(capsys):
         for _ in range(2):
             warnings.warn("the bracket\n  is wide", LatentPriorWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: the bracket is wide\n" * 2
+    with tidy_warnings(quiet=True):
+        warnings.warn("said by another process", LatentPriorWarning, stacklevel=1)
+    assert capsys.readouterr().err == ""
     assert warnings.showwarning is shown
 
 

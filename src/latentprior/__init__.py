@@ -13,6 +13,10 @@ from .errors import (
     NormalizerBracketWarning,
     StageSaturatedWarning,
 )
+from .generator.model import LatentVariableModel
+from .generator.training import TrainingConfig, TrainingEvent, train
+from .generator.two_phase import AutoencoderConfig, train_autoencoder, train_two_phase
+from .images import Images, read_images
 from .latents import Latents
 from .learning import Event, fit
 from .normalizers import NormalizerCheck
@@ -21,14 +25,17 @@ from .progress import FitProgress
 from .stage import StageSettings
 
 __all__ = [
+    "AutoencoderConfig",
     "CheckpointError",
     "Event",
     "FitProgress",
+    "Images",
     "InvalidImagesError",
     "InvalidLatentsError",
     "LatentPrior",
     "LatentPriorError",
     "LatentPriorWarning",
+    "LatentVariableModel",
     "Latents",
     "LearningDivergedError",
     "LowESSWarning",
@@ -38,6 +45,12 @@ __all__ = [
     "Stage",
     "StageSaturatedWarning",
     "StageSettings",
+    "TrainingConfig",
+    "TrainingEvent",
     "__version__",
     "fit",
+    "read_images",
+    "train",
+    "train_autoencoder",
+    "train_two_phase",
 ]

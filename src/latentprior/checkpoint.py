@@ -31,7 +31,8 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
     its place, flushed to disk and renamed. Raises :class:`CheckpointError` where the folder cannot be written.
     """
     folder = Path(folder)
-    blob = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    # Copies: tensors of one storage, as tied weights are, would be refused.
+    blob = save({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     weights = f"{kind}-{digest[:16]}.safetensors"
     head = {

@@ -1,10 +1,11 @@
-"""The command line: ``latentprior demo | fit | score | sample | info``."""
+"""The command line: ``latentprior demo | fit | score | sample | info``, and the image side's commands."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
+import os
 import shlex
 import sys
 import traceback
@@ -17,10 +18,10 @@ import torch
 import typer
 from typer.main import get_command
 
-from . import __version__, learning
-from .checkpoint import read_config
+from . import __version__, image_commands, learning, training_command
 from .errors import CheckpointError, InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .latents import read_latents
+from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
 from .outputs import array_file, check_file, check_folder
 from .prior import SAMPLE_BLOCK, SAMPLERS, LatentPrior
 from .progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
@@ -43,18 +44,6 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that [bold]latentprior fit[/] wrote.")]
 LatentsFile = Annotated[Path, typer.Argument(metavar="LATENTS", help="Latents, one a row: .npy, .npz or .safetensors.")]
-Key = Annotated[
-    str | None,
-    typer.Option("--key", metavar="K", help="Array in an archive; by default the only one, or train, or z."),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of every random draw.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout, nothing else there.")
-]
-
-
-class WorkFailed(Exception):
-    """The call was right, but its work could not be done: exit code 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with StopSignals(), tidy_warnings():
+        with StopSignals(), tidy_warnings(quiet=not _speaks()):
             code = get_command(app).main(args=args, prog_name="latentprior", standalone_mode=False)
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
@@ -75,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = io.StringIO()
         return 1
     except Stopped as stopped:
+        if not _speaks():
+            return 1
         again = f"; go on with: {shlex.join(['latentprior', *args])}" if stopped.resumable else ""
         note("stopped", str(stopped) + again + (" --resume" if again and "--resume" not in args else ""))
         return 1
@@ -82,8 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             traceback.print_exc()
         code, message = _explain(error)
-        note("error", message)
+        if code == 1 or _speaks():
+            note("error", message)
         return code
+
+
+def _speaks() -> bool:
+    """Whether this is the process of a launcher that says what all of them would."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -173,9 +170,7 @@ def fit(
     resume: Annotated[
         bool, typer.Option("--resume", metavar="", help="Go on from DIR/checkpoint, if a run left one.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="D", help="Where to compute: cpu, cuda, cuda:1, mps.")
-    ] = None,
+    device: Device = None,
     validation: Annotated[
         float, typer.Option("--validation", metavar="SHARE", help="Share of rows held out (10,000 at most).")
     ] = 0.1,
@@ -191,19 +186,18 @@ def fit(
 
     latentprior fit codes.npz --key train --out prior --time-budget 600
     """
-    _check_device(device)
+    check_device(device)
     target = read_latents(latents, key=key)
     checkpoint = out / "checkpoint"
     check_folder(out)
     for folder, kind in ((out, "prior"), (checkpoint, "fit")):
-        if (folder / "config.json").exists():
-            _check_ours(folder, kind)
+        check_ours(folder, kind)
     if not resume and (checkpoint / "config.json").exists():
         note(
             "warning",
             f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it",
         )
-        _remove_checkpoint(checkpoint)
+        remove_checkpoint(checkpoint, "fit")
     with FitProgress() as progress, StopSignals() as stop:
         try:
             prior = learning.fit(
@@ -219,7 +213,7 @@ def fit(
                 callbacks=(stop.check, progress),
             )
             prior.save_pretrained(out)
-            _remove_checkpoint(checkpoint)
+            remove_checkpoint(checkpoint, "fit")
         except Stopped:
             if (checkpoint / "config.json").exists():
                 raise Stopped(f"state saved in {checkpoint}", resumable=True) from None
@@ -344,30 +338,11 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
         print("\n".join(text(found)))
 
 
+for command in (training_command.train, *image_commands.COMMANDS):
+    app.command()(command)
+
+
 def _load(folder: Path) -> LatentPrior:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the one that `latentprior fit --out` wrote")
     return LatentPrior.from_pretrained(folder)
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise LatentPriorError(f"cannot compute on --device {device}: {reason}") from None
-
-
-def _check_ours(folder: Path, kind: str) -> None:
-    try:
-        read_config(folder, kind)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; nothing was overwritten: choose another --out or remove it") from None
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    """Remove what ``fit`` wrote there, and the folder if nothing else is in it."""
-    for path in (folder / "config.json", *folder.glob("fit-*.safetensors"), *folder.glob(".*.partial")):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()

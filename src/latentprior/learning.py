@@ -217,7 +217,7 @@ def _finish(run: _Run, prior: LatentPrior, rows: Tensor, seed: int, reason: str)
     run.tell("normalizer", len(prior.stages))
     stages = list(prior.stages)
     generator = derived_generator(prior.device, seed, "normalizer")
-    total = normalizers.estimate(prior.ladder, rows, generator)
+    total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.end)
     if stages:
         last = stages[-1]
         rest = sum(stage.log_normalizer for stage in stages[:-1])
@@ -358,6 +358,7 @@ class _Run:
         self.begun = time.monotonic()
         self.before = 0.0
         self.time_budget = time_budget
+        self.end = None if time_budget is None else self.begun + time_budget
         # The rest is kept for the normaliser.
         self.deadline = None if time_budget is None else self.begun + 0.8 * time_budget
         self.callbacks, self.folder = callbacks, folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from .sampling.resampling import LogMean, log_mean_exp
 __all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "estimate"]
 
 WIDE = 0.1
+ROUND = 1 << 18
 
 
 class Bracket(NamedTuple):
@@ -72,16 +74,20 @@ def estimate(
     held_out: Tensor,
     generator: torch.Generator | None = None,
     *,
-    draws: int = 1 << 19,
+    draws: int = 1 << 21,
+    tolerance: float = 0.005,
+    deadline: float | None = None,
     particles: int = 8192,
     islands: int = 16,
     moves: int = 6,
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
-    The value is that of importance sampling where its effective share is half a percent or more, and what the
-    bracket's width exceeds two of its standard errors by joins the standard error; otherwise the middle of the
-    bracket, and half the bracket's width joins the standard error.
+    Importance sampling goes on, 262,144 draws at a time, until its standard error is below ``tolerance`` nats, or
+    ``draws`` or the ``deadline`` (:func:`time.monotonic`) is reached. The value is that of importance sampling
+    where its effective share is half a percent or more, and what the bracket's width exceeds two of its standard
+    errors by joins the standard error; otherwise the middle of the bracket, and half the bracket's width joins the
+    standard error.
 
     Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats, or its ends cross by more than
     that and two standard errors.
@@ -89,8 +95,7 @@ def estimate(
     if ladder.length == 0:
         return Normalizer(0.0, 0.0, 1.0, "base", None)
     ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves)
-    draws = max(1 << 15, min(draws, (1 << 26) // held_out.shape[1]))
-    direct = log_mean_exp(ladder.importance(draws, generator)[1])
+    direct = _direct(ladder, held_out.shape[1], generator, draws, tolerance, deadline)
     if direct.ess >= MIN_ESS / 2:
         # What the data's end shows beyond doubt, draws of the base may have missed.
         missed = max(0.0, ends.width - 2 * ends.stderr)
@@ -107,6 +112,26 @@ def estimate(
             stacklevel=3,
         )
     return result
+
+
+@torch.no_grad()
+def _direct(
+    ladder: Ladder,
+    dim: int,
+    generator: torch.Generator | None,
+    draws: int,
+    tolerance: float,
+    deadline: float | None,
+) -> LogMean:
+    weights: list[Tensor] = []
+    rows = min(draws, ROUND, (1 << 26) // dim)
+    while True:
+        # Only the weights are kept: a round's draws are gone when the next begins.
+        weights.append(ladder.importance(rows, generator)[1])
+        found = log_mean_exp(torch.cat(weights))
+        late = deadline is not None and time.monotonic() >= deadline
+        if found.stderr < tolerance or found.ess < MIN_ESS / 2 or late or len(weights) * rows >= draws:
+            return found
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class LatentPrior(Distribution):
         self.stages = tuple(stages)
         self.whitening = whitening
         self.normalizer = normalizer or Normalizer(
-            sum(s.log_normalizer for s in self.stages),
+            sum((s.log_normalizer for s in self.stages), 0.0),
             math.hypot(*(s.log_normalizer_stderr for s in self.stages)),
             1.0,
             "stages",

@@ -15,9 +15,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from .errors import LatentPriorWarning
+from .generator.training import TrainingEvent
 from .learning import Event
 
-__all__ = ["FitProgress", "StopSignals", "Stopped", "note", "row_bar", "tidy_warnings"]
+__all__ = ["FitProgress", "StopSignals", "Stopped", "TrainingProgress", "note", "row_bar", "tidy_warnings"]
 
 STAGE_BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 
@@ -55,7 +56,7 @@ class StopSignals:
         self.asked = True
         raise Stopped
 
-    def check(self, event: Event) -> None:
+    def check(self, event: object) -> None:
         """Raise :class:`Stopped` if a signal has come."""
         if self.asked:
             raise Stopped
@@ -132,6 +133,68 @@ class FitProgress:
         self.close()
 
 
+class TrainingProgress:
+    """A callback for the training of a generator: one bar a phase, with its losses and the stage's gain in nats.
+
+    A phase is the autoencoder, a stage of the ladder, or the settling of the generator. Nothing is drawn unless
+    ``file`` (standard error by default) is a terminal; close it as :class:`FitProgress`.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self.file = sys.stderr if file is None else file
+        self.begun = False
+        self._bar: tqdm[Any] | None = None
+        self._phase = ""
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, event: TrainingEvent) -> None:
+        """Show one event."""
+        self.begun = True
+        if not self.file.isatty():
+            return
+        if event.kind in ("learned", "end"):
+            self._leave()
+        elif event.kind == "normalizer":
+            self._enter("log normaliser", 0, 0)
+        elif event.losses:
+            phase = f"stage {event.stage}" if event.kind in ("step", "evaluate") else event.kind
+            bar = self._bar
+            if bar is None or phase != self._phase or event.step < bar.n:
+                bar = self._enter(phase, event.step - 1, event.steps)
+            shown = [f"{name} {value:.4g}" for name, value in event.losses.items()]
+            if math.isfinite(event.gain.value):
+                shown.append(f"gain {event.gain.value:.3f} ±{event.gain.stderr:.3f}")
+            bar.set_postfix_str(", ".join(shown), refresh=False)
+            bar.update(event.step - bar.n)
+
+    def close(self) -> None:
+        """Leave what has been drawn as it stands, with the cursor on a fresh line."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._phase = None, ""
+
+    def _enter(self, phase: str, step: int, steps: int) -> tqdm[Any]:
+        self.close()
+        form = STAGE_BAR if steps else "{desc} ..."
+        bar = tqdm(total=steps, initial=step, desc=phase, bar_format=form, file=self.file, dynamic_ncols=True)
+        self._bar, self._phase = bar, phase
+        return bar
+
+    def _leave(self) -> None:
+        if self._bar is not None and self._bar.total:
+            # A stage that gains no more ends before its most steps.
+            self._bar.total = self._bar.n
+            self._bar.refresh()
+        self.close()
+
+
 def row_bar(total: int, task: str, file: TextIO | None = None) -> tqdm[Any]:
     """A bar that counts rows and goes away when done; nothing unless ``file`` is a terminal."""
     file = sys.stderr if file is None else file
@@ -152,11 +215,12 @@ def note(kind: str, message: str) -> None:
 
 
 @contextlib.contextmanager
-def tidy_warnings() -> Iterator[None]:
-    """Within this context every warning is one line on standard error, ``warning: ...``."""
+def tidy_warnings(quiet: bool = False) -> Iterator[None]:
+    """Within this context every warning is one line on standard error, ``warning: ...``, or none if ``quiet``."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        note("warning", str(message))
+        if not quiet:
+            note("warning", str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", LatentPriorWarning)

@@ -45,7 +45,17 @@ def test_shell_lines(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_python_lines(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     printed = run([sys.executable, "-W", "ignore", "-c", code], tmp_path)
     assert "LatentPrior(event_shape=(4,)" in printed
     assert (tmp_path / "my-prior" / "config.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_python_lines_with_images(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    np.save(tmp_path / "digits.npy", np.clip(load_digits().images * 16, 0, 255).astype(np.uint8))
+    _, code = blocks("python")
+    run([sys.executable, "-W", "ignore", "-c", code + "print(model)"], tmp_path)
+    assert (tmp_path / "my-model" / "config.json").exists()

@@ -87,8 +87,10 @@ class LatentVariableModel(nn.Module):
         self.generator = generator
         self.encoder = encoder
         self.sigma = float(sigma)
-        like = next(generator.parameters(), torch.zeros(()))
-        self.prior: LatentPrior = prior.to(like.device)
+        like = next(generator.parameters(), prior.whitening.loc)
+        # Latents meet the networks in one floating type; half precision would starve densities.
+        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else None
+        self.prior: LatentPrior = prior.to(like.device, dtype)
 
     @property
     def event_shape(self) -> torch.Size:
@@ -161,26 +163,30 @@ class LatentVariableModel(nn.Module):
         :class:`~latentprior.errors.InvalidImagesError` for images of another shape or with NaN.
         """
         method = method or "mala"
+        if steps is None:
+            steps = 20 if method == "langevin" else 100
         x = self._images(x)
+        mask = None if mask is None else _mask(mask, x)
         if method == "encoder":
             return self.encode(x)[0]
         if method == "tilt":
-            draws = [self._tilted(image[None], mask, generator) for image in x]
+            masks = [None] * len(x) if mask is None else mask
+            draws = [self._tilted(image[None], seen, generator) for image, seen in zip(x, masks, strict=True)]
             return torch.cat(draws) if draws else self.prior.sample((0,), generator)
         if method not in ("langevin", "mala", "map"):
             raise LatentPriorError(f"unknown method {method!r}: choose langevin, mala, map, encoder or tilt")
         rows = []
         for i in range(0, len(x), ROWS):
             block = x[i : i + ROWS]
-            seen = None if mask is None else mask.expand(len(x), *mask.shape[-3:])[i : i + ROWS]
+            seen = None if mask is None else mask[i : i + ROWS]
             begin = self._start(block, None if start is None else start[i : i + ROWS], mask is None, generator)
             density = posterior_density(self._decode_whitened, self.prior.log_prob_whitened, block, self.sigma, seen)
             if method == "langevin":
-                u = short_run(begin, density, steps=steps or 20, step_size=step_size, generator=generator)
+                u = short_run(begin, density, steps=steps, step_size=step_size, generator=generator)
             elif method == "mala":
-                u = mala.sample(begin, density, steps=steps or 100, step_size=step_size, generator=generator)[0]
+                u = mala.sample(begin, density, steps=steps, step_size=step_size, generator=generator)[0]
             else:
-                u = maximize(begin, density, steps=steps or 100)
+                u = maximize(begin, density, steps=steps)
             rows.append(self.prior.whitening.unwhiten(u).reshape(len(block), *self.event_shape))
         return torch.cat(rows) if rows else self.prior.sample((0,), generator)
 
@@ -191,9 +197,7 @@ class LatentVariableModel(nn.Module):
             start = self.prior.sample((len(x),), generator)
         return self.prior.whitening.whiten(start.reshape(len(x), -1).to(self.prior.whitening.loc))
 
-    def _tilted(
-        self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None, particles: int = 1024
-    ) -> Tensor:
+    def _tilted(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None) -> Tensor:
         def potential(z: Tensor) -> Tensor:
             return log_gaussian(x, self.decode(z), self.sigma, mask)
 
@@ -266,7 +270,7 @@ class LatentVariableModel(nn.Module):
             raise LatentPriorError(f"samples must be 2 or more, got {samples}")
         images = max(1, (1 << 14) // samples)
         parts = []
-        for block in x.split(images):
+        for block in x.split(images) if len(x) else ():
             if method == "annealed":
                 start = self.prior.sample((len(block) * samples,), generator)
                 u = self.prior.whitening.whiten(start.flatten(1))
@@ -436,6 +440,13 @@ def _network(
     network = given if given is not None else build(entry["spec"], torch.Generator())
     network.load_state_dict(_part(tensors, f"{name}."))
     return network.eval().requires_grad_(False)
+
+
+def _mask(mask: Tensor, x: Tensor) -> Tensor:
+    try:
+        return mask.to(x).expand_as(x)
+    except RuntimeError:
+        raise InvalidImagesError(f"a mask {tuple(mask.shape)} does not fit images {tuple(x.shape)}") from None
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

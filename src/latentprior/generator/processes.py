@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -48,21 +49,28 @@ class AccelerateProcesses:
     Raises :class:`~latentprior.errors.LatentPriorError` when another process has left: the run can be resumed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str | None = None) -> None:
         try:
             from accelerate import PartialState
         except ImportError:
             raise MissingExtraError("training in several processes", "distributed") from None
-        self._state = PartialState()
+        # Unless it is told of the CPU, accelerate takes processes without a GPU for single ones.
+        gpu = torch.cuda.is_available() or torch.xpu.is_available()
+        self._state = PartialState(cpu=not gpu or torch.device(device or "cuda").type == "cpu")
         self.rank = int(self._state.process_index)
         self.count = int(self._state.num_processes)
+        wanted = os.environ.get("WORLD_SIZE", "1") or "1"
+        if self.count != int(wanted):
+            raise LatentPriorError(f"accelerate joined {self.count} of {wanted} processes: launch them with torchrun")
         self.device = torch.device(self._state.device)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """One message for all tensors, in their order."""
         from accelerate.utils import reduce
 
-        flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+        # Half precision would lose small gradients in the sum.
+        wide = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+        flat = torch.cat([tensor.flatten() for tensor in wide])
         try:
             mean = reduce(flat, reduction="mean")
         except RuntimeError as error:
@@ -85,8 +93,6 @@ def _left(error: RuntimeError) -> LatentPriorError:
 
 def launched_processes(device: torch.device | str | None = None) -> Processes:
     """The processes of a launcher if one started this (``WORLD_SIZE`` above 1), else this one alone."""
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
-        return AccelerateProcesses()
+        return AccelerateProcesses(device)
     return SingleProcess(device)

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..bases import DistributionBase
 from ..checkpoint import load_state, save_state
 from ..errors import CheckpointError
+from ..images import Images
 from ..prior import LatentPrior
 from ..ratios import Gain
 
 if TYPE_CHECKING:
     from .training import JointLearner
 
-__all__ = ["TrainingRun"]
+__all__ = ["TrainingRun", "foreign", "images_identity", "network_state", "restore_network"]
 
 
 class TrainingRun:
@@ -80,9 +82,7 @@ class TrainingRun:
             return
         document, tensors = load_state(self.folder, "training")
         if document.get("identity") != self.identity:
-            raise CheckpointError(
-                f"{self.folder}: holds a run on other images or settings; choose another folder, or do not resume"
-            )
+            raise foreign(self.folder)
         try:
             self.before = float(document["seconds"])
             _restore(self.learner, document, tensors)
@@ -93,12 +93,8 @@ class TrainingRun:
 def _state(learner: JointLearner) -> tuple[dict[str, Any], dict[str, Tensor]]:
     prior, tensors = learner.model.prior.state()
     everything = {f"prior.{k}": v for k, v in tensors.items()}
-    for part, module, average, optimizer in _trained(learner):
-        for name, parameter in module.named_parameters():
-            everything[f"{part}.now.{name}"] = parameter.detach()
-            everything[f"{part}.average.{name}"] = average[name]
-            for key, value in optimizer.state[parameter].items():
-                everything[f"{part}.{key}.{name}"] = value
+    for part in _trained(learner):
+        everything.update(network_state(*part))
     for name in ("latents", "chains", "pool"):
         kept = getattr(learner, name)
         if kept is not None and kept.numel():
@@ -118,19 +114,14 @@ def _state(learner: JointLearner) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _restore(learner: JointLearner, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     device = learner.device
     saved = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
-    learner.model.prior = LatentPrior.from_state(document["prior"], saved).to(device)
+    base = learner.model.prior.base
+    given = base.distribution if isinstance(base, DistributionBase) else None
+    learner.model.prior = LatentPrior.from_state(document["prior"], saved, base=given).to(device)
     learner._begin_stage()
-    for part, module, average, optimizer in _trained(learner):
-        for name, parameter in module.named_parameters():
-            parameter.copy_(tensors[f"{part}.now.{name}"])
-            average[name].copy_(tensors[f"{part}.average.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{part}.{key}.{name}" in tensors]
-            optimizer.state[parameter] = {
-                key: tensors[f"{part}.{key}.{name}"].clone().to("cpu" if key == "step" else device) for key in keys
-            }
-            if not keys:
-                del optimizer.state[parameter]
-    for name in ("latents", "chains", "pool"):
+    for part in _trained(learner):
+        restore_network(*part, tensors)
+    # Chains and pool are the main process's: shared, they would be the same particles twice.
+    for name in ("latents", "chains", "pool") if learner.processes.rank == 0 else ("latents",):
         if f"kept.{name}" in tensors:
             kept = tensors[f"kept.{name}"].clone()
             setattr(learner, name, kept if name == "latents" else kept.to(device))
@@ -138,6 +129,43 @@ def _restore(learner: JointLearner, document: Mapping[str, Any], tensors: Mappin
         setattr(learner, name, bool(value) if name == "arrived" else int(value))
     learner.gain = Gain(float("nan"), float("nan")) if document["gain"] is None else Gain(*document["gain"])
     learner.best_gain = -float("inf") if document["best_gain"] is None else float(document["best_gain"])
+
+
+def network_state(
+    part: str, module: torch.nn.Module, average: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Weights, their moving averages, buffers and Adam's moments, under names that begin with ``part``."""
+    tensors = {f"{part}.buffer.{name}": value for name, value in module.named_buffers()}
+    for name, parameter in module.named_parameters():
+        tensors[f"{part}.now.{name}"] = parameter.detach()
+        tensors[f"{part}.average.{name}"] = average[name]
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{part}.{key}.{name}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def restore_network(
+    part: str,
+    module: torch.nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put back what :func:`network_state` gave; raises :class:`KeyError` or :class:`RuntimeError` for anything else."""
+    for name, buffer in module.named_buffers():
+        buffer.copy_(tensors[f"{part}.buffer.{name}"])
+    for name, parameter in module.named_parameters():
+        parameter.copy_(tensors[f"{part}.now.{name}"])
+        average[name].copy_(tensors[f"{part}.average.{name}"])
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{part}.{key}.{name}" in tensors]
+        optimizer.state.pop(parameter, None)
+        if keys:
+            # Adam counts its steps on the CPU.
+            optimizer.state[parameter] = {
+                key: tensors[f"{part}.{key}.{name}"].clone().to("cpu" if key == "step" else parameter.device)
+                for key in keys
+            }
 
 
 def _trained(learner: JointLearner) -> list[tuple[str, torch.nn.Module, dict[str, Tensor], torch.optim.Optimizer]]:
@@ -149,10 +177,21 @@ def _trained(learner: JointLearner) -> list[tuple[str, torch.nn.Module, dict[str
 
 def _identity(learner: JointLearner) -> str:
     """A digest of everything that decides the outcome: settings, networks' shapes, and a sample of the images."""
-    digest = hashlib.sha256()
     shapes = [(k, tuple(v.shape)) for k, v in learner.networks.named_parameters()]
-    digest.update(repr((asdict(learner.config), learner.seed, learner.model.sigma, shapes, learner.first)).encode())
-    some = torch.linspace(0, len(learner.images) - 1, min(64, len(learner.images))).long()
-    digest.update(repr((len(learner.images), learner.images.shape)).encode())
-    digest.update(learner.images.batch(some).numpy().tobytes())
+    settings = (asdict(learner.config), learner.seed, learner.model.sigma, shapes, learner.first)
+    return images_identity(settings, learner.images)
+
+
+def images_identity(settings: object, images: Images) -> str:
+    """A digest of settings and of a sample of the images."""
+    digest = hashlib.sha256(repr((settings, len(images), images.shape)).encode())
+    some = torch.linspace(0, len(images) - 1, min(64, len(images))).long()
+    digest.update(images.batch(some).numpy().tobytes())
     return digest.hexdigest()
+
+
+def foreign(folder: Path) -> CheckpointError:
+    """The error for a folder that holds another run."""
+    return CheckpointError(
+        f"{folder}: holds a run on other images or settings; choose another folder, or do not resume"
+    )

@@ -74,6 +74,12 @@ class TrainingConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise LatentPriorError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("posterior_step_size", "prior_step_size", "bound", "learning_rate", "ratio_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise LatentPriorError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("decay", "average"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise LatentPriorError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.stages < 0 or self.settle_steps < 0 or self.held_out < 2:
             raise LatentPriorError("stages and settle_steps must be 0 or more, held_out 2 or more")
         choices = {
@@ -181,6 +187,10 @@ class JointLearner:
             )
         if config.posterior_start == "encoder" and model.encoder is None:
             raise LatentPriorError("posterior_start='encoder' needs a model with an encoder")
+        if config.batch_size % processes.count:
+            raise LatentPriorError(
+                f"a batch of {config.batch_size} is no multiple of {processes.count} processes: change batch_size"
+            )
         self.model, self.images, self.config, self.seed = model, images, config, seed
         self.processes = processes
         self.device = model.device
@@ -255,9 +265,9 @@ class JointLearner:
         index = torch.cat(picks)[self.processes.rank :: self.processes.count]
         return self.images.batch(index, device=self.device).to(self.model.prior.dtype), index
 
-    def posterior_samples(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def posterior_samples(self, x: Tensor, index: Tensor | None = None, use: str = "posterior") -> Tensor:
         r"""Short-run Langevin draws ``(b, d)`` of :math:`p_\theta(x \mid z)\,p_k(z)` (eq. 5)."""
-        config, draws = self.config, self._draws("posterior", self.updates, self.processes.rank)
+        config, draws = self.config, self._draws(use, self.updates, self.processes.rank)
         if config.posterior_start == "encoder":
             start = self._encoded(x, draws)
         elif config.posterior_start == "persistent" and self.latents is not None and index is not None:
@@ -269,7 +279,7 @@ class JointLearner:
             start, density, steps=config.posterior_steps, step_size=config.posterior_step_size, generator=draws
         )
         if self.latents is not None and index is not None:
-            self.latents[index] = z.cpu()
+            self._keep(index, z)
         return z
 
     def prior_samples(self, n: int) -> Tensor:
@@ -314,8 +324,7 @@ class JointLearner:
     def evaluate(self) -> None:
         """Measure the stage's gain on held-out images and as many fresh particles, in nats."""
         x = self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
-        with torch.enable_grad():
-            posterior = torch.cat([self.posterior_samples(part) for part in x.split(self.config.batch_size)])
+        posterior = self._held_out_posterior(x)
         prior = self.ladder.fresh_particles(len(x), self._draws("held out", self.updates)).position
         f = [torch.func.functional_call(self.ratio, self.ratio_average, (z,)) for z in (posterior, prior)]
         measured = torch.tensor(gain(f[0], f[1]), device=self.device)
@@ -330,7 +339,7 @@ class JointLearner:
 
         A stage whose held-out gain is not above zero by two standard errors is left out: the ladder has arrived.
         """
-        if math.isnan(self.gain.value):
+        if self.step % self.config.evaluate_every:
             self.evaluate()
         if self.config.switch == "adaptive" and self.gain.value <= 2 * self.gain.stderr:
             self.arrived = True
@@ -361,12 +370,29 @@ class JointLearner:
             parameter.copy_(self.average[name])
         self.networks.requires_grad_(False).eval()
         x = self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
-        with torch.enable_grad():
-            rows = torch.cat([self.posterior_samples(part) for part in x.split(self.config.batch_size)])
+        rows = self._held_out_posterior(x)
         prior = self.model.prior
         total = normalizers.estimate(prior.ladder, rows, self._draws("log Z"))
         info = {**prior.info, "training": asdict(self.config), "stopped": "no gain" if self.arrived else "stages"}
         self.model.prior = prior.replaced(prior.stages, total, info)
+
+    def _held_out_posterior(self, x: Tensor) -> Tensor:
+        # Every part draws of its own: shared starts would make rows dependent and the gain's standard error small.
+        parts = enumerate(x.split(self.config.batch_size))
+        return torch.cat([self.posterior_samples(part, use=f"held-out posterior {i}") for i, part in parts])
+
+    def _keep(self, index: Tensor, z: Tensor) -> None:
+        """Remember the latents of a share of the batch in every process: the next epoch may deal it to another."""
+        assert self.latents is not None
+        rank, count = self.processes.rank, self.processes.count
+        if count == 1:
+            self.latents[index] = z.to(self.latents)
+            return
+        rows = torch.zeros(count * len(z), 1 + z.shape[1], dtype=torch.float64, device=self.device)
+        rows[rank::count, 0], rows[rank::count, 1:] = index.to(rows), z.to(rows)
+        self.processes.average([rows])
+        rows = count * rows.cpu()
+        self.latents[rows[:, 0].round().long()] = rows[:, 1:].to(self.latents)
 
     # Pieces --------------------------------------------------------------------------------------------------
 
@@ -383,7 +409,10 @@ class JointLearner:
     def _posterior_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's means and scales in standardised coordinates (whitened means; scales of the diagonal)."""
         assert self.model.encoder is not None
-        mean, scale = self.model.encoder(x)
+        out = self.model.encoder(x)
+        if not isinstance(out, tuple):
+            raise LatentPriorError("joint learning needs an encoder that returns (mean, scale): give one, or none")
+        mean, scale = out
         spread = self.whitening.matrix.diagonal().abs()
         return self.whitening.whiten(mean.flatten(1)), scale.flatten(1) * spread
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import LatentPriorError, LearningDivergedError
+from ..checkpoint import load_state, save_state
+from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..images import Images
 from ..latents import Latents
 from ..learning import Callback as FitCallback
 from ..learning import fit
-from ..prior import LatentPrior
 from ..stage import derived_generator
 from .model import LatentVariableModel
+from .run import foreign, images_identity, network_state, restore_network
 from .training import TrainingEvent
 
-__all__ = ["AutoencoderConfig", "aggregate_posterior", "train_autoencoder", "train_two_phase"]
+__all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
+
+SAVE_EVERY, SAVE_SECONDS = 250, 20.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class AutoencoderConfig:
             raise LatentPriorError(f"unknown kind {self.kind!r}: choose vae or ae")
         if min(self.steps, self.batch_size) < 1 or self.noise < 0 or self.latent_penalty < 0:
             raise LatentPriorError("steps and batch_size must be 1 or more, noise and latent_penalty 0 or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise LatentPriorError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.average <= 1:
+            raise LatentPriorError(f"average must be from 0 to 1, got {self.average}")
 
 
 def train_autoencoder(
@@ -58,6 +66,8 @@ def train_autoencoder(
     config: AutoencoderConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
 ) -> LatentVariableModel:
     r"""Learn the generator and the encoder of ``model``; its prior is left as it is. Returns ``model``.
@@ -67,64 +77,120 @@ def train_autoencoder(
     it is kept fixed. ``ae`` descends :math:`\|x - g(e(x) + s\,\epsilon)\|^2 + \lambda \|e(x)\|^2 / 2` (Ghosh et al.
     2020, eq. 8, with noise).
 
-    The networks end with the moving average of their weights. Raises
-    :class:`~latentprior.errors.LearningDivergedError` when the loss is not finite.
+    The networks end with the moving average of their weights. With a ``checkpoint_dir`` the state is saved every 250
+    steps or 20 seconds, and ``resume=True`` goes on from there. Raises
+    :class:`~latentprior.errors.LearningDivergedError` when the loss is not finite,
+    :class:`~latentprior.errors.CheckpointError` for a ``checkpoint_dir`` of another run.
     """
-    config = config or AutoencoderConfig()
-    if model.encoder is None:
-        raise LatentPriorError("two-phase learning needs a model with an encoder")
-    model.generator.requires_grad_(True).train()
-    model.encoder.requires_grad_(True).train()
-    groups: list[dict[str, Any]] = [
-        {"params": list(model.generator.parameters()), "weight_decay": config.weight_decay},
-        {"params": list(model.encoder.parameters()), "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    networks = torch.nn.ModuleList([model.generator, model.encoder])
-    average = {name: p.detach().clone() for name, p in networks.named_parameters()}
-    device, begun, error = model.device, time.monotonic(), math.nan
-    for step in range(config.steps):
-        draws = derived_generator(device, seed, "autoencoder", step)
-        x = images.batch(_rows(len(images), config.batch_size, step, seed), device=device).to(model.prior.dtype)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        out = model.encoder(x)
-        mean, scale = out if isinstance(out, tuple) else (out, torch.zeros_like(out))
-        noise = torch.randn(mean.shape, generator=draws, device=device, dtype=mean.dtype)
-        z = mean + (scale if config.kind == "vae" else config.noise) * noise
-        squared = (model.generator(z) - x).square().flatten(1).sum(1).mean()
-        pixels = x[0].numel()
-        error = _follow(error, float(squared.detach()) / pixels)
-        if config.kind == "vae":
-            if config.learn_sigma:
-                model.sigma = max(1e-3, math.sqrt(error))
-            divergence = (0.5 * (mean.square() + scale.square() - 1) - scale.log()).flatten(1).sum(1).mean()
-            loss = squared / (2 * model.sigma**2) + divergence
-            losses = {"reconstruction": float(squared.detach()) / pixels, "divergence": float(divergence.detach())}
-        else:
-            loss = squared + config.latent_penalty * 0.5 * mean.square().flatten(1).sum(1).mean()
-            losses = {"reconstruction": float(squared.detach()) / pixels}
-        if not math.isfinite(float(loss.detach())):
-            raise LearningDivergedError(f"the autoencoder's loss is not finite at step {step}; lower learning_rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(config.average, (step + 1) / (step + 10))
-            for name, parameter in networks.named_parameters():
-                average[name].lerp_(parameter, 1 - decay)
+    learner = _AutoencoderLearner(model, images, config or AutoencoderConfig(), seed)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if resume:
+        learner.load(folder)
+    begun = saved = time.monotonic()
+    while learner.step < learner.config.steps:
+        losses = learner.update()
+        due = learner.step % SAVE_EVERY == 0 or learner.step == learner.config.steps
+        if folder is not None and (due or time.monotonic() - saved > SAVE_SECONDS):
+            learner.save(folder)
+            saved = time.monotonic()
+        seconds = time.monotonic() - begun
         event = TrainingEvent(
-            "autoencoder", 0, step + 1, config.steps, losses, seconds=time.monotonic() - begun, model=model
+            "autoencoder", 0, learner.step, learner.config.steps, losses, seconds=seconds, model=model
         )
         for callback in callbacks:
             callback(event)
-    with torch.no_grad():
-        for name, parameter in networks.named_parameters():
-            parameter.copy_(average[name])
-    if config.kind == "ae":
-        model.sigma = max(1e-3, math.sqrt(error))
-    networks.requires_grad_(False).eval()
+    learner.finish()
     return model
+
+
+class _AutoencoderLearner:
+    """The networks, their moving averages and the optimiser; all draws are functions of ``seed`` and the step."""
+
+    def __init__(self, model: LatentVariableModel, images: Images, config: AutoencoderConfig, seed: int) -> None:
+        if model.encoder is None:
+            raise LatentPriorError("two-phase learning needs a model with an encoder")
+        self.model, self.encoder, self.images, self.config, self.seed = model, model.encoder, images, config, seed
+        self.networks = torch.nn.ModuleDict({"generator": model.generator, "encoder": model.encoder})
+        self.networks.requires_grad_(True).train()
+        self.average = {name: p.detach().clone() for name, p in self.networks.named_parameters()}
+        groups: list[dict[str, Any]] = [
+            {"params": list(model.generator.parameters()), "weight_decay": config.weight_decay},
+            {"params": list(model.encoder.parameters()), "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        shapes = [(k, tuple(v.shape)) for k, v in self.networks.named_parameters()]
+        self.identity = images_identity(("autoencoder", asdict(config), seed, model.sigma, shapes), images)
+        self.step, self.error = 0, 0.0
+
+    def update(self) -> dict[str, float]:
+        """One step; returns the losses, per pixel and in nats an image."""
+        config, model, step = self.config, self.model, self.step
+        draws = derived_generator(model.device, self.seed, "autoencoder", step)
+        rows = _rows(len(self.images), config.batch_size, step, self.seed)
+        x = self.images.batch(rows, device=model.device).to(model.prior.dtype)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        out = self.encoder(x)
+        if config.kind == "vae" and not isinstance(out, tuple):
+            raise LatentPriorError("kind='vae' needs an encoder that returns (mean, scale): give one, or kind='ae'")
+        mean, scale = out if isinstance(out, tuple) else (out, torch.zeros_like(out))
+        noise = torch.randn(mean.shape, generator=draws, device=draws.device, dtype=mean.dtype)
+        z = mean + (scale if config.kind == "vae" else config.noise) * noise
+        squared = (model.generator(z.reshape(len(x), *model.event_shape)) - x).square().flatten(1).sum(1).mean()
+        reconstruction = float(squared.detach()) / x[0].numel()
+        # Short at first, or the untrained networks' error would stay in sigma for hundreds of steps.
+        memory = min(0.99, step / (step + 9))
+        self.error = memory * self.error + (1 - memory) * reconstruction
+        if config.kind == "vae":
+            if config.learn_sigma:
+                model.sigma = max(1e-3, math.sqrt(self.error))
+            divergence = (0.5 * (mean.square() + scale.square() - 1) - scale.log()).flatten(1).sum(1).mean()
+            loss = squared / (2 * model.sigma**2) + divergence
+            losses = {"reconstruction": reconstruction, "divergence": float(divergence.detach())}
+        else:
+            loss = squared + config.latent_penalty * 0.5 * mean.square().flatten(1).sum(1).mean()
+            losses = {"reconstruction": reconstruction}
+        if not math.isfinite(float(loss.detach())):
+            raise LearningDivergedError(f"the autoencoder's loss is not finite at step {step}; lower learning_rate")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        decay = min(config.average, self.step / (self.step + 9))
+        with torch.no_grad():
+            for name, parameter in self.networks.named_parameters():
+                self.average[name].lerp_(parameter, 1 - decay)
+        return losses
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the averaged weights in place."""
+        for name, parameter in self.networks.named_parameters():
+            parameter.copy_(self.average[name])
+        if self.config.kind == "ae":
+            self.model.sigma = max(1e-3, math.sqrt(self.error))
+        self.networks.requires_grad_(False).eval()
+
+    def save(self, folder: Path) -> None:
+        """Write everything that the next step depends on, atomically."""
+        state = {"identity": self.identity, "step": self.step, "error": self.error, "sigma": self.model.sigma}
+        save_state(folder, "autoencoder", state, network_state("networks", self.networks, self.average, self.optimizer))
+
+    def load(self, folder: Path | None) -> None:
+        """Stand where the folder's run was saved; a folder without one begins afresh."""
+        if folder is None:
+            raise CheckpointError("resume=True needs the checkpoint_dir of the run to go on with")
+        if not (folder / "config.json").exists():
+            return
+        state, tensors = load_state(folder, "autoencoder")
+        if state.get("identity") != self.identity:
+            raise foreign(folder)
+        try:
+            restore_network("networks", self.networks, self.average, self.optimizer, tensors)
+            self.step, self.error = int(state["step"]), float(state["error"])
+            self.model.sigma = float(state["sigma"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: its checkpoint is damaged ({type(error).__name__})") from None
 
 
 def aggregate_posterior(
@@ -142,6 +208,8 @@ def aggregate_posterior(
     ``encoder`` : the encoder's posteriors, drawn afresh at every use. ``means`` : its means, with ``noise`` on them.
     ``posterior`` : one draw an image of :meth:`LatentVariableModel.infer`, which takes ``options``.
     """
+    if source not in ("encoder", "means", "posterior"):
+        raise LatentPriorError(f"unknown source {source!r}: choose encoder, means or posterior")
     means, scales = [], []
     for x in images.batches(batch_size, device=model.device):
         if source == "posterior":
@@ -162,20 +230,36 @@ def train_two_phase(
     config: AutoencoderConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
     fit_callbacks: Iterable[FitCallback] = (),
     **fit_options: Any,
 ) -> LatentVariableModel:
     """:func:`train_autoencoder`, then :func:`latentprior.fit` on the aggregate posterior with fresh draws.
 
-    ``fit_options`` go to :func:`latentprior.fit`. The model's prior is the learned ladder.
+    ``fit_options`` go to :func:`latentprior.fit`. The model's prior is the learned ladder. With a
+    ``checkpoint_dir`` both phases save their state there, and ``resume=True`` goes on in the phase that was stopped.
     """
     config = config or AutoencoderConfig()
-    train_autoencoder(model, images, config, seed=seed, callbacks=callbacks)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    phases = (None, None) if folder is None else (folder / "autoencoder", folder / "prior")
+    train_autoencoder(model, images, config, seed=seed, checkpoint_dir=phases[0], resume=resume, callbacks=callbacks)
     noisy = config.kind == "ae"
     latents = aggregate_posterior(model, images, source="means" if noisy else "encoder", noise=config.noise * noisy)
-    prior: LatentPrior = fit(latents, seed=seed, device=model.device, callbacks=fit_callbacks, **fit_options)
-    model.prior = prior
+    return refit_prior(
+        model, latents, seed=seed, checkpoint_dir=phases[1], resume=resume, callbacks=fit_callbacks, **fit_options
+    )
+
+
+def refit_prior(
+    model: LatentVariableModel, latents: Latents, *, seed: int = 0, **fit_options: Any
+) -> LatentVariableModel:
+    """Give ``model`` the ladder that :func:`latentprior.fit` learns on ``latents``, its networks left as they are.
+
+    Also the end of joint learning: a last ladder on posterior draws of the finished generator, from a mixture.
+    """
+    model.prior = fit(latents, seed=seed, device=model.device, **fit_options)
     return model
 
 
@@ -188,7 +272,3 @@ def _rows(n: int, size: int, step: int, seed: int) -> Tensor:
         for epoch in torch.unique(wanted // n).tolist()
     ]
     return torch.cat(picks)
-
-
-def _follow(average: float, value: float) -> float:
-    return value if math.isnan(average) else 0.99 * average + 0.01 * value

@@ -1,0 +1,250 @@
+"""E3a: generation and reconstruction, every method on the same generator, images and threads.
+
+    python benchmarks/images.py --sets mnist --seeds 0 1 2 --scale cpu
+
+Frechet distances are between test images and as many decoded samples, on LeNet-5 features (mnist) or
+EfficientNet-Lite0 at 64 px (cifar10); beside them stand the floors, other real images and reconstructions. Errors of
+reconstruction are per pixel on test images in [-1, 1]: by each paper's own inference (the encoder's mean, or short-run
+Langevin where there is no encoder), and at the most probable latent under the method's own prior (2,000 images).
+
+The autoencoder of the VAE and of all that stand on it is trained once a seed; its seconds count for each. At scale
+``cpu`` the generator is a perceptron (mnist) or the narrow SVHN network (cifar10, 10,000 images); at scale ``paper``
+those of the papers. Runs of single seeds join the figures of earlier ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from _data import image_cache
+from _features import network_named, real_features
+from _results import FOLDER, read_results, write_results
+from latentprior import baselines
+from latentprior.generator.model import LatentVariableModel
+from latentprior.generator.networks import build_encoder, build_generator, network_spec
+from latentprior.generator.training import TrainingConfig, train
+from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
+from latentprior.images import Images
+from latentprior.metrics import features, frechet_distance, kernel_distance, mean_squared_error
+from latentprior.stage import derived_generator
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Networks, images and steps of one set at one scale."""
+
+    spec: tuple[str, int, int]
+    train: int
+    test: int
+    autoencoder: int
+    """Steps of every autoencoder."""
+    short_run: int
+    """Steps of the methods that infer by short-run dynamics of 20 steps."""
+    joint: int
+    """Steps of a stage of the joint ladder, whose chains start at its encoder."""
+    fit_seconds: float
+
+
+SCALES = {
+    ("mnist", "cpu"): Scale(("mlp", 16, 512), 20_000, 10_000, 5000, 1800, 800, 60),
+    ("mnist", "paper"): Scale(("mnist", 16, 64), 60_000, 10_000, 30_000, 30_000, 6000, 300),
+    ("cifar10", "cpu"): Scale(("svhn", 64, 16), 10_000, 5_000, 4000, 800, 500, 90),
+    ("cifar10", "paper"): Scale(("cifar10", 128, 128), 50_000, 10_000, 60_000, 60_000, 12_000, 600),
+}
+FEATURES = {"mnist": "lenet", "cifar10": "efficientnet_lite0"}
+RATE = 1e-3
+MAP_IMAGES = 2_000
+
+
+def joint_config(scale: Scale) -> TrainingConfig:
+    return TrainingConfig(
+        stages=3, steps=scale.joint, settle_steps=scale.joint, posterior_start="encoder", posterior_steps=5,
+        prior_sampler="particles", learning_rate=RATE, ratio_learning_rate=RATE, decay=0.95, evaluate_every=100,
+    )  # fmt: skip
+
+
+class Bench:
+    """One seed: fresh networks, the shared autoencoder, and the figures so far."""
+
+    def __init__(self, dataset: str, scale: Scale, seed: int) -> None:
+        archive = np.load(image_cache() / f"{dataset}.npz")
+        self.images = Images(archive["x_train"][: scale.train])
+        self.test = Images(archive["x_test"][: scale.test])
+        self.scale, self.seed, self.dataset = scale, seed, dataset
+        self.name = FEATURES[dataset]
+        self.network = network_named(self.name)
+        self.real = real_features(dataset, "test", self.name, scale.test)
+        self.other = real_features(dataset, "train", self.name, scale.test)
+        self.x = torch.cat(list(self.test.batches(1000)))
+        self.vae: LatentVariableModel | None = None
+        self.vae_seconds = 0.0
+        self.pictures: dict[str, Tensor] = {}
+
+    def fresh(self) -> LatentVariableModel:
+        family, dim, width = self.scale.spec
+        spec = network_spec(family, dim, width, self.images.shape)
+        weights = derived_generator(CPU, self.seed, "networks")
+        return LatentVariableModel(build_generator(spec, weights), None, 0.3, build_encoder(spec, weights))
+
+    def shared(self) -> LatentVariableModel:
+        """The VAE that several methods stand on."""
+        if self.vae is None:
+            begun = time.monotonic()
+            config = AutoencoderConfig(steps=self.scale.autoencoder)
+            self.vae = train_autoencoder(self.fresh(), self.images, config, seed=self.seed)
+            self.vae_seconds = time.monotonic() - begun
+        return self.vae
+
+    def rival(self, name: str, config: Any, *, on_vae: bool = False) -> tuple[LatentVariableModel, float]:
+        options = {"autoencoder": self.shared()} if on_vae else {}
+        begun = time.monotonic()
+        model = baselines.RIVALS[name](self.fresh(), self.images, config, seed=self.seed, **options)
+        return model, time.monotonic() - begun + (self.vae_seconds if on_vae else 0.0)
+
+    def ladder_on_vae(self) -> tuple[LatentVariableModel, float]:
+        model = copy.deepcopy(self.shared())
+        begun = time.monotonic()
+        latents = aggregate_posterior(model, self.images)
+        refit_prior(model, latents, seed=self.seed, time_budget=self.scale.fit_seconds)
+        return model, time.monotonic() - begun + self.vae_seconds
+
+    def ladder_on_ae(self) -> tuple[LatentVariableModel, float]:
+        begun = time.monotonic()
+        config = AutoencoderConfig("ae", self.scale.autoencoder)
+        model = train_autoencoder(self.fresh(), self.images, config, seed=self.seed)
+        latents = aggregate_posterior(model, self.images, source="means", noise=config.noise)
+        refit_prior(model, latents, seed=self.seed, time_budget=self.scale.fit_seconds)
+        return model, time.monotonic() - begun
+
+    def joint(self) -> tuple[LatentVariableModel, float]:
+        begun = time.monotonic()
+        model = train(self.fresh(), self.images, joint_config(self.scale), seed=self.seed)
+        self.learned = model, time.monotonic() - begun
+        return self.learned
+
+    def joint_refitted(self) -> tuple[LatentVariableModel, float]:
+        if not hasattr(self, "learned"):
+            self.joint()
+        trained, seconds = self.learned
+        begun = time.monotonic()
+        model = copy.deepcopy(trained)
+        draws = derived_generator(CPU, self.seed, "posterior draws")
+        latents = aggregate_posterior(
+            model, self.images, source="posterior", method="langevin", steps=5, step_size=0.1, generator=draws
+        )
+        refit_prior(model, latents, seed=self.seed, time_budget=self.scale.fit_seconds)
+        return model, seconds + time.monotonic() - begun
+
+    def measure(self, name: str, made: tuple[LatentVariableModel, float]) -> dict[str, Any]:
+        model, seconds = made
+        draws = derived_generator(CPU, self.seed, "measure", name)
+        how = model.prior.info.get("sampler") or {"sampler": "smc"}
+        begun = time.monotonic()
+        x = model.generate(self.scale.test, generator=draws, **how)
+        sampling = time.monotonic() - begun
+        self.pictures[name] = x[:64]
+        made_features = features(self.network, x)
+        if model.encoder is not None and name not in ("ladder, joint", "ladder, joint and refitted"):
+            own = model.decode(model.encode(self.x)[0])
+        else:
+            steps = 5 if model.encoder is not None else 20
+            own = model.reconstruct(self.x, method="langevin", steps=steps, step_size=0.1, generator=draws)
+        # The 2-stage prior's density is an average over 64 draws: too slow to climb, and not its paper's inference.
+        some = self.x[:MAP_IMAGES]
+        best = None if name == "2-stage VAE" else model.reconstruct(some, method="map", generator=draws)
+        kernel = kernel_distance(self.real, made_features, subsets=20)
+        figures = {
+            "frechet": frechet_distance(self.real, made_features),
+            "frechet_reconstructions": frechet_distance(self.real, features(self.network, own)),
+            "kernel": kernel.value,
+            "kernel_stderr": kernel.stderr,
+            "mse": mean_squared_error(self.x, own).value,
+            "mse_map": None if best is None else mean_squared_error(some, best).value,
+            "sigma": model.sigma,
+            "seconds": seconds,
+            "sampling_seconds": sampling,
+            "stages": len(model.prior.stages),
+            "log_prob_stderr": model.prior.log_prob_stderr,
+        }
+        print(f"{self.dataset} seed {self.seed} {name}: {figures}", flush=True)
+        return figures
+
+    def floors(self) -> dict[str, float]:
+        return {"real": frechet_distance(self.real, self.other)}
+
+    def methods(self) -> dict[str, Callable[[], tuple[LatentVariableModel, float]]]:
+        s = self.scale
+        return {
+            "VAE": lambda: self.rival("vae", None, on_vae=True),
+            "2-stage VAE": lambda: self.rival(
+                "two_stage_vae", baselines.TwoStageVAEConfig(second_steps=s.autoencoder), on_vae=True
+            ),
+            "NCP-VAE": lambda: self.rival("ncp_vae", None, on_vae=True),
+            "GMM on latents": lambda: self.rival("latent_gmm", None, on_vae=True),
+            "flow on latents": lambda: self.rival("latent_flow", None, on_vae=True),
+            "RAE": lambda: self.rival("rae", baselines.RAEConfig(steps=s.autoencoder)),
+            "SRI": lambda: self.rival("sri", baselines.SRIConfig(steps=s.short_run, learning_rate=RATE, decay=0.95)),
+            "LEBM": lambda: self.rival(
+                "lebm",
+                baselines.LEBMConfig(steps=s.short_run, learning_rate=RATE, energy_learning_rate=2e-4, decay=0.95),
+            ),
+            "ladder on the VAE": self.ladder_on_vae,
+            "ladder, two-phase": self.ladder_on_ae,
+            "ladder, joint": self.joint,
+            "ladder, joint and refitted": self.joint_refitted,
+        }
+
+
+def save_grids(dataset: str, pictures: dict[str, Tensor], real: Tensor) -> None:
+    """One row of samples a method, as a PNG beside the results."""
+    from PIL import Image
+
+    rows = []
+    for x in [real, *pictures.values()]:
+        row = torch.cat(list(x[:16]), 2)
+        rows.append(((row + 1) * 127.5).round().clamp(0, 255).byte())
+    grid = torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy()
+    Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.NEAREST).save(
+        FOLDER / f"images_{dataset}.png", optimize=True
+    )
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--sets", nargs="+", default=["mnist", "cifar10"], choices=["mnist", "cifar10"])
+    ask.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    ask.add_argument("--scale", default="cpu", choices=["cpu", "paper"])
+    ask.add_argument("--methods", nargs="+", help="only these, such as 'RAE' 'ladder, two-phase'")
+    ask.add_argument("--threads", type=int, default=1)
+    call = ask.parse_args()
+    torch.set_num_threads(call.threads)
+    warnings.simplefilter("ignore")
+    for dataset in call.sets:
+        for seed in call.seeds:
+            bench = Bench(dataset, SCALES[dataset, call.scale], seed)
+            figures: dict[str, Any] = {"floors": bench.floors()}
+            for name, make in bench.methods().items():
+                if not call.methods or name in call.methods:
+                    figures[name] = bench.measure(name, make())
+            record = f"images_{dataset}_{call.scale}"
+            seeds = (read_results(record) or {}).get("seeds", {})
+            seeds[str(seed)] = {**seeds.get(str(seed), {}), **figures}
+            write_results(record, {"seeds": dict(sorted(seeds.items()))}, threads=call.threads, settings=vars(call))
+            if seed == 0:
+                save_grids(dataset, bench.pictures, bench.x[:16])
+
+
+if __name__ == "__main__":
+    main()

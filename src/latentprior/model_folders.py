@@ -1,0 +1,115 @@
+"""The folder of a trained model: made from a recipe, written, read again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .baselines.two_stage_vae import SkipPerceptron, TwoStageDistribution
+from .bases import DistributionBase
+from .checkpoint import load_state, save_state
+from .configs import Recipe, read_recipe
+from .errors import CheckpointError, LatentPriorError
+from .generator.model import LatentVariableModel
+from .generator.networks import build_encoder, build_generator, network_spec
+from .stage import derived_generator
+
+__all__ = ["image_size", "load_model", "new_model", "sampler_options", "save_model"]
+
+
+def new_model(
+    recipe: Recipe, image_shape: tuple[int, int, int], *, seed: int = 0, device: torch.device | str | None = None
+) -> LatentVariableModel:
+    """Return an untrained model for images ``(C, H, W)``, its prior N(0, I); weights are a function of ``seed``.
+
+    Raises :class:`LatentPriorError` where the recipe's network makes no such images.
+    """
+    network = recipe.network
+    try:
+        spec = network_spec(network.family, network.latent_dim, network.width, image_shape)
+    except CheckpointError as error:
+        raise LatentPriorError(f"network: {error}") from None
+    cpu = torch.device("cpu")
+    generator = build_generator(spec, derived_generator(cpu, seed, "generator"))
+    encoder = build_encoder(spec, derived_generator(cpu, seed, "encoder")) if recipe.encoder else None
+    return LatentVariableModel(generator.to(device), None, recipe.sigma, encoder).moved(device)
+
+
+def save_model(model: LatentVariableModel, folder: Path) -> None:
+    """Write the model; beside it, in ``second``, the networks of a two-stage VAE's prior, which is a Distribution."""
+    second = _second(model)
+    if second is not None:
+        hidden = second.encoder.get_submodule("hidden")
+        assert isinstance(hidden, nn.Sequential)
+        config = {
+            "gamma": second.gamma,
+            "event_shape": list(second.event_shape),
+            "width": hidden[0].out_features,
+            "depth": sum(isinstance(layer, nn.Linear) for layer in hidden),
+        }
+        networks = nn.ModuleDict({"encoder": second.encoder, "decoder": second.decoder})
+        save_state(folder / "second", "second", config, {"noise": second.noise, **networks.state_dict()})
+    model.save_pretrained(folder)
+
+
+def load_model(folder: Path, device: torch.device | str | None = None) -> LatentVariableModel:
+    """Load a model from the folder that ``latentprior train --out`` wrote, or from the ``model`` in it.
+
+    Raises :class:`~latentprior.errors.CheckpointError` for anything absent, damaged or foreign.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the one that `latentprior train --out` wrote")
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    elif (folder / "checkpoint").is_dir():
+        raise CheckpointError(f"{folder}: its training has not ended; go on with `latentprior train ... --resume`")
+    prior = _load_second(folder / "second") if (folder / "second").is_dir() else None
+    return LatentVariableModel.from_pretrained(folder, prior=prior, device=device)
+
+
+def image_size(folder: Path) -> int | None:
+    """Side that the images of a training run were resized to, or None."""
+    recipe = folder / "config.yaml"
+    return read_recipe(recipe).image_size if recipe.is_file() else None
+
+
+def sampler_options(model: LatentVariableModel) -> dict[str, Any]:
+    """How the paper of the model's method samples, as arguments of ``generate``; SMC where it does not say."""
+    found = model.prior.info.get("sampler")
+    return dict(found) if isinstance(found, Mapping) else {"sampler": "smc"}
+
+
+def _second(model: LatentVariableModel) -> TwoStageDistribution | None:
+    base = model.prior.base
+    found = base.distribution if isinstance(base, DistributionBase) else None
+    return found if isinstance(found, TwoStageDistribution) else None
+
+
+def _load_second(folder: Path) -> TwoStageDistribution:
+    config, tensors = load_state(folder, "second")
+    try:
+        d = math.prod(config["event_shape"])
+        unused = torch.Generator()
+        # Without the check a damaged file could ask for more memory than there is.
+        if tensors["noise"].shape[1] != d or tensors["encoder.hidden.0.weight"].shape != (config["width"], d):
+            raise ValueError("shapes differ")
+        networks = nn.ModuleDict(
+            {
+                "encoder": SkipPerceptron(d, 2 * d, config["width"], config["depth"], unused),
+                "decoder": SkipPerceptron(d, d, config["width"], config["depth"], unused),
+            }
+        )
+        noise = tensors.pop("noise")
+        networks.to(noise.dtype).load_state_dict(tensors)
+        networks.requires_grad_(False).eval()
+        return TwoStageDistribution(
+            networks["encoder"], networks["decoder"], float(config["gamma"]), noise, config["event_shape"]
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{folder}: configuration and tensors do not fit together ({line})") from None

@@ -1,0 +1,102 @@
+"""One process of a run: ``python process_worker.py FOLDER TASK``, the launcher's variables in the environment."""
+
+import os
+import signal
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentprior import LatentPriorError
+from latentprior.generator.model import LatentVariableModel
+from latentprior.generator.networks import build_encoder, build_generator, network_spec
+from latentprior.generator.processes import Processes, launched_processes
+from latentprior.generator.training import JointLearner, TrainingConfig, TrainingEvent, train
+from latentprior.images import Images
+from linear_gaussian import PIXELS, LinearDecoder
+
+SPEC = network_spec("mlp", 2, 8, PIXELS)
+CONFIG = TrainingConfig(
+    stages=1, steps=6, switch="schedule", settle_steps=4, batch_size=16, posterior_steps=3, prior_steps=3,
+    posterior_start="persistent", prior_sampler="persistent", ratio_width=8, ratio_depth=1, ratio_learning_rate=1e-2,
+    learning_rate=1e-3, average=0.9, evaluate_every=2, held_out=20, bound=2.0,
+)  # fmt: skip
+
+
+def images() -> Images:
+    g = torch.Generator().manual_seed(0)
+    x = LinearDecoder(2, scale=0.25).float()(torch.randn(116, 2, generator=g)).detach()
+    return Images((x + 0.1 * torch.randn(x.shape, generator=g)).clamp(-1, 1))
+
+
+def model() -> LatentVariableModel:
+    g = torch.Generator().manual_seed(4)
+    return LatentVariableModel(build_generator(SPEC, g), sigma=0.2, encoder=build_encoder(SPEC, g))
+
+
+class Drawless(JointLearner):
+    """Its posterior and prior samples are functions of the images, whichever process has them."""
+
+    def posterior_samples(self, x: Tensor, index: Tensor | None = None, use: str = "posterior") -> Tensor:
+        return x.flatten(1)[:, :2] + x.flatten(1)[:, 2:4]
+
+    def followed(self, updates: int) -> dict[str, Tensor]:
+        """Weights and gradients after some updates."""
+        for _ in range(updates):
+            x, _ = self.batch()
+            self.update_ratio(self.posterior_samples(x), 2 * x.flatten(1)[:, 4:])
+            self.update_generator(x, self.posterior_samples(x))
+        found = {}
+        for name, network in (("networks", self.networks), ("ratio", self.ratio)):
+            for key, value in network.named_parameters():
+                found |= {f"{name}.{key}": value.detach(), f"{name}.{key}.grad": value.grad}
+        return found
+
+
+def averages(processes: Processes) -> dict[str, Tensor]:
+    """What comes of averaging numbers that differ between processes."""
+    rank = processes.rank
+    whole = torch.arange(3, dtype=torch.float64) * 10 ** (8 * rank)
+    half = torch.full((2, 2), 1.0 + rank, dtype=torch.bfloat16)
+    processes.average([whole, half])
+    return {"whole": whole, "half": half.float()}
+
+
+def main(folder: Path, task: str) -> None:
+    processes = launched_processes()
+
+    def die(event: TrainingEvent) -> None:
+        if task == "stop" and (event.kind, event.step) == ("step", 5):
+            raise KeyboardInterrupt
+
+    if task == "check":
+        found = averages(processes) | Drawless(model(), images(), replace(CONFIG), 0, processes).followed(5)
+        save_file({k: v.contiguous() for k, v in found.items()}, folder / f"found-{processes.rank}.safetensors")
+    if task == "die" and processes.rank == 1:
+        batch = JointLearner.batch
+
+        def fatal(self: JointLearner) -> tuple[Tensor, Tensor]:
+            if self.step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch(self)
+
+        JointLearner.batch = fatal  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = train(
+            model(), images(), CONFIG, checkpoint_dir=folder / "run", resume=True, processes=processes,
+            callbacks=[lambda event: print(event.kind, event.stage, event.step, flush=True), die],
+        )  # fmt: skip
+    save_file({k: v.contiguous() for k, v in made.state()[1].items()}, folder / f"made-{processes.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    except LatentPriorError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
