@@ -168,6 +168,56 @@ def scale_section(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
+    """E3a."""
+    seeds = document["seeds"]
+    runs = list(seeds.values())
+    settings = document["settings"]
+    out = [f"## Images: {dataset}, scale {settings['scale']}", ""]
+    out += [f"`python benchmarks/images.py --sets {dataset} --scale {settings['scale']}`. {produced(document)}", ""]
+    out += [
+        f"One generator for all methods; medians over seeds {', '.join(seeds)}, range in brackets. Fréchet distance of "
+        f"samples against as many test images (real against real {runs[0]['floors']['real']:.1f}), and of the "
+        "method's reconstructions; kernel distance; squared error a pixel on test images, by the paper's own "
+        "inference and at the most probable latent. Seconds of training, the shared autoencoder's included.",
+        "",
+    ]
+    rows = []
+    for method in (m for m in runs[0] if m != "floors"):
+        figures = [run[method] for run in runs if method in run]
+        best = [f["mse_map"] for f in figures if f["mse_map"] is not None]
+        rows.append(
+            [
+                method,
+                spread((f["frechet"] for f in figures), ".1f"),
+                spread((f["frechet_reconstructions"] for f in figures), ".1f"),
+                spread((f["kernel"] for f in figures), ".2f"),
+                spread((f["mse"] for f in figures), ".4f"),
+                spread(best, ".4f") if best else "-",
+                spread((f["seconds"] for f in figures), ".0f"),
+                spread((f["stages"] for f in figures), ".0f"),
+            ]
+        )
+    head = ["method", "Fréchet", "reconstructions", "kernel", "MSE", "MSE, most probable", "s", "stages"]
+    out += [table(head, rows), ""]
+    if (HERE / "results" / f"images_{dataset}.png").exists():
+        rows_shown = ", ".join(m for m in runs[0] if m != "floors")
+        out += [f"![Samples](results/images_{dataset}.png)", "", f"*Rows: data, {rows_shown}.*", ""]
+    return out
+
+
+def cost_section(dataset: str, document: dict[str, Any]) -> list[str]:
+    """E3d."""
+    out = [f"## Cost: {dataset}", "", f"`python benchmarks/cost.py --set {dataset}`. {produced(document)}", ""]
+    out += ["Seconds of training until the Fréchet distance is LEBM's final one (`-`: never).", ""]
+    rows = []
+    for seed, run in document["seeds"].items():
+        shown = ["-" if run["seconds"][name] is None else f"{run['seconds'][name]:.0f}" for name in run["curves"]]
+        rows.append([seed, f"{run['level']:.1f}", *shown])
+    head = ["seed", "LEBM's final distance", *next(iter(document["seeds"].values()))["curves"]]
+    return [*out, table(head, rows), ""]
+
+
 def headline(documents: list[dict[str, Any]]) -> str:
     """The README's table: every set, the methods that anyone would try, the ladder last."""
     rows = []
@@ -203,6 +253,12 @@ def main() -> None:
         document = read_results(name)
         if document is not None:
             out += section(document)
+    for dataset in ("mnist", "cifar10"):
+        for kind, section in (("images", images_section), ("cost", cost_section)):
+            for scale in ("cpu", "paper"):
+                document = read_results(f"{kind}_{dataset}_{scale}")
+                if document is not None:
+                    out += section(dataset, document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     readme = HERE.parent / "README.md"
     begin, end = "<!-- headline -->\n", "<!-- /headline -->"

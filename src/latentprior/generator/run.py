@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 from ..images import Images
 from ..prior import LatentPrior
 from ..ratios import Gain
+from .config import TrainingEvent
 
 if TYPE_CHECKING:
     from .training import JointLearner
@@ -43,8 +44,6 @@ class TrainingRun:
 
     def tell(self, kind: str, losses: Mapping[str, float]) -> None:
         """Tell every callback, in the main process."""
-        from .training import TrainingEvent
-
         learner = self.learner
         if learner.processes.rank != 0:
             return

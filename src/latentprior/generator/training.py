@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,95 +19,13 @@ from ..prior import Stage
 from ..ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..sampling import langevin
 from ..stage import derived_generator
+from .config import UNKNOWN, TrainingConfig, TrainingEvent
 from .inference import posterior_density, short_run
 from .model import LatentVariableModel
 from .processes import Processes, SingleProcess
 from .run import TrainingRun
 
 __all__ = ["TrainingConfig", "TrainingEvent", "train"]
-
-UNKNOWN = Gain(math.nan, math.nan)
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a generator and its ladder are learned together. Defaults are the paper's where it gives them."""
-
-    stages: int = 5
-    """Most stages of the ladder."""
-    steps: int = 3000
-    """Steps of a stage; the most, where switching is adaptive."""
-    switch: Literal["adaptive", "schedule"] = "adaptive"
-    """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations."""
-    settle_steps: int = 0
-    """Steps of the generator alone under the whole ladder, after the last stage."""
-    batch_size: int = 100
-    posterior_start: Literal["prior", "encoder", "persistent"] = "prior"
-    """Where posterior chains begin: draws of the base (the paper), the encoder's draw, or the image's last latent."""
-    posterior_steps: int = 20
-    posterior_step_size: float = 0.1
-    prior_sampler: Literal["langevin", "persistent", "particles"] = "langevin"
-    """Short-run dynamics from the base (the paper), chains kept between steps, or the ladder's fresh particles."""
-    prior_steps: int = 60
-    prior_step_size: float = 0.4
-    ratio_width: int = 200
-    ratio_depth: int = 2
-    bound: float = 5.0
-    learning_rate: float = 1e-4
-    """Of the generator and the encoder (Adam, betas 0.5 and 0.999)."""
-    ratio_learning_rate: float = 2e-5
-    decay: float = 0.998
-    """Factor on both learning rates every epoch."""
-    average: float = 0.999
-    """Decay of the moving averages of weights: the generator's and encoder's that are returned, each stage's kept."""
-    evaluate_every: int = 250
-    patience: int = 3
-    held_out: int = 500
-    """Images, and as many particles, on which gains are measured: they train nothing."""
-    mixed_precision: bool = False
-    """bfloat16 in the generator, on CUDA."""
-
-    def __post_init__(self) -> None:
-        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
-        counts = ("steps", "batch_size", "posterior_steps", "prior_steps", "ratio_width", "evaluate_every", "patience")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise LatentPriorError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("posterior_step_size", "prior_step_size", "bound", "learning_rate", "ratio_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise LatentPriorError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("decay", "average"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise LatentPriorError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        if self.stages < 0 or self.settle_steps < 0 or self.held_out < 2:
-            raise LatentPriorError("stages and settle_steps must be 0 or more, held_out 2 or more")
-        choices = {
-            "switch": ("adaptive", "schedule"),
-            "posterior_start": ("prior", "encoder", "persistent"),
-            "prior_sampler": ("langevin", "persistent", "particles"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-
-
-@dataclass(frozen=True)
-class TrainingEvent:
-    """What a callback hears.
-
-    ``kind`` is ``step``, ``evaluate`` (held-out gain known; saved, with a ``checkpoint_dir``), ``learned`` (a stage
-    joined the ladder), ``settle`` (a step of the generator alone), ``normalizer`` or ``end``. ``losses`` holds the
-    logistic loss (``ratio``, nats), the squared error a pixel (``reconstruction``) and the encoder's, if it has one.
-    """
-
-    kind: str
-    stage: int = 0
-    step: int = 0
-    steps: int = 0
-    losses: Mapping[str, float] = field(default_factory=dict)
-    gain: Gain = UNKNOWN
-    seconds: float = 0.0
-    model: LatentVariableModel | None = None
 
 
 Callback = Callable[[TrainingEvent], None]

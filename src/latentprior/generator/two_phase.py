@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,45 +19,13 @@ from ..latents import Latents
 from ..learning import Callback as FitCallback
 from ..learning import fit
 from ..stage import derived_generator
+from .config import AutoencoderConfig, TrainingEvent
 from .model import LatentVariableModel
 from .run import foreign, images_identity, network_state, restore_network
-from .training import TrainingEvent
 
 __all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
 
 SAVE_EVERY, SAVE_SECONDS = 250, 20.0
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """How generator and encoder are learned before there is a prior."""
-
-    kind: Literal["vae", "ae"] = "vae"
-    """``vae``: the evidence lower bound under N(0, I); ``ae``: squared error with noise on the latents."""
-    steps: int = 6000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    """Of Adam, falling to zero on a cosine."""
-    learn_sigma: bool = True
-    """``vae``: keep sigma at the root of the mean squared error, where the bound is highest, instead of fixed."""
-    noise: float = 0.1
-    """``ae``: standard deviation of the noise on latents, which the penalty keeps from growing."""
-    latent_penalty: float = 1e-3
-    """``ae``: weight of half the squared norm of latents beside the squared error."""
-    weight_decay: float = 0.0
-    """Of the generator (decoupled from Adam)."""
-    average: float = 0.999
-
-    def __post_init__(self) -> None:
-        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
-        if self.kind not in ("vae", "ae"):
-            raise LatentPriorError(f"unknown kind {self.kind!r}: choose vae or ae")
-        if min(self.steps, self.batch_size) < 1 or self.noise < 0 or self.latent_penalty < 0:
-            raise LatentPriorError("steps and batch_size must be 1 or more, noise and latent_penalty 0 or more")
-        if not 0 < self.learning_rate < math.inf:
-            raise LatentPriorError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if not 0 <= self.average <= 1:
-            raise LatentPriorError(f"average must be from 0 to 1, got {self.average}")
 
 
 def train_autoencoder(

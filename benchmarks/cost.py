@@ -1,0 +1,124 @@
+"""E3d: seconds to LEBM's final Frechet distance, for LEBM itself and for the ladders, on the same networks and threads.
+
+    python benchmarks/cost.py --set mnist --seeds 0 1 2 --scale cpu
+
+LEBM learns generator and energy by short-run Langevin dynamics for its steps; the ladders learn on the same generator
+architecture. Every curve is the Frechet distance of as many samples as test images against the seconds of training so
+far; measuring is not counted. The joint ladder samples by sequential Monte Carlo, LEBM by its short-run dynamics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from typing import Any
+
+import torch
+
+import latentprior as lp
+from _results import read_results, write_results
+from images import RATE, SCALES, Bench, joint_config
+from latentprior import baselines
+from latentprior.generator.model import LatentVariableModel
+from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
+from latentprior.metrics import features, frechet_distance
+from latentprior.stage import derived_generator
+
+
+class Curve:
+    """Frechet distances at seconds of training; the clock stands still while one is measured."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.points = bench, []
+        self.spent, self.resumed = 0.0, time.monotonic()
+
+    def measure(self, model: LatentVariableModel, **how: Any) -> None:
+        self.spent += time.monotonic() - self.resumed
+        draws = derived_generator(torch.device("cpu"), self.bench.seed, "cost", len(self.points))
+        x = model.generate(self.bench.scale.test, generator=draws, **how)
+        self.points.append([self.spent, frechet_distance(self.bench.real, features(self.bench.network, x))])
+        self.resumed = time.monotonic()
+
+
+def lebm(bench: Bench, points: int) -> Curve:
+    """LEBM's curve, each point by a run of its own prefix: its prior only exists at the end of a run."""
+    steps = bench.scale.short_run
+    curve = Curve(bench)
+    for part in range(1, points + 1):
+        model = bench.fresh()
+        config = baselines.LEBMConfig(
+            steps=steps * part // points, learning_rate=RATE, energy_learning_rate=2e-4, decay=0.95
+        )
+        begun = time.monotonic()
+        baselines.train_lebm(model, bench.images, config, seed=bench.seed)
+        # A run of part of the steps takes part of the time; what came before is not counted twice.
+        curve.spent, curve.resumed = time.monotonic() - begun, time.monotonic()
+        curve.measure(model, **model.prior.info["sampler"])
+    return curve
+
+
+def two_phase(bench: Bench, fractions: tuple[float, ...]) -> Curve:
+    """Whole runs of two-phase learning at shares of its steps and of its fit's seconds."""
+    curve = Curve(bench)
+    for share in fractions:
+        begun = time.monotonic()
+        config = AutoencoderConfig("ae", round(share * bench.scale.autoencoder))
+        model = train_autoencoder(bench.fresh(), bench.images, config, seed=bench.seed)
+        latents = aggregate_posterior(model, bench.images, source="means", noise=config.noise)
+        refit_prior(model, latents, seed=bench.seed, time_budget=share * bench.scale.fit_seconds)
+        curve.spent, curve.resumed = time.monotonic() - begun, time.monotonic()
+        curve.measure(model)
+    return curve
+
+
+def joint(bench: Bench) -> Curve:
+    """One run of joint learning, measured at every evaluation with the ladder so far."""
+    curve = Curve(bench)
+
+    def measure(event: lp.TrainingEvent) -> None:
+        if event.kind in ("evaluate", "learned", "end") and event.model is not None:
+            curve.measure(copy.deepcopy(event.model))
+
+    curve.resumed = time.monotonic()
+    lp.train(bench.fresh(), bench.images, joint_config(bench.scale), seed=bench.seed, callbacks=[measure])
+    return curve
+
+
+def seconds_to(points: list[list[float]], level: float) -> float | None:
+    """When a curve first comes down to a level."""
+    return next((seconds for seconds, distance in points if distance <= level), None)
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--set", default="mnist", choices=["mnist", "cifar10"])
+    ask.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    ask.add_argument("--scale", default="cpu", choices=["cpu", "paper"])
+    ask.add_argument("--points", type=int, default=3, help="points of LEBM's curve")
+    ask.add_argument("--threads", type=int, default=1)
+    call = ask.parse_args()
+    torch.set_num_threads(call.threads)
+    warnings.simplefilter("ignore")
+    record = f"cost_{call.set}_{call.scale}"
+    for seed in call.seeds:
+        bench = Bench(call.set, SCALES[call.set, call.scale], seed)
+        curves = {
+            "LEBM": lebm(bench, call.points).points,
+            "ladder, two-phase": two_phase(bench, (0.04, 0.08, 0.15, 0.3, 1.0)).points,
+            "ladder, joint": joint(bench).points,
+        }
+        level = curves["LEBM"][-1][1]
+        figures = {
+            "curves": curves,
+            "level": level,
+            "seconds": {name: seconds_to(points, level) for name, points in curves.items()},
+        }
+        print(seed, figures["seconds"], curves, flush=True)
+        seeds = (read_results(record) or {}).get("seeds", {})
+        write_results(record, {"seeds": {**seeds, str(seed): figures}}, threads=call.threads, settings=vars(call))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Settings of joint and two-phase learning, and what their callbacks hear."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import LatentPriorError
+from ..ratios import Gain
+from .model import LatentVariableModel
+
+__all__ = ["UNKNOWN", "AutoencoderConfig", "TrainingConfig", "TrainingEvent"]
+
+UNKNOWN = Gain(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a generator and its ladder are learned together. Defaults are the paper's where it gives them."""
+
+    stages: int = 5
+    """Most stages of the ladder."""
+    steps: int = 3000
+    """Steps of a stage; the most, where switching is adaptive."""
+    switch: Literal["adaptive", "schedule"] = "adaptive"
+    """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations."""
+    settle_steps: int = 0
+    """Steps of the generator alone under the whole ladder, after the last stage."""
+    batch_size: int = 100
+    posterior_start: Literal["prior", "encoder", "persistent"] = "prior"
+    """Where posterior chains begin: draws of the base (the paper), the encoder's draw, or the image's last latent."""
+    posterior_steps: int = 20
+    posterior_step_size: float = 0.1
+    prior_sampler: Literal["langevin", "persistent", "particles"] = "langevin"
+    """Short-run dynamics from the base (the paper), chains kept between steps, or the ladder's fresh particles."""
+    prior_steps: int = 60
+    prior_step_size: float = 0.4
+    ratio_width: int = 200
+    ratio_depth: int = 2
+    bound: float = 5.0
+    learning_rate: float = 1e-4
+    """Of the generator and the encoder (Adam, betas 0.5 and 0.999)."""
+    ratio_learning_rate: float = 2e-5
+    decay: float = 0.998
+    """Factor on both learning rates every epoch."""
+    average: float = 0.999
+    """Decay of the moving averages of weights: the generator's and encoder's that are returned, each stage's kept."""
+    evaluate_every: int = 250
+    patience: int = 3
+    held_out: int = 500
+    """Images, and as many particles, on which gains are measured: they train nothing."""
+    mixed_precision: bool = False
+    """bfloat16 in the generator, on CUDA."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
+        counts = ("steps", "batch_size", "posterior_steps", "prior_steps", "ratio_width", "evaluate_every", "patience")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise LatentPriorError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("posterior_step_size", "prior_step_size", "bound", "learning_rate", "ratio_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise LatentPriorError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("decay", "average"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise LatentPriorError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.stages < 0 or self.settle_steps < 0 or self.held_out < 2:
+            raise LatentPriorError("stages and settle_steps must be 0 or more, held_out 2 or more")
+        choices = {
+            "switch": ("adaptive", "schedule"),
+            "posterior_start": ("prior", "encoder", "persistent"),
+            "prior_sampler": ("langevin", "persistent", "particles"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class TrainingEvent:
+    """What a callback hears.
+
+    ``kind`` is ``step``, ``evaluate`` (held-out gain known; saved, with a ``checkpoint_dir``), ``learned`` (a stage
+    joined the ladder), ``settle`` (a step of the generator alone), ``normalizer`` or ``end``. ``losses`` holds the
+    logistic loss (``ratio``, nats), the squared error a pixel (``reconstruction``) and the encoder's, if it has one.
+    """
+
+    kind: str
+    stage: int = 0
+    step: int = 0
+    steps: int = 0
+    losses: Mapping[str, float] = field(default_factory=dict)
+    gain: Gain = UNKNOWN
+    seconds: float = 0.0
+    model: LatentVariableModel | None = None
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """How generator and encoder are learned before there is a prior."""
+
+    kind: Literal["vae", "ae"] = "vae"
+    """``vae``: the evidence lower bound under N(0, I); ``ae``: squared error with noise on the latents."""
+    steps: int = 6000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    """Of Adam, falling to zero on a cosine."""
+    learn_sigma: bool = True
+    """``vae``: keep sigma at the root of the mean squared error, where the bound is highest, instead of fixed."""
+    noise: float = 0.1
+    """``ae``: standard deviation of the noise on latents, which the penalty keeps from growing."""
+    latent_penalty: float = 1e-3
+    """``ae``: weight of half the squared norm of latents beside the squared error."""
+    weight_decay: float = 0.0
+    """Of the generator (decoupled from Adam)."""
+    average: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
+        if self.kind not in ("vae", "ae"):
+            raise LatentPriorError(f"unknown kind {self.kind!r}: choose vae or ae")
+        if min(self.steps, self.batch_size) < 1 or self.noise < 0 or self.latent_penalty < 0:
+            raise LatentPriorError("steps and batch_size must be 1 or more, noise and latent_penalty 0 or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise LatentPriorError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.average <= 1:
+            raise LatentPriorError(f"average must be from 0 to 1, got {self.average}")
