@@ -17,15 +17,8 @@ from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
 from ..prior import LatentPrior
 from ..sampling import LogDensity, mala
 from ..whitening import Whitening
-from .inference import (
-    LogLikelihood,
-    annealed_log_likelihood,
-    log_gaussian,
-    log_mean,
-    maximize,
-    posterior_density,
-    short_run,
-)
+from .inference import log_gaussian, maximize, posterior_density, short_run
+from .likelihood import LogLikelihood, annealed_log_likelihood, importance_log_likelihood
 from .networks import build_encoder, build_generator
 
 __all__ = ["LatentVariableModel", "standard_normal_prior"]
@@ -281,36 +274,16 @@ class LatentVariableModel(nn.Module):
                     )
                 )  # fmt: skip
             else:
-                parts.append(self._importance(block, samples, generator))
+                parts.append(
+                    importance_log_likelihood(
+                        self._start(block, None, True, generator), self._decode_whitened,
+                        self.prior.log_prob_whitened, block, self.sigma, samples=samples, generator=generator,
+                    )
+                )  # fmt: skip
         empty = x.new_zeros(0, dtype=torch.float64)
         return LogLikelihood(
             torch.cat([empty, *(part.value for part in parts)]), torch.cat([empty, *(part.stderr for part in parts)])
         )
-
-    def _importance(self, x: Tensor, samples: int, generator: torch.Generator | None) -> LogLikelihood:
-        density = posterior_density(self._decode_whitened, self.prior.log_prob_whitened, x, self.sigma)
-        centre = maximize(self._start(x, None, True, generator), density, steps=150)
-        total, square, moves = torch.zeros_like(centre), torch.zeros_like(centre), 200
-        chains = mala.init(centre, density, 0.05)
-        for i in range(2 * moves):
-            chains, info = mala.step(chains, density, generator)
-            if i < moves:
-                chains = chains._replace(step_size=mala.adapt(chains.step_size, info.acceptance, rate=0.2))
-            else:
-                total, square = total + chains.position, square + chains.position.square()
-        centre = total / moves
-        scale = 1.2 * (square / moves - centre.square()).clamp_min(1e-6).sqrt()
-        n, d = centre.shape
-        wide = torch.ones(samples, 1, dtype=scale.dtype, device=scale.device)
-        wide[: max(1, samples // 10)] = 2.0
-        noise = torch.randn(n, samples, d, generator=generator, device=_device(generator), dtype=scale.dtype)
-        u = centre[:, None] + scale[:, None] * wide * noise.to(scale)
-        log_q = _log_defensive((u - centre[:, None]) / scale[:, None], samples) - scale.log().sum(1, keepdim=True)
-        flat = u.reshape(n * samples, d)
-        joint = self.prior.log_prob_whitened(flat) + log_gaussian(
-            x.repeat_interleave(samples, 0), self._decode_whitened(flat), self.sigma
-        )
-        return log_mean(joint.view(n, samples).double() - log_q.double())
 
     @torch.no_grad()
     def inpaint(self, x: Tensor, mask: Tensor, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
@@ -453,15 +426,6 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _log_defensive(y: Tensor, samples: int) -> Tensor:
-    """Log density of the mixture that drew standardised ``y`` ``(n, samples, d)``: a share of it twice as wide."""
-    d, share = y.shape[-1], max(1, samples // 10) / samples
-    square = y.square().sum(-1)
-    narrow = math.log1p(-share) - 0.5 * square
-    broad = math.log(share) - 0.125 * square - d * math.log(2)
-    return torch.logaddexp(narrow, broad) - 0.5 * d * math.log(2 * math.pi)
-
-
 def _respaced(path: Tensor) -> Tensor:
     """The same broken line, its points at equal distances."""
     gaps = path.diff(dim=0).norm(dim=1)
@@ -473,7 +437,3 @@ def _respaced(path: Tensor) -> Tensor:
     share = ((wanted - along[right - 1]) / gaps[right - 1].clamp_min(1e-12))[:, None].clamp(0, 1)
     spaced: Tensor = path[right - 1] + share * (path[right] - path[right - 1])
     return spaced
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
