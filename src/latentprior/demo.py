@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -119,6 +120,13 @@ def _run(out: Path, seed: int, progress: bool, scale: _Scale) -> dict[str, Any]:
     save_file(vae.state_dict(), out / "vae.safetensors")
     np.save(out / "latents.npy", z_train.numpy())
     np.save(out / "test_latents.npy", z_test.numpy())
+    np.savez_compressed(
+        out / "images.npz",
+        x_train=_bytes(train.images),
+        y_train=train.labels.numpy(),
+        x_test=_bytes(test.images),
+        y_test=test.labels.numpy(),
+    )
     misfit = float((decoded["reconstructions"] - test.images).square().mean())
     results = {
         "data": {"name": "scikit-learn digits", "train": n_train, "validation": n_validation, "test": n_test},
@@ -183,6 +191,12 @@ def _digits() -> tuple[_Part, _Part, _Part]:
     validation, test = train_test_split(rest, train_size=250, stratify=labels[rest], random_state=0)
     x, y = torch.as_tensor(images / 16, dtype=torch.float32), torch.as_tensor(labels)
     return _Part(x[train], y[train]), _Part(x[validation], y[validation]), _Part(x[test], y[test])
+
+
+def _bytes(images: Tensor) -> NDArray[np.uint8]:
+    """Images ``(n, 64)`` in [0, 1] as pixels ``(n, 8, 8)``."""
+    pixels: NDArray[np.uint8] = (images * 255).round().byte().view(-1, 8, 8).numpy()
+    return pixels
 
 
 class _VAE(nn.Module):
@@ -353,10 +367,11 @@ def _print_table(results: Mapping[str, Any]) -> None:
 
 def _print_next(out: Path) -> None:
     command = "latentprior" if shutil.which("latentprior") else f"{shlex.quote(sys.executable)} -m latentprior"
-    folder = {name: shlex.quote(str(out / name)) for name in ("prior", "test_latents.npy", "samples.npy")}
+    folder = {name: shlex.quote(str(out / name)) for name in ("prior", "test_latents.npy", "samples.npy", "images.npz")}
     print(
         f"\nlook at {out / 'samples.png'}; then try\n"
         f"  {command} sample {folder['prior']} -n 1000 --out {folder['samples.npy']}\n"
         f"  {command} score {folder['prior']} {folder['test_latents.npy']} --json\n"
-        f"  {command} fit your_latents.npy --out my-prior"
+        f"  {command} fit your_latents.npy --out my-prior\n"
+        f"  {command} train {folder['images.npz']} --out my-model    (or images of your own)"
     )

@@ -59,3 +59,15 @@ def test_python_lines_with_images(tmp_path: Path) -> None:
     _, code = blocks("python")
     run([sys.executable, "-W", "ignore", "-c", code + "print(model)"], tmp_path)
     assert (tmp_path / "my-model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_shell_lines_with_images(tmp_path: Path) -> None:
+    run(["latentprior", "demo", "--out", "demo-out"], tmp_path)
+    (lines,) = [block.splitlines() for block in blocks("sh") if block.startswith("latentprior train")]
+    printed = {line: run(line.split(), tmp_path) for line in lines}
+    assert "400" in printed[lines[-1]]
+    assert np.isfinite(np.load(tmp_path / "scores.npy")).all()
+    assert np.load(tmp_path / "reconstructions.npy").shape[0] == 1147
+    assert (tmp_path / "generated.png").stat().st_size > 500

@@ -87,6 +87,7 @@ def train(
             run.save()
     run.tell("normalizer", {})
     learner.normalize()
+    model.prior.info["total_seconds"] = run.seconds()
     run.save()
     run.tell("end", {})
     return model
