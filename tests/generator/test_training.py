@@ -397,6 +397,7 @@ def outcome(model: LatentVariableModel) -> tuple[dict[str, Any], dict[str, Tenso
     config, tensors = model.state()
     for stage in config["prior"]["stages"]:
         stage["diagnostics"] = {k: v for k, v in stage["diagnostics"].items() if k != "seconds"}
+    config["prior"]["info"] = {k: v for k, v in config["prior"]["info"].items() if k != "total_seconds"}
     return config, tensors
 
 
