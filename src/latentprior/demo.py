@@ -46,7 +46,7 @@ class _Scale:
 
     vae_epochs: int = 150
     classifier_epochs: int = 40
-    max_stages: int = 20
+    max_stages: int = 2
     stage: StageSettings = field(default_factory=StageSettings)
     check_draws: int = 200_000
 
