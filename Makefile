@@ -54,8 +54,9 @@ $(DEMO): pyproject.toml constraints.txt $(TORCH)
 demo: $(DEMO) ## learn a prior on bundled data; pictures and a report in demo-out
 	$(BIN)/latentprior demo --out "$(OUT)"
 
+# Two workers of one thread each: on networks this small a second thread costs more than it gives.
 test: lint ## lint, then the fast tests and the docstring examples
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: lint ## lint, then all tests but those that need a GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -334,7 +334,11 @@ def test_from_any_chooses_by_what_it_is_given(generator: torch.Generator, images
             from_any(obj)
 
 
-@pytest.mark.parametrize("obj", [3, None, "vae", nn.Linear(1, 1, device="meta"), (nn.Flatten(),), object()], ids=repr)
+@pytest.mark.parametrize(
+    "obj",
+    [3, None, "vae", nn.Linear(1, 1, device="meta"), (nn.Flatten(),), object()],
+    ids=lambda obj: type(obj).__name__,
+)
 def test_from_any_says_what_it_accepts(obj: Any) -> None:
     with pytest.raises(LatentPriorError, match=r"diffusers or pythae model.*pair \(encode, decode\)"):
         from_any(obj, event_shape=(4,))
