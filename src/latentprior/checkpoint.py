@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["FORMAT_VERSION", "load_state", "read_config", "save_state"]
+__all__ = ["FORMAT_VERSION", "load_state", "read_config", "save_state", "write_whole"]
 
 FORMAT = "latentprior"
 FORMAT_VERSION = 1
@@ -49,8 +49,8 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
         raise CheckpointError(f"{folder}: cannot save (the configuration is not JSON: {error})") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / weights, blob)
-        _write(folder / "config.json", text.encode())
+        write_whole(folder / weights, blob)
+        write_whole(folder / "config.json", text.encode())
         for stale in folder.iterdir():
             ours = re.fullmatch(rf"{kind}-[0-9a-f]{{16}}\.safetensors", stale.name) and stale.name != weights
             if ours or re.fullmatch(r"\.(config\.json|[a-z]+-[0-9a-f]{16}\.safetensors)\.\d+\.partial", stale.name):
@@ -64,7 +64,8 @@ def _checksum(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write(path: Path, blob: bytes) -> None:
+def write_whole(path: Path, blob: bytes) -> None:
+    """Write a file beside its place, sync and rename it: whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import write_whole
 from .errors import LatentPriorError, MissingExtraError
 
 __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
@@ -52,19 +53,6 @@ def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
         with open(partial, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, blob: bytes) -> None:
-    """Write a file beside its place and rename it: whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(blob)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -23,7 +23,7 @@ from .config import TrainingEvent
 if TYPE_CHECKING:
     from .training import JointLearner
 
-__all__ = ["TrainingRun", "foreign", "images_identity", "network_state", "restore_network"]
+__all__ = ["TrainingRun", "epoch_rows", "foreign", "images_identity", "network_state", "restore_network"]
 
 
 class TrainingRun:
@@ -187,6 +187,13 @@ def images_identity(settings: object, images: Images) -> str:
     some = torch.linspace(0, len(images) - 1, min(64, len(images))).long()
     digest.update(images.batch(some).numpy().tobytes())
     return digest.hexdigest()
+
+
+def epoch_rows(n: int, first: int, size: int, order: Callable[[int], torch.Generator]) -> Tensor:
+    """Rows ``first`` to ``first + size`` of endless epochs over n: each holds every row once, in its own order."""
+    wanted = torch.arange(first, first + size)
+    epochs = torch.unique(wanted // n).tolist()
+    return torch.cat([torch.randperm(n, generator=order(k))[wanted[wanted // n == k] % n] for k in epochs])
 
 
 def foreign(folder: Path) -> CheckpointError:

@@ -23,7 +23,7 @@ from .config import UNKNOWN, TrainingConfig, TrainingEvent
 from .inference import posterior_density, short_run
 from .model import LatentVariableModel
 from .processes import Processes, SingleProcess
-from .run import TrainingRun
+from .run import TrainingRun, epoch_rows
 
 __all__ = ["TrainingConfig", "TrainingEvent", "train"]
 
@@ -173,14 +173,9 @@ class JointLearner:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Return this process's share of the step's images, ``(b, C, H, W)``, and their indices."""
-        size, rows = self.config.batch_size, len(self.train_rows)
-        first = self.updates * size
-        wanted = torch.arange(first, first + size)
-        picks = []
-        for epoch in torch.unique(wanted // rows).tolist():
-            order = torch.randperm(rows, generator=self._draws("epoch", epoch, cpu=True))
-            picks.append(self.train_rows[order[wanted[wanted // rows == epoch] % rows]])
-        index = torch.cat(picks)[self.processes.rank :: self.processes.count]
+        size = self.config.batch_size
+        rows = epoch_rows(len(self.train_rows), self.updates * size, size, lambda k: self._draws("epoch", k, cpu=True))
+        index = self.train_rows[rows][self.processes.rank :: self.processes.count]
         return self.images.batch(index, device=self.device).to(self.model.prior.dtype), index
 
     def posterior_samples(self, x: Tensor, index: Tensor | None = None, use: str = "posterior") -> Tensor:

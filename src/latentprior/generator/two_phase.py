@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import load_state, save_state
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
@@ -21,7 +20,7 @@ from ..learning import fit
 from ..stage import derived_generator
 from .config import AutoencoderConfig, TrainingEvent
 from .model import LatentVariableModel
-from .run import foreign, images_identity, network_state, restore_network
+from .run import epoch_rows, foreign, images_identity, network_state, restore_network
 
 __all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
 
@@ -94,7 +93,7 @@ class _AutoencoderLearner:
         """One step; returns the losses, per pixel and in nats an image."""
         config, model, step = self.config, self.model, self.step
         draws = derived_generator(model.device, self.seed, "autoencoder", step)
-        rows = _rows(len(self.images), config.batch_size, step, self.seed)
+        rows = epoch_rows(len(self.images), step * config.batch_size, config.batch_size, self._order)
         x = self.images.batch(rows, device=model.device).to(model.prior.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -129,6 +128,9 @@ class _AutoencoderLearner:
             for name, parameter in self.networks.named_parameters():
                 self.average[name].lerp_(parameter, 1 - decay)
         return losses
+
+    def _order(self, epoch: int) -> torch.Generator:
+        return derived_generator(torch.device("cpu"), self.seed, "epoch", epoch)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -229,14 +231,3 @@ def refit_prior(
     """
     model.prior = fit(latents, seed=seed, device=model.device, **fit_options)
     return model
-
-
-def _rows(n: int, size: int, step: int, seed: int) -> Tensor:
-    """The rows of a step: every image once an epoch, in an order of its own."""
-    wanted = torch.arange(step * size, (step + 1) * size)
-    cpu = torch.device("cpu")
-    picks = [
-        torch.randperm(n, generator=derived_generator(cpu, seed, "epoch", epoch))[wanted[wanted // n == epoch] % n]
-        for epoch in torch.unique(wanted // n).tolist()
-    ]
-    return torch.cat(picks)
