@@ -179,7 +179,7 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
     out += [
         f"One generator for all methods; medians over seeds {', '.join(seeds)}, range in brackets. Fréchet distance of "
         f"samples against as many test images (real against real {runs[0]['floors']['real']:.1f}), and of the "
-        "method's reconstructions; kernel distance; squared error a pixel on test images, by the paper's own "
+        "method's reconstructions; kernel distance; squared error a pixel on test images, by the method's own "
         "inference and at the most probable latent. Seconds of training, the shared autoencoder's included. A ladder "
         "without a stage, because EM took the seconds of its fit, says nothing about ladders.",
         "",
@@ -203,9 +203,10 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
         )
     head = ["method", "Fréchet", "reconstructions", "kernel", "MSE", "MSE, most probable", "s", "stages"]
     out += [table(head, rows), ""]
-    if (HERE / "results" / f"images_{dataset}.png").exists():
+    picture = f"results/images_{dataset}_{settings['scale']}.png"
+    if (HERE / picture).exists():
         rows_shown = ", ".join(m for m in runs[0] if m != "floors")
-        out += [f"![Samples](results/images_{dataset}.png)", "", f"*Rows: data, {rows_shown}.*", ""]
+        out += [f"![Samples]({picture})", "", f"*Rows: data, {rows_shown}.*", ""]
     return out
 
 

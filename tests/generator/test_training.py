@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from latentprior import CheckpointError, InvalidImagesError, LatentPriorError, LearningDivergedError
+from latentprior.bases import NormalBase
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
 from latentprior.generator.processes import SingleProcess
 from latentprior.generator.run import TrainingRun
 from latentprior.generator.training import JointLearner, TrainingConfig, TrainingEvent, train
 from latentprior.images import Images
+from latentprior.prior import LatentPrior
 from latentprior.ratios import Gain, logistic_loss
 from latentprior.sampling import langevin
+from latentprior.whitening import Whitening
 from linear_gaussian import PIXELS, LinearDecoder
 
 # Short runs leave posterior samples off the ladder they are to follow, and so the two ends of log Z apart.
@@ -246,6 +249,24 @@ def test_posterior_chains_start_where_asked(images: Images) -> None:
             mean, scale = one.model.encoder(x)
             begin = mean + scale * torch.randn(16, 2, generator=draws)
         torch.testing.assert_close(z, begin.detach(), atol=1e-4, rtol=0)
+
+
+def test_the_encoders_scales_follow_into_standardised_coordinates(images: Images) -> None:
+    # Correlated latents: a standardised coordinate mixes the encoder's, each with its own scale.
+    g = torch.Generator().manual_seed(6)
+    rows = torch.randn(500, 2, generator=g) @ torch.tensor([[1.0, 0.8], [0.0, 0.5]])
+    prior = LatentPrior(NormalBase(2), (), Whitening.fit([rows], "full"), (2,)).to(dtype=torch.float32)
+    model = perceptrons()
+    model = LatentVariableModel(model.generator, prior, SIGMA, model.encoder)
+    x = images.batch(torch.arange(3))
+    with torch.no_grad():
+        found = learner(images, model)._posterior_parameters(x)
+    mean, scale = model.encode(x)
+    draws = mean + scale * torch.randn(20_000, *mean.shape, generator=g)
+    expected = prior.whitening.whiten(draws)
+    # A mean of 20,000 errs by 0.7% of its scale, a scale by 0.5%.
+    torch.testing.assert_close(found[0], expected.mean(0), atol=0.03 * float(found[1].max()), rtol=0)
+    torch.testing.assert_close(found[1], expected.std(0), atol=0, rtol=0.025)
 
 
 def test_prior_chains_go_on_where_asked(images: Images) -> None:

@@ -320,14 +320,14 @@ class JointLearner:
         return self.ladder.base.log_prob(u) + self.ladder.log_potential(u)
 
     def _posterior_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's means and scales in standardised coordinates (whitened means; scales of the diagonal)."""
+        """The encoder's means and scales in standardised coordinates: those of each coordinate by itself."""
         assert self.model.encoder is not None
         out = self.model.encoder(x)
         if not isinstance(out, tuple):
             raise LatentPriorError("joint learning needs an encoder that returns (mean, scale): give one, or none")
         mean, scale = out
-        spread = self.whitening.matrix.diagonal().abs()
-        return self.whitening.whiten(mean.flatten(1)), scale.flatten(1) * spread
+        variance = scale.flatten(1).square() @ self.whitening.matrix.square().T
+        return self.whitening.whiten(mean.flatten(1)), variance.sqrt()
 
     @torch.no_grad()
     def _encoded(self, x: Tensor, draws: torch.Generator) -> Tensor:

@@ -169,21 +169,29 @@ def aggregate_posterior(
     *,
     source: Literal["encoder", "means", "posterior"] = "encoder",
     noise: float = 0.0,
+    draws: int = 1,
     batch_size: int = 256,
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Latents:
-    """The latents that a prior is to be learned on.
+    r"""The latents that a prior is to be learned on.
 
     ``encoder`` : the encoder's posteriors, drawn afresh at every use. ``means`` : its means, with ``noise`` on them.
-    ``posterior`` : one draw an image of :meth:`LatentVariableModel.infer`, which takes ``options``.
+    ``posterior`` : one draw an image of :meth:`LatentVariableModel.infer`, which takes ``options``; of more ``draws``
+    the mean :math:`\bar z` and, drawn afresh at every use, normal noise of their own scale
+    :math:`\sqrt{\sum_j (z_j - \bar z)^2 / m}`, which gives the mixture of all images the right second moments.
     """
     if source not in ("encoder", "means", "posterior"):
         raise LatentPriorError(f"unknown source {source!r}: choose encoder, means or posterior")
+    if draws < 1:
+        raise LatentPriorError(f"draws must be 1 or more, got {draws}")
     means, scales = [], []
     for x in images.batches(batch_size, device=model.device):
         if source == "posterior":
-            means.append(model.infer(x, generator=generator, **options).cpu())
+            z = torch.stack([model.infer(x, generator=generator, **options).cpu() for _ in range(draws)])
+            means.append(z.mean(0))
+            if draws > 1:
+                scales.append(z.std(0, correction=0))
             continue
         mean, scale = model.encode(x)
         means.append(mean.cpu())
