@@ -27,6 +27,9 @@ from latentprior.metrics import features, frechet_distance
 from latentprior.stage import derived_generator
 
 
+SHARES = (0.02, 0.05, 0.1, 0.3)
+
+
 class Curve:
     """Frechet distances at seconds of training; the clock stands still while one is measured."""
 
@@ -68,21 +71,19 @@ def two_phase(bench: Bench, fractions: tuple[float, ...]) -> Curve:
         model = train_autoencoder(bench.fresh(), bench.images, config, seed=bench.seed)
         latents = aggregate_posterior(model, bench.images)
         # A search over mixtures is no part of a fit of seconds: its EM takes what it takes.
-        base = "gmm" if share == 1 else "gmm:10"
-        refit_prior(
-            model, latents, seed=bench.seed, base=base, max_stages=1, time_budget=share * bench.scale.fit_seconds
-        )
+        budget = share * bench.scale.fit_seconds
+        refit_prior(model, latents, seed=bench.seed, base="gmm:10", max_stages=1, time_budget=budget)
         curve.spent, curve.resumed = time.monotonic() - begun, time.monotonic()
         curve.measure(model)
     return curve
 
 
 def joint(bench: Bench) -> Curve:
-    """One run of joint learning, measured at every evaluation with the ladder so far."""
+    """One run of joint learning from N(0, I), measured whenever a stage has joined the ladder and at its end."""
     curve = Curve(bench)
 
     def measure(event: lp.TrainingEvent) -> None:
-        if event.kind in ("evaluate", "learned", "end") and event.model is not None:
+        if event.kind in ("learned", "end") and event.model is not None:
             curve.measure(copy.deepcopy(event.model))
 
     curve.resumed = time.monotonic()
@@ -110,7 +111,7 @@ def main() -> None:
         bench = Bench(call.set, SCALES[call.set, call.scale], seed)
         curves = {
             "LEBM": lebm(bench, call.points).points,
-            "ladder, two-phase": two_phase(bench, (0.04, 0.08, 0.15, 0.3, 1.0)).points,
+            "ladder, two-phase": two_phase(bench, SHARES).points,
             "ladder, joint from N(0, I)": joint(bench).points,
         }
         level = curves["LEBM"][-1][1]

@@ -23,7 +23,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from _data import image_cache
 from _features import network_named, real_features
 from _results import FOLDER, read_results, write_results
 from latentprior import baselines
+from latentprior.generator.alternating import UNDER_A_PRIOR, train_under_prior
 from latentprior.generator.model import LatentVariableModel
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
 from latentprior.generator.training import TrainingConfig, train
@@ -83,12 +84,7 @@ def paper_config(scale: Scale) -> TrainingConfig:
 
 
 def joint_config(scale: Scale) -> TrainingConfig:
-    """From a two-phase model: its coordinates are standardised ones, where posteriors are narrow."""
-    return TrainingConfig(
-        stages=1, steps=scale.joint, settle_steps=scale.joint, posterior_start="encoder", posterior_steps=5,
-        posterior_step_size=0.05, prior_sampler="particles", learning_rate=RATE / 2, ratio_learning_rate=RATE,
-        decay=0.9, evaluate_every=200,
-    )  # fmt: skip
+    return replace(UNDER_A_PRIOR, steps=scale.joint, settle_steps=scale.joint, evaluate_every=200)
 
 
 class Bench:
@@ -144,14 +140,8 @@ class Bench:
         """Generator and ladder together from the two-phase model, then a ladder on draws of the last posterior."""
         model, seconds = self.two_phase()
         model, begun = copy.deepcopy(model), time.monotonic()
-        config = joint_config(self.scale)
-        train(model, self.images, config, seed=self.seed)
-        draws = derived_generator(CPU, self.seed, "posterior draws")
-        how = {"steps": config.posterior_steps, "step_size": config.posterior_step_size, "draws": 3}
-        latents = aggregate_posterior(
-            model, self.images, source="posterior", method="langevin", generator=draws, batch_size=1000, **how
-        )
-        refit_prior(model, latents, seed=self.seed, time_budget=self.scale.fit_seconds, max_stages=1)
+        config, budget = joint_config(self.scale), self.scale.fit_seconds
+        train_under_prior(model, self.images, config, seed=self.seed, time_budget=budget, max_stages=1)
         return model, seconds + time.monotonic() - begun
 
     def joint_from_normal(self) -> tuple[LatentVariableModel, float]:

@@ -5,11 +5,11 @@ python benchmarks/report.py
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _image_sections import ablations_section, anomaly_section, cost_section, images_section
+from _markdown import produced, spread, table
 from _results import read_results
 
 HERE = Path(__file__).resolve().parent
@@ -18,25 +18,6 @@ SETS = {
     "vae20": "posteriors of the classic 784-400-20 MNIST VAE (55k train, 10k test)",
     "cifar64": "posteriors of a 64-d convolutional VAE on CIFAR-10 (45k train, 10k test)",
 }
-
-
-def spread(values: Iterable[float], form: str = ".2f") -> str:
-    """Median, and the range over seeds where it shows."""
-    values = list(values)
-    middle, low, high = (format(v, form) for v in (statistics.median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def produced(document: dict[str, Any]) -> str:
-    """One line on what made the figures."""
-    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
-    return f"{document['threads']} threads, {document['device']}; {versions}."
 
 
 def latents_section(document: dict[str, Any]) -> list[str]:
@@ -169,59 +150,6 @@ def scale_section(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
-    """E3a."""
-    seeds = document["seeds"]
-    runs = list(seeds.values())
-    settings = document["settings"]
-    out = [f"## Images: {dataset}, scale {settings['scale']}", ""]
-    out += [f"`python benchmarks/images.py --sets {dataset} --scale {settings['scale']}`. {produced(document)}", ""]
-    out += [
-        f"One generator for all methods; medians over seeds {', '.join(seeds)}, range in brackets. Fréchet distance of "
-        f"samples against as many test images (real against real {runs[0]['floors']['real']:.1f}), and of the "
-        "method's reconstructions; kernel distance; squared error a pixel on test images, by the method's own "
-        "inference and at the most probable latent. Seconds of training, the shared autoencoder's included. A ladder "
-        "without a stage, because EM took the seconds of its fit, says nothing about ladders.",
-        "",
-    ]
-    rows = []
-    for method in (m for m in runs[0] if m != "floors"):
-        figures = [run[method] for run in runs if method in run]
-        best = [f["mse_map"] for f in figures if f["mse_map"] is not None]
-        alone = method.startswith("ladder") and max(f["stages"] for f in figures) == 0
-        rows.append(
-            [
-                f"{method}: **no stage learned, its mixture alone**" if alone else method,
-                spread((f["frechet"] for f in figures), ".1f"),
-                spread((f["frechet_reconstructions"] for f in figures), ".1f"),
-                spread((f["kernel"] for f in figures), ".2f"),
-                spread((f["mse"] for f in figures), ".4f"),
-                spread(best, ".4f") if best else "-",
-                spread((f["seconds"] for f in figures), ".0f"),
-                spread((f["stages"] for f in figures), ".0f"),
-            ]
-        )
-    head = ["method", "Fréchet", "reconstructions", "kernel", "MSE", "MSE, most probable", "s", "stages"]
-    out += [table(head, rows), ""]
-    picture = f"results/images_{dataset}_{settings['scale']}.png"
-    if (HERE / picture).exists():
-        rows_shown = ", ".join(m for m in runs[0] if m != "floors")
-        out += [f"![Samples]({picture})", "", f"*Rows: data, {rows_shown}.*", ""]
-    return out
-
-
-def cost_section(dataset: str, document: dict[str, Any]) -> list[str]:
-    """E3d."""
-    out = [f"## Cost: {dataset}", "", f"`python benchmarks/cost.py --set {dataset}`. {produced(document)}", ""]
-    out += ["Seconds of training until the Fréchet distance is LEBM's final one (`-`: never).", ""]
-    rows = []
-    for seed, run in document["seeds"].items():
-        shown = ["-" if run["seconds"][name] is None else f"{run['seconds'][name]:.0f}" for name in run["curves"]]
-        rows.append([seed, f"{run['level']:.1f}", *shown])
-    head = ["seed", "LEBM's final distance", *next(iter(document["seeds"].values()))["curves"]]
-    return [*out, table(head, rows), ""]
-
-
 def headline(documents: list[dict[str, Any]]) -> str:
     """The README's table: every set, the methods that anyone would try, the ladder last."""
     rows = []
@@ -258,11 +186,15 @@ def main() -> None:
         if document is not None:
             out += section(document)
     for dataset in ("mnist", "cifar10"):
-        for kind, section in (("images", images_section), ("cost", cost_section)):
+        for kind, section in (("images", images_section), ("cost", cost_section), ("ablations", ablations_section)):
             for scale in ("cpu", "paper"):
                 document = read_results(f"{kind}_{dataset}_{scale}")
                 if document is not None:
                     out += section(dataset, document)
+    for scale in ("cpu", "paper"):
+        document = read_results(f"mnist_anomaly_{scale}")
+        if document is not None:
+            out += anomaly_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     readme = HERE.parent / "README.md"
     begin, end = "<!-- headline -->\n", "<!-- /headline -->"

@@ -4,7 +4,18 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from latentprior.configs import METHODS, Recipe, changed, read_recipe, recipe_for, recipe_names, rival, to_yaml
+from latentprior.configs import (
+    BY_SHAPE,
+    METHODS,
+    OURS,
+    Recipe,
+    changed,
+    read_recipe,
+    recipe_for,
+    recipe_names,
+    rival,
+    to_yaml,
+)
 from latentprior.errors import LatentPriorError
 from latentprior.generator.networks import FAMILIES, build_generator, network_spec
 from latentprior.model_folders import new_model
@@ -59,10 +70,12 @@ def test_paper_scale_has_the_numbers_of_the_paper(name):
 
 
 def test_the_recipe_follows_the_size_of_images():
-    assert recipe_for((1, 28, 28)) == "mnist-cpu"
-    assert recipe_for((3, 32, 32)) == "cifar10-cpu"
-    assert recipe_for((3, 64, 64)) == "celeba64-cpu"
-    assert recipe_for((1, 32, 32)) == recipe_for((3, 5, 9)) == "mlp-cpu"
+    assert recipe_for((1, 28, 28)) == "mnist-alternating-cpu"
+    assert recipe_for((3, 32, 32)) == "cifar10-alternating-cpu"
+    assert recipe_for((3, 64, 64), several=True) == "celeba64-cpu"
+    assert recipe_for((1, 32, 32)) == recipe_for((3, 5, 9)) == recipe_for() == "mlp-alternating-cpu"
+    # Only what recipe_for names for several processes may be launched in them.
+    assert {read_recipe(recipe_for(shape, several=True)).method for shape in [*BY_SHAPE, ()]} == {"joint"}
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -145,7 +158,7 @@ def test_wrong_settings_are_refused(setting):
 def test_every_method_can_be_trained():
     for method in METHODS:
         recipe = changed(Recipe(), [f"method={method}"])
-        if method in ("joint", "two-phase"):
+        if method in OURS:
             assert recipe.rival_config() is None
         else:
             assert callable(rival(method))

@@ -14,16 +14,18 @@ from PIL import Image
 import latentprior as lp
 from latentprior import learning, training_command
 from latentprior.cli import main
-from latentprior.configs import METHODS, read_recipe
+from latentprior.configs import METHODS, OURS, read_recipe
 from latentprior.generator import run as training_run
 from latentprior.generator import two_phase
+from latentprior.generator.training import TrainingEvent
 from latentprior.images import read_images
 from latentprior.metrics import average_precision
 from latentprior.model_folders import load_model
 from latentprior.progress import Stopped
 
 NETWORK = ("network.width=16", "network.latent_dim=2")
-JOINT = ("joint.steps=40", "joint.stages=1", "joint.held_out=40", "joint.evaluate_every=20", "joint.ratio_width=16")
+CHAINS = ("joint.steps=40", "joint.stages=1", "joint.held_out=40", "joint.evaluate_every=20", "joint.ratio_width=16")
+JOINT = ("method=joint", "joint.settle_steps=0", "joint.posterior_step_size=0.1", "joint.learning_rate=1e-3", *CHAINS)
 TWO_PHASE = (
     "method=two-phase",
     "autoencoder.steps=30",
@@ -246,7 +248,7 @@ def test_evaluate_reports_samples_and_floors(run, work, tmp_path):
 # Training by every method, and going on.
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("joint", "two-phase")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in OURS])
 def test_rivals_train_and_generate(run, work, tmp_path, method):
     if method == "flow":
         pytest.importorskip("zuko")
@@ -324,6 +326,31 @@ def test_a_stopped_two_phase_run_goes_on_to_the_same_bytes(run, work, tmp_path, 
         "model",
         "samples.png",
     ]
+
+
+def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypatch):
+    told = [*NETWORK, *TWO_PHASE, *CHAINS, "method=alternating", "joint.settle_steps=25"]
+
+    def call(name):
+        return ["train", work / "i.npz", "--out", tmp_path / name, *settings(*told), "--json"]
+
+    code, out, _ = run(*call("whole"))
+    assert (code, json.loads(out)["method"]) == (0, "alternating")
+    log = (tmp_path / "whole" / "log.jsonl").read_text()
+    assert '"autoencoder/' in log
+    assert '"settle/' in log
+    # One stop in every part, each found again by the next call; the last one is in the second fit.
+    fit = learning.Event
+    stops = [("autoencoder", TrainingEvent, 30), ("evaluate", fit, 1), ("evaluate", TrainingEvent, 1)]
+    for kind, event, number in [*stops, ("settle", TrainingEvent, 24), ("evaluate", fit, 1)]:
+        with monkeypatch.context() as patch:
+            stop_at(patch, kind, event, number)
+            assert "state saved" in run(*call("p"), "--resume")[2]
+    assert_refused(run(*call("p"), "--resume", "--set", "joint.steps=41"), "another folder", code=1)
+    monkeypatch.setattr(two_phase._AutoencoderLearner, "update", None)
+    assert run(*call("p"), "--resume")[0] == 0
+    assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
+    assert not (tmp_path / "p" / "checkpoint").exists()
 
 
 def test_an_unfinished_run_is_named_before_it_is_started_anew(run, work, tmp_path, monkeypatch):

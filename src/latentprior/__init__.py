@@ -13,6 +13,7 @@ from .errors import (
     NormalizerBracketWarning,
     StageSaturatedWarning,
 )
+from .generator.alternating import train_alternating, train_under_prior
 from .generator.model import LatentVariableModel
 from .generator.training import TrainingConfig, TrainingEvent, train
 from .generator.two_phase import AutoencoderConfig, train_autoencoder, train_two_phase
@@ -51,6 +52,8 @@ __all__ = [
     "fit",
     "read_images",
     "train",
+    "train_alternating",
     "train_autoencoder",
     "train_two_phase",
+    "train_under_prior",
 ]

@@ -23,7 +23,9 @@ from .stage import StageSettings
 from .whitening import Kind
 
 __all__ = [
+    "BY_SHAPE",
     "METHODS",
+    "OURS",
     "FitConfig",
     "NetworkConfig",
     "Recipe",
@@ -36,14 +38,13 @@ __all__ = [
     "to_yaml",
 ]
 
-Method = Literal["joint", "two-phase", "vae", "rae", "sri", "lebm", "ncp-vae", "two-stage-vae", "gmm", "flow"]
+Method = Literal[
+    "joint", "two-phase", "alternating", "vae", "rae", "sri", "lebm", "ncp-vae", "two-stage-vae", "gmm", "flow"
+]
 METHODS: tuple[str, ...] = get_args(Method)
+OURS = METHODS[:3]
 FILE_LIMIT = 1 << 20
-BY_SHAPE: Mapping[tuple[int, ...], str] = {
-    (1, 28, 28): "mnist-cpu",
-    (3, 32, 32): "cifar10-cpu",
-    (3, 64, 64): "celeba64-cpu",
-}
+BY_SHAPE: Mapping[tuple[int, ...], str] = {(1, 28, 28): "mnist", (3, 32, 32): "cifar10", (3, 64, 64): "celeba64"}
 T = TypeVar("T")
 
 
@@ -84,7 +85,9 @@ class Recipe:
 
     method: Method = "joint"
     """``joint``: :func:`~latentprior.generator.training.train`; ``two-phase``:
-    :func:`~latentprior.generator.two_phase.train_two_phase`; any other is a rival of :mod:`latentprior.baselines`."""
+    :func:`~latentprior.generator.two_phase.train_two_phase`; ``alternating``:
+    :func:`~latentprior.generator.alternating.train_alternating`; any other is a rival of
+    :mod:`latentprior.baselines`."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sigma: float = 0.3
     encoder: bool = True
@@ -102,7 +105,7 @@ class Recipe:
             raise LatentPriorError(f"sigma must be positive and finite, got {self.sigma}")
         if self.image_size is not None and self.image_size < 1:
             raise LatentPriorError(f"image_size must be 1 or more, got {self.image_size}")
-        if self.rival and self.method in ("joint", "two-phase"):
+        if self.rival and self.method in OURS:
             raise LatentPriorError(
                 f"rival: method {self.method!r} has no such settings, use {self.method!r}'s own section"
             )
@@ -110,7 +113,7 @@ class Recipe:
 
     def rival_config(self) -> Any:
         """The configuration that the rival of this method takes; None for the methods that are no rivals."""
-        if self.method in ("joint", "two-phase"):
+        if self.method in OURS:
             return None
         hints = get_type_hints(rival(self.method))
         (kind,) = (choice for choice in get_args(hints["config"]) if choice is not types.NoneType)
@@ -125,6 +128,8 @@ def rival(method: str) -> Callable[..., LatentVariableModel]:
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes in this package: a data set of the paper, at ``cpu`` or ``paper`` scale.
 
+    Those with ``alternating`` begin with an autoencoder; the others learn generator and ladder together at once.
+
     >>> "mnist-cpu" in recipe_names()
     True
     """
@@ -132,13 +137,13 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
-def recipe_for(image_shape: Sequence[int]) -> str:
-    """Name of the recipe at ``cpu`` scale that makes images ``(C, H, W)`` of this shape.
+def recipe_for(image_shape: Sequence[int] = (), *, several: bool = False) -> str:
+    """Name of the recipe at ``cpu`` scale for images ``(C, H, W)`` of this shape, for one process or ``several``.
 
-    >>> recipe_for((1, 28, 28)), recipe_for((3, 8, 8))
-    ('mnist-cpu', 'mlp-cpu')
+    >>> recipe_for((1, 28, 28)), recipe_for((3, 8, 8)), recipe_for((1, 28, 28), several=True)
+    ('mnist-alternating-cpu', 'mlp-alternating-cpu', 'mnist-cpu')
     """
-    return BY_SHAPE.get(tuple(image_shape), "mlp-cpu")
+    return f"{BY_SHAPE.get(tuple(image_shape), 'mlp')}{'' if several else '-alternating'}-cpu"
 
 
 def read_recipe(source: str | Path) -> Recipe:

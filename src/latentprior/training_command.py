@@ -15,6 +15,7 @@ import typer
 from .configs import Recipe, changed, read_recipe, recipe_for, recipe_names, rival, to_yaml
 from .errors import LatentPriorError, LearningDivergedError
 from .generator import training
+from .generator.alternating import train_alternating
 from .generator.model import LatentVariableModel
 from .generator.processes import Processes, launched_processes
 from .generator.training import TrainingEvent
@@ -32,7 +33,7 @@ __all__ = ["train"]
 
 SHOWN = 64
 """Images on ``samples.png``."""
-SAVED = (("", "training"), ("autoencoder", "autoencoder"), ("prior", "fit"))
+SAVED = (("", "training"), ("autoencoder", "autoencoder"), ("prior", "fit"), ("joint", "training"), ("refit", "fit"))
 """Folders in DIR/checkpoint, and the kind of what each holds."""
 Callbacks = Sequence[Callable[[Any], None]]
 
@@ -82,7 +83,7 @@ def train(
     check_device(device)
     processes = launched_processes(device)
     main = processes.rank == 0
-    recipe, name, pictures = _prepared(images, out, config, settings or [], key, limit, resume)
+    recipe, name, pictures = _prepared(images, out, config, settings or [], key, limit, resume, processes.count > 1)
     if processes.count > 1 and recipe.method != "joint":
         raise LatentPriorError(f"method {recipe.method!r} learns in one process: leave the launcher out, or use joint")
     model = new_model(recipe, pictures.shape, seed=seed, device=processes.device)
@@ -165,6 +166,7 @@ def _prepared(
     key: str | None,
     limit: int | None,
     resume: bool,
+    several: bool,
 ) -> tuple[Recipe, str, Images]:
     """The recipe, what to call it, and the images as it wants them."""
     before = out / "config.yaml"
@@ -173,9 +175,9 @@ def _prepared(
         recipe = changed(read_recipe(name), settings)
         return recipe, name, read_images(source, key=key, size=recipe.image_size, limit=limit)
     # Settings that no recipe takes are told before a large set of images is read.
-    size = changed(read_recipe("mlp-cpu"), settings).image_size
+    size = changed(read_recipe(recipe_for()), settings).image_size
     pictures = read_images(source, key=key, size=size, limit=limit)
-    name = recipe_for(pictures.shape)
+    name = recipe_for(pictures.shape, several=several)
     return changed(read_recipe(name), settings), name, pictures
 
 
@@ -201,13 +203,13 @@ def _learn(
             processes=processes,
             callbacks=heard,
         )
-    elif recipe.method == "two-phase":
-        _two_phase(model, images, recipe, checkpoint, seed, resume, heard, fit_heard)
+    elif recipe.method in ("two-phase", "alternating"):
+        _with_autoencoder(model, images, recipe, checkpoint, seed, resume, heard, fit_heard)
     else:
         rival(recipe.method)(model, images, recipe.rival_config(), seed=seed, callbacks=heard)
 
 
-def _two_phase(
+def _with_autoencoder(
     model: LatentVariableModel,
     images: Images,
     recipe: Recipe,
@@ -217,21 +219,14 @@ def _two_phase(
     heard: Callbacks,
     fit_heard: Callbacks,
 ) -> None:
-    options = {
-        name: getattr(recipe.fit, name)
-        for name in ("base", "max_stages", "validation", "whitening", "settings", "time_budget")
-    }
-    train_two_phase(
-        model,
-        images,
-        recipe.autoencoder,
-        seed=seed,
-        checkpoint_dir=checkpoint,
-        resume=resume,
-        callbacks=heard,
-        fit_callbacks=fit_heard,
-        **options,
-    )
+    names = ("base", "max_stages", "validation", "whitening", "settings", "time_budget")
+    options: dict[str, Any] = {name: getattr(recipe.fit, name) for name in names}
+    options |= {"seed": seed, "checkpoint_dir": checkpoint, "resume": resume}
+    options |= {"callbacks": heard, "fit_callbacks": fit_heard}
+    if recipe.method == "two-phase":
+        train_two_phase(model, images, recipe.autoencoder, **options)
+    else:
+        train_alternating(model, images, recipe.autoencoder, recipe.joint, **options)
 
 
 class _Last:

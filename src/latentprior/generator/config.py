@@ -77,6 +77,13 @@ class TrainingConfig:
             if getattr(self, name) not in known:
                 raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
 
+    def check(self, images: int) -> None:
+        """Raise :class:`LatentPriorError` where ``images`` are too few to hold some out and learn from others."""
+        if images < self.held_out + 2:
+            raise LatentPriorError(
+                f"{images} images are too few beside {self.held_out} held out: lower held_out, or bring more"
+            )
+
 
 @dataclass(frozen=True)
 class TrainingEvent:

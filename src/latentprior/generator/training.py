@@ -99,10 +99,7 @@ class JointLearner:
     def __init__(
         self, model: LatentVariableModel, images: Images, config: TrainingConfig, seed: int, processes: Processes
     ) -> None:
-        if len(images) < config.held_out + 2:
-            raise LatentPriorError(
-                f"{len(images)} images are too few beside {config.held_out} held out: lower held_out, or bring more"
-            )
+        config.check(len(images))
         if config.posterior_start == "encoder" and model.encoder is None:
             raise LatentPriorError("posterior_start='encoder' needs a model with an encoder")
         if config.batch_size % processes.count:
