@@ -26,7 +26,6 @@ from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posteri
 from latentprior.metrics import features, frechet_distance
 from latentprior.stage import derived_generator
 
-
 SHARES = (0.02, 0.05, 0.1, 0.3)
 
 
