@@ -175,6 +175,19 @@ def headline(documents: list[dict[str, Any]]) -> str:
     )
 
 
+def images_headline() -> str:
+    """The README's table of images: every method on the same generator, at cpu scale."""
+    rows = []
+    for dataset in ("mnist", "cifar10"):
+        seeds = (read_results(f"images_{dataset}_cpu") or {"seeds": {}})["seeds"]
+        for method in (m for m in next(iter(seeds.values()), {}) if m != "floors"):
+            figures = [run[method] for run in seeds.values() if method in run]
+            best = [f["mse_map"] for f in figures if f["mse_map"] is not None]
+            cells = [spread((f["frechet"] for f in figures), ".1f"), spread(best, ".4f") if best else "-"]
+            rows.append([dataset, method, *cells, spread((f["seconds"] for f in figures), ".0f")])
+    return table(["images", "method", "Fréchet distance", "MSE a pixel, most probable latent", "s"], rows)
+
+
 def main() -> None:
     out = ["# Results", "", "Written by `python benchmarks/report.py` from `benchmarks/results/`.", ""]
     found = [read_results(f"latents_{name}") for name in SETS]
@@ -197,10 +210,12 @@ def main() -> None:
             out += anomaly_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     readme = HERE.parent / "README.md"
-    begin, end = "<!-- headline -->\n", "<!-- /headline -->"
-    before, rest = readme.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
-    readme.write_text(f"{before}{begin}\n{headline(latents)}\n\n{end}{after}", encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for name, block in (("headline", headline(latents)), ("images", images_headline())):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{block}\n\n{end}{rest.split(end)[1]}"
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
