@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["read_results", "write_results"]
+__all__ = ["join_results", "read_results", "write_results"]
 
 FOLDER = Path(__file__).resolve().parent / "results"
 
@@ -38,3 +38,10 @@ def read_results(name: str) -> dict[str, Any] | None:
     """What :func:`write_results` wrote, or None."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def join_results(name: str, seed: int, figures: dict[str, Any], *, threads: int, settings: dict[str, Any]) -> None:
+    """Write a seed's figures beside those of other seeds, and beside what else is known of this one."""
+    seeds = (read_results(name) or {}).get("seeds", {})
+    seeds[str(seed)] = {**seeds.get(str(seed), {}), **figures}
+    write_results(name, {"seeds": dict(sorted(seeds.items()))}, threads=threads, settings=settings)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import latentprior as lp
-from _results import read_results, write_results
+from _results import join_results
 from images import MAP_IMAGES, RATE, SCALES, Bench, Scale
 from latentprior.generator.two_phase import aggregate_posterior
 from latentprior.metrics import features, frechet_distance, mean_squared_error
@@ -136,9 +136,7 @@ def main() -> None:
         ablation = Ablation(Bench(call.set, SCALES[call.set, call.scale], seed))
         for part in call.parts:
             figures = getattr(ablation, part)()
-            seeds = (read_results(record) or {}).get("seeds", {})
-            seeds[str(seed)] = {**seeds.get(str(seed), {}), part: figures}
-            write_results(record, {"seeds": seeds}, threads=call.threads, settings=vars(call))
+            join_results(record, seed, {part: figures}, threads=call.threads, settings=vars(call))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import latentprior as lp
-from _results import read_results, write_results
+from _results import join_results
 from images import RATE, SCALES, Bench, paper_config
 from latentprior import baselines
 from latentprior.generator.model import LatentVariableModel
@@ -121,8 +121,7 @@ def main() -> None:
             "seconds": {name: seconds_to(points, level) for name, points in curves.items()},
         }
         print(seed, figures["seconds"], curves, flush=True)
-        seeds = (read_results(record) or {}).get("seeds", {})
-        write_results(record, {"seeds": {**seeds, str(seed): figures}}, threads=call.threads, settings=vars(call))
+        join_results(record, seed, figures, threads=call.threads, settings=vars(call))
 
 
 if __name__ == "__main__":
