@@ -30,6 +30,11 @@ WIDTHS = (16, 64, 256)
 JOINT: dict[str, dict[str, Any]] = {
     "encoder's start, 5 steps; particles": {},
     "encoder's start, 20 steps": {"posterior_steps": 20},
+    "encoder's start in its scales, 2 steps": {
+        "posterior_steps": 2,
+        "posterior_step_size": 0.5,
+        "precondition": True,
+    },
     "start at the prior, 5 steps": {"posterior_start": "prior"},
     "start at the prior, 20 steps (the paper)": {"posterior_start": "prior", "posterior_steps": 20},
     "persistent posterior chains, 5 steps": {"posterior_start": "persistent"},
@@ -44,7 +49,7 @@ JOINT: dict[str, dict[str, Any]] = {
 
 def joint_config(scale: Scale) -> lp.TrainingConfig:
     """Half the steps of the table's joint runs, all alike: only what is named differs."""
-    steps = scale.joint // 2
+    steps = scale.from_normal // 2
     return lp.TrainingConfig(
         stages=3, steps=steps, settle_steps=steps, switch="schedule", posterior_start="encoder", posterior_steps=5,
         prior_sampler="particles", learning_rate=RATE, ratio_learning_rate=RATE, decay=0.95, evaluate_every=steps,

@@ -18,6 +18,9 @@ from torch.distributions import MultivariateNormal
 import latentprior as lp
 import latentprior.targets
 from latentprior import CheckpointError, Event, InvalidLatentsError, LatentPriorError, Latents
+from latentprior.bases import NormalBase
+from latentprior.ladder import Ladder, Stage
+from latentprior.ratios import Gain
 from latentprior.targets import SkewedProduct
 
 Fit = Callable[..., lp.LatentPrior]
@@ -88,6 +91,45 @@ def test_events_come_in_order(quick: Fit) -> None:
     steps = [e.step for e in events if e.kind == "step" and e.stage == 0]
     assert steps == list(range(1, len(steps) + 1))
     assert events[-1].seconds <= prior.info["total_seconds"] + 0.1
+
+
+@pytest.mark.parametrize(("rise", "stderr", "kept"), [(0.3, 0.01, True), (0.04, 0.001, False), (0.3, 0.16, False)])
+def test_a_stage_is_kept_for_a_rise_that_is_large_and_sure(rise: float, stderr: float, kept: bool) -> None:
+    stage = Stage(torch.nn.Identity(), 0.0, 0.0, 0.1, 0.01, {"log_prob_rise": rise, "log_prob_rise_stderr": stderr})
+    assert stage.is_worthwhile is kept
+
+
+def test_a_stage_is_measured_on_rows_and_particles_of_its_own(generator: torch.Generator) -> None:
+    # f = a x + b on a standard normal: p e^f is N(a, 1) times exp(a^2 / 2 + b).
+    a, b = 0.7, 0.4
+    ratio = Affine(a, b)
+    rows = a + torch.randn(4000, 1, generator=generator)
+    before, after = (Ladder(NormalBase(1), stages).fresh_particles(20_000, generator) for stages in ((), (ratio,)))
+    stage = Stage.measured(ratio, Gain(0.1, 0.01), before, after, rows, steps=7)
+    assert stage.log_normalizer == pytest.approx(a**2 / 2 + b, abs=4 * stage.log_normalizer_stderr)
+    # The rise is KL(N(a, 1), N(0, 1)).
+    error = stage.diagnostics["log_prob_rise_stderr"]
+    assert stage.diagnostics["log_prob_rise"] == pytest.approx(a**2 / 2, abs=4 * error)
+    assert error > max(stage.log_normalizer_stderr, a / math.sqrt(4000))
+    assert (stage.gain, stage.gain_stderr, stage.diagnostics["steps"]) == (0.1, 0.01, 7)
+    assert stage.is_worthwhile
+
+
+class Affine(torch.nn.Module):
+    def __init__(self, slope: float, shift: float) -> None:
+        super().__init__()
+        self.slope, self.shift = slope, shift
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.slope * u[:, 0] + self.shift
+
+
+def test_a_stage_that_is_not_worthwhile_is_left_out(quick: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentprior.ladder.LEAST_RISE", 50.0)
+    prior = quick()
+    assert prior.stages == ()
+    assert prior.info["stopped"] == "no rise"
+    assert prior.log_prob_stderr == 0
 
 
 def test_every_callback_hears_every_event(quick: Fit) -> None:

@@ -20,9 +20,9 @@ from ._version import __version__
 from .bases import Base, GaussianMixtureBase, fit_base
 from .checkpoint import load_state, save_state
 from .errors import CheckpointError, InvalidLatentsError, LearningDivergedError, StageSaturatedWarning
-from .ladder import FreshParticles
+from .ladder import FreshParticles, Stage
 from .latents import Latents, as_latents
-from .prior import LatentPrior, Stage
+from .prior import LatentPrior
 from .ratios import Gain
 from .stage import LearnedStage, StageLearner, StageSettings, Target, derived_generator
 from .whitening import Kind, Whitening
@@ -78,8 +78,8 @@ def fit(
     Stage k learns :math:`f_k \approx \log q / p_k` by classification between fresh draws of the latents and
     fresh particles of the ladder so far (Xiao and Han, NeurIPS 2022, algorithm 1, with the latents fixed). A
     pass of fresh particles that trained nothing yields :math:`c_k`. The ladder ends when the held-out gain is
-    not above zero by two standard errors, when a stage does not raise the held-out log density, at
-    ``max_stages``, or when ``time_budget`` runs out.
+    not above zero by two standard errors, when a stage does not raise the held-out log density by 0.05 nats and
+    two standard errors (the stage is then left out), at ``max_stages``, or when ``time_budget`` runs out.
 
     Arguments
     ---------
@@ -151,8 +151,12 @@ def fit(
             break
         following = StageLearner(aim, prior.ladder.extended(learned.ratio), settings, tuple(prior.event_shape), seed)
         after = following.particles()
-        stage = _stage(learned, particles, after, rows, time.monotonic() - started)
-        if stage.diagnostics["log_prob_rise"] <= 0:
+        stage = Stage.measured(
+            learned.ratio, learned.gain, particles, after, rows,
+            seconds=time.monotonic() - started, steps=learned.steps, saturated=learned.saturated,
+            history=learned.history,
+        )  # fmt: skip
+        if not stage.is_worthwhile:
             reason = "no rise"
             break
         particles = after
@@ -190,26 +194,6 @@ def _learn(
                 learning_rate=learner.learning_rate / 4,
             )
     raise AssertionError("unreachable")
-
-
-def _stage(learned: LearnedStage, before: FreshParticles, after: FreshParticles, rows: Tensor, seconds: float) -> Stage:
-    """Give a learned ratio its log normaliser: log Z of the pass after it less log Z of the pass before."""
-    with torch.no_grad():
-        f = learned.ratio(rows).double()
-    c = after.log_normalizer.value - before.log_normalizer.value
-    stderr = math.hypot(after.log_normalizer.stderr, before.log_normalizer.stderr)
-    diagnostics = {
-        "ess": after.ess,
-        "acceptance": after.acceptance,
-        "seconds": seconds,
-        "particles": before.source,
-        "steps": learned.steps,
-        "saturated": learned.saturated,
-        "log_prob_rise": float(f.mean()) - c,
-        "log_prob_rise_stderr": math.hypot(stderr, float(f.std(correction=0)) / math.sqrt(len(f))),
-        "history": learned.history,
-    }
-    return Stage(learned.ratio, c, stderr, learned.gain.value, learned.gain.stderr, diagnostics)
 
 
 def _finish(run: _Run, prior: LatentPrior, rows: Tensor, seed: int, reason: str) -> LatentPrior:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from . import normalizers
 from .bases import Base, DistributionBase, GaussianMixtureBase, base_from_state
 from .checkpoint import load_state, save_state
 from .errors import CheckpointError, LatentPriorError, MissingExtraError
-from .ladder import MIN_ESS, Ladder
+from .ladder import MIN_ESS, Ladder, Stage
 from .latents import check_tensor
 from .normalizers import Bracket, Normalizer, NormalizerCheck
 from .ratios import BoundedRatio, build_ratio
@@ -32,21 +32,6 @@ SAMPLE_BLOCK = 32_768
 PROBE = 4096
 DRAW_NUMBERS = 1 << 26
 """Most numbers (256 MiB of float32) in the base draws that are held together."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    r"""One rung: the log ratio :math:`f_k`, its log normaliser :math:`c_k`, and how well it told q from :math:`p_k`.
-
-    All figures are in nats; ``gain`` is held out, from 0 (no difference) to 1.386.
-    """
-
-    network: nn.Module
-    log_normalizer: float
-    log_normalizer_stderr: float
-    gain: float
-    gain_stderr: float
-    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LatentPrior(Distribution):

@@ -21,7 +21,7 @@ from latentprior.prior import LatentPrior
 from latentprior.ratios import Gain, logistic_loss
 from latentprior.sampling import langevin
 from latentprior.whitening import Whitening
-from linear_gaussian import PIXELS, LinearDecoder
+from linear_gaussian import PIXELS, LinearDecoder, posterior
 
 # Short runs leave posterior samples off the ladder they are to follow, and so the two ends of log Z apart.
 pytestmark = pytest.mark.filterwarnings("ignore::latentprior.NormalizerBracketWarning")
@@ -251,22 +251,81 @@ def test_posterior_chains_start_where_asked(images: Images) -> None:
         torch.testing.assert_close(z, begin.detach(), atol=1e-4, rtol=0)
 
 
-def test_the_encoders_scales_follow_into_standardised_coordinates(images: Images) -> None:
-    # Correlated latents: a standardised coordinate mixes the encoder's, each with its own scale.
-    g = torch.Generator().manual_seed(6)
-    rows = torch.randn(500, 2, generator=g) @ torch.tensor([[1.0, 0.8], [0.0, 0.5]])
+def correlated(images: Images, **changes: Any) -> JointLearner:
+    """A learner in standardised coordinates that mix the encoder's."""
+    rows = torch.randn(500, 2, generator=torch.Generator().manual_seed(6)) @ torch.tensor([[1.0, 0.8], [0.0, 0.5]])
     prior = LatentPrior(NormalBase(2), (), Whitening.fit([rows], "full"), (2,)).to(dtype=torch.float32)
-    model = perceptrons()
-    model = LatentVariableModel(model.generator, prior, SIGMA, model.encoder)
-    x = images.batch(torch.arange(3))
+    encoder = build_encoder(SPEC, torch.Generator().manual_seed(4))
+    return learner(images, LatentVariableModel(decoder(), prior, SIGMA, encoder), posterior_start="encoder", **changes)
+
+
+def test_chains_start_at_the_encoders_draws_in_standardised_coordinates(images: Images) -> None:
+    x = images.batch(torch.zeros(20_000, dtype=torch.long))
+    one = correlated(images, posterior_steps=1, posterior_step_size=1e-6)
+    z = one.whitening.unwhiten(one.posterior_samples(x))
+    mean, scale = one.model.encode(x[:1])
+    # A mean of 20,000 errs by 0.7% of its scale, a scale by 0.5%, a correlation by 0.007.
+    torch.testing.assert_close(z.mean(0), mean[0], atol=0.03 * float(scale.max()), rtol=0)
+    torch.testing.assert_close(z.std(0), scale[0], atol=0, rtol=0.025)
+    assert abs(float(torch.corrcoef(z.T)[0, 1])) < 0.03
+
+
+def test_preconditioned_chains_reach_the_posterior(images: Images) -> None:
+    x = images.batch(torch.tensor([3])).expand(4000, -1, -1, -1)
+    one = correlated(images, posterior_steps=300, posterior_step_size=0.05, precondition=True)
+    z = one.whitening.unwhiten(one.posterior_samples(x))
+    mean, covariance = posterior(one.model, x[:1])
+    spread = covariance.diagonal().sqrt()
+    torch.testing.assert_close(z.mean(0), mean[0], atol=0.08 * float(spread.max()), rtol=0)
+    torch.testing.assert_close(z.std(0), spread, atol=0, rtol=0.06)
+
+
+def exact_draws(model: LatentVariableModel, x: Tensor, g: torch.Generator) -> Tensor:
+    mean, covariance = posterior(model, x)
+    return mean + torch.randn(len(x), 2, generator=g) @ torch.linalg.cholesky(covariance).T
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+def test_the_encoder_learns_marginals_from_chains_and_conditionals_by_the_bound(
+    images: Images, precondition: bool, generator: torch.Generator
+) -> None:
+    one = correlated(images, precondition=precondition)
     with torch.no_grad():
-        found = learner(images, model)._posterior_parameters(x)
-    mean, scale = model.encode(x)
-    draws = mean + scale * torch.randn(20_000, *mean.shape, generator=g)
-    expected = prior.whitening.whiten(draws)
-    # A mean of 20,000 errs by 0.7% of its scale, a scale by 0.5%.
-    torch.testing.assert_close(found[0], expected.mean(0), atol=0.03 * float(found[1].max()), rtol=0)
-    torch.testing.assert_close(found[1], expected.std(0), atol=0, rtol=0.025)
+        one.model.generator.matrix.copy_(one.model.generator.matrix @ torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+    x = images.batch(torch.arange(200))
+    optimizer = torch.optim.Adam(one.model.encoder.parameters(), 3e-3)
+    for step in range(800):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 800)
+        loss = one._encoder_loss(x, one.whitening.whiten(exact_draws(one.model, x, generator)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        one.updates += 1
+    # The generator takes no part in the bound, and goes on learning.
+    assert all(p.requires_grad and p.grad is None for p in one.model.generator.parameters())
+    exact, covariance = posterior(one.model, x)
+    marginal, conditional = covariance.diagonal().sqrt(), covariance.inverse().diagonal().rsqrt()
+    assert float((marginal / conditional).min()) > 1.5
+    mean, scale = one.model.encode(x)
+    torch.testing.assert_close(scale.mean(0), conditional if precondition else marginal, atol=0, rtol=0.2)
+    assert float((mean - exact).square().mean(0).sqrt().max()) < 0.7 * float(marginal.min())
+
+
+def test_sigma_goes_to_the_noise_of_the_images(generator: torch.Generator) -> None:
+    images = shown(torch.randn(600, 2, generator=generator), generator)
+    for learn_sigma in (False, True):
+        one = learner(images, LatentVariableModel(decoder(), sigma=0.2), learn_sigma=learn_sigma, learning_rate=1e-6)
+        for _ in range(800):
+            x, _ = one.batch()
+            one.update_generator(x, exact_draws(one.model, x, generator))
+        # Its maximum of the likelihood; images are cut off at 1, which takes a little of the noise.
+        assert one.model.sigma == (pytest.approx(SIGMA, rel=0.1) if learn_sigma else 0.2)
+
+
+def test_an_encoder_is_needed_to_precondition() -> None:
+    with pytest.raises(LatentPriorError, match="posterior_start to 'encoder'"):
+        TrainingConfig(precondition=True)
 
 
 def test_prior_chains_go_on_where_asked(images: Images) -> None:

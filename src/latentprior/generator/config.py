@@ -33,6 +33,10 @@ class TrainingConfig:
     """Where posterior chains begin: draws of the base (the paper), the encoder's draw, or the image's last latent."""
     posterior_steps: int = 20
     posterior_step_size: float = 0.1
+    precondition: bool = False
+    """Posterior chains move in units of the encoder's standard deviations, Metropolis-corrected, and the encoder learns
+    by the evidence lower bound under the ladder instead of from where the chains end. For an encoder learned before:
+    steps in the scales of an untrained one are refused."""
     prior_sampler: Literal["langevin", "persistent", "particles"] = "langevin"
     """Short-run dynamics from the base (the paper), chains kept between steps, or the ladder's fresh particles."""
     prior_steps: int = 60
@@ -40,6 +44,8 @@ class TrainingConfig:
     ratio_width: int = 200
     ratio_depth: int = 2
     bound: float = 5.0
+    learn_sigma: bool = False
+    """Keep sigma at the root of the mean squared error at posterior samples, its maximum of the likelihood."""
     learning_rate: float = 1e-4
     """Of the generator and the encoder (Adam, betas 0.5 and 0.999)."""
     ratio_learning_rate: float = 2e-5
@@ -76,6 +82,8 @@ class TrainingConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        if self.precondition and self.posterior_start != "encoder":
+            raise LatentPriorError("precondition takes its scales from the encoder: set posterior_start to 'encoder'")
 
     def check(self, images: int) -> None:
         """Raise :class:`LatentPriorError` where ``images`` are too few to hold some out and learn from others."""

@@ -15,7 +15,7 @@ from ..bases import DistributionBase, NormalBase
 from ..checkpoint import load_state, save_state
 from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
 from ..prior import LatentPrior
-from ..sampling import LogDensity, mala
+from ..sampling import LogDensity, langevin, mala
 from ..whitening import Whitening
 from .inference import log_gaussian, maximize, posterior_density, short_run
 from .likelihood import LogLikelihood, annealed_log_likelihood, importance_log_likelihood
@@ -128,6 +128,17 @@ class LatentVariableModel(nn.Module):
                 scales.append(scale.reshape(len(block), *self.event_shape))
         return torch.cat(means), torch.cat(scales) if scales else None
 
+    def posterior_coordinates(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        r"""Map coordinates in which the encoder's posterior of each image is N(0, I) to standardised ones.
+
+        :math:`e \mapsto u = W(\mu(x) + s(x)\,e - m)`, rows ``(n, d)`` of n images. The encoder must give scales.
+        """
+        mean, scale = self.encode(x)
+        if scale is None:
+            raise LatentPriorError("this needs an encoder that returns (mean, scale)")
+        mean, scale = mean.flatten(1), scale.flatten(1)
+        return lambda e: self.prior.whitening.whiten(mean + scale * e)
+
     @torch.no_grad()
     def infer(
         self,
@@ -136,6 +147,7 @@ class LatentVariableModel(nn.Module):
         method: Method | None = None,
         steps: int | None = None,
         step_size: float = 0.1,
+        precondition: bool = False,
         mask: Tensor | None = None,
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -144,7 +156,9 @@ class LatentVariableModel(nn.Module):
 
         Methods
         -------
-        ``langevin`` : short-run dynamics (``steps`` 20 of ``step_size``), one posterior draw an image, biased.
+        ``langevin`` : short-run dynamics (``steps`` 20 of ``step_size``), one posterior draw an image, biased. With
+            ``precondition`` they begin at a draw of the encoder's posterior, move in its scales, and are
+            Metropolis-corrected.
         ``mala`` : Metropolis-corrected chains (``steps`` 100), their common step size adapted in the first half.
         ``map`` : the most probable latent, by Adam (``steps`` 100).
         ``encoder`` : the encoder's mean.
@@ -175,7 +189,9 @@ class LatentVariableModel(nn.Module):
             begin = self._start(block, None if start is None else start[i : i + ROWS], mask is None, generator)
             density = posterior_density(self._decode_whitened, self.prior.log_prob_whitened, block, self.sigma, seen)
             if method == "langevin":
-                u = short_run(begin, density, steps=steps, step_size=step_size, generator=generator)
+                there = self.posterior_coordinates(block) if precondition else None
+                begin = begin if there is None else langevin.noise_like(begin, generator)
+                u = short_run(begin, density, there, steps=steps, step_size=step_size, generator=generator)
             elif method == "mala":
                 u = mala.sample(begin, density, steps=steps, step_size=step_size, generator=generator)[0]
             else:

@@ -103,6 +103,8 @@ def _state(learner: JointLearner) -> tuple[dict[str, Any], dict[str, Tensor]]:
     document = {
         "prior": prior,
         "counters": counters,
+        "error": learner.error,
+        "sigma": learner.model.sigma,
         "gain": None if learner.gain.value != learner.gain.value else list(learner.gain),
         "best_gain": best if best is not None and best > -float("inf") else None,
     }
@@ -126,6 +128,7 @@ def _restore(learner: JointLearner, document: Mapping[str, Any], tensors: Mappin
             setattr(learner, name, kept if name == "latents" else kept.to(device))
     for name, value in document["counters"].items():
         setattr(learner, name, bool(value) if name == "arrived" else int(value))
+    learner.error, learner.model.sigma = float(document["error"]), float(document["sigma"])
     learner.gain = Gain(float("nan"), float("nan")) if document["gain"] is None else Gain(*document["gain"])
     learner.best_gain = -float("inf") if document["best_gain"] is None else float(document["best_gain"])
 

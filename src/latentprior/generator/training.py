@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..sampling import langevin
 from ..stage import derived_generator
 from .config import UNKNOWN, TrainingConfig, TrainingEvent
-from .inference import posterior_density, short_run
+from .inference import log_gaussian, posterior_density, short_run
 from .model import LatentVariableModel
 from .processes import Processes, SingleProcess
 from .run import TrainingRun, epoch_rows
@@ -119,6 +120,7 @@ class JointLearner:
         self.average = {k: v.detach().clone() for k, v in self.networks.named_parameters()}
         self.optimizer = torch.optim.Adam(self.networks.parameters(), config.learning_rate, betas=(0.5, 0.999))
         self.step = self.updates = self.settled = 0
+        self.error = model.sigma**2
         self.arrived = False
         self.latents: Tensor | None = None
         if config.posterior_start == "persistent":
@@ -178,16 +180,19 @@ class JointLearner:
     def posterior_samples(self, x: Tensor, index: Tensor | None = None, use: str = "posterior") -> Tensor:
         r"""Short-run Langevin draws ``(b, d)`` of :math:`p_\theta(x \mid z)\,p_k(z)` (eq. 5)."""
         config, draws = self.config, self._draws(use, self.updates, self.processes.rank)
+        coordinates = None
         if config.posterior_start == "encoder":
-            start = self._encoded(x, draws)
+            coordinates = self.model.posterior_coordinates(x)
+            start = langevin.noise_like(x.new_empty(len(x), self.model.prior.whitening.loc.numel()), draws)
+            if not config.precondition:
+                start, coordinates = coordinates(start), None
         elif config.posterior_start == "persistent" and self.latents is not None and index is not None:
             start = self.latents[index].to(self.device)
         else:
             start = self.model.prior.base.sample(len(x), draws)
         density = posterior_density(self._decode, self._log_prior, x, self.model.sigma)
-        z = short_run(
-            start, density, steps=config.posterior_steps, step_size=config.posterior_step_size, generator=draws
-        )
+        how: dict[str, Any] = {"steps": config.posterior_steps, "step_size": config.posterior_step_size}
+        z = short_run(start, density, coordinates, **how, generator=draws)
         if self.latents is not None and index is not None:
             self._keep(index, z)
         return z
@@ -213,13 +218,17 @@ class JointLearner:
         return {"ratio": self._finite(loss, "ratio")}
 
     def update_generator(self, x: Tensor, posterior: Tensor) -> dict[str, float]:
-        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8), and the encoder's :math:`\log q(z^+ \mid x)`."""
+        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8), and teach the encoder."""
         squared = (self._decode(posterior) - x).square().flatten(1).sum(1)
         loss = squared.mean() / (2 * self.model.sigma**2)
-        losses = {"reconstruction": float(squared.detach().mean() / x[0].numel())}
+        error = squared.detach().mean() / x[0].numel()
+        losses = {"reconstruction": float(error)}
+        if self.config.learn_sigma:
+            self.processes.average([error])
+            self.error = 0.99 * self.error + 0.01 * float(error)
+            self.model.sigma = max(1e-3, math.sqrt(self.error))
         if self.model.encoder is not None:
-            mean, scale = self._posterior_parameters(x)
-            taught = (0.5 * ((posterior - mean) / scale).square() + scale.log()).sum(1).mean()
+            taught = self._encoder_loss(x, posterior)
             loss = loss + taught
             losses["encoder"] = float(taught.detach())
         self._descend(self.optimizer, self.networks, loss, self.config.learning_rate)
@@ -233,9 +242,8 @@ class JointLearner:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Measure the stage's gain on held-out images and as many fresh particles, in nats."""
-        x = self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
-        posterior = self._held_out_posterior(x)
-        prior = self.ladder.fresh_particles(len(x), self._draws("held out", self.updates)).position
+        posterior = self._held_out_posterior(self._held_out_images())
+        prior = self.ladder.fresh_particles(len(posterior), self._draws("held out", self.updates)).position
         f = [torch.func.functional_call(self.ratio, self.ratio_average, (z,)) for z in (posterior, prior)]
         measured = torch.tensor(gain(f[0], f[1]), device=self.device)
         self.processes.average([measured])
@@ -247,11 +255,13 @@ class JointLearner:
     def next_stage(self) -> None:
         """Fix the stage, give it its log normaliser from particles that trained nothing, and begin the next.
 
-        A stage whose held-out gain is not above zero by two standard errors is left out: the ladder has arrived.
+        With the adaptive switch, a stage whose held-out gain is not above zero by two standard errors, or that is
+        not worthwhile by the rise of the held-out log density, is left out: the ladder has arrived.
         """
         if self.step % self.config.evaluate_every:
             self.evaluate()
-        if self.config.switch == "adaptive" and self.gain.value <= 2 * self.gain.stderr:
+        adaptive = self.config.switch == "adaptive"
+        if adaptive and self.gain.value <= 2 * self.gain.stderr:
             self.arrived = True
             return
         self.ratio.load_weights(self.ratio_average)
@@ -260,16 +270,14 @@ class JointLearner:
             ladder.fresh_particles(8192, self._draws("normalizer", ladder.length))
             for ladder in (self.ladder, self.ladder.extended(ratio))
         )
-        c = after.log_normalizer.value - before.log_normalizer.value
-        stderr = math.hypot(after.log_normalizer.stderr, before.log_normalizer.stderr)
-        diagnostics = {
-            "ess": after.ess,
-            "acceptance": after.acceptance,
-            "seconds": time.monotonic() - self.began,
-            "particles": after.source,
-            "steps": self.step,
-        }
-        stage = Stage(ratio, c, stderr, self.gain.value, self.gain.stderr, diagnostics)
+        rows = self._held_out_posterior(self._held_out_images())
+        seconds = time.monotonic() - self.began
+        stage = Stage.measured(ratio, self.gain, before, after, rows, seconds=seconds, steps=self.step)
+        votes = torch.tensor(float(stage.is_worthwhile), device=self.device)
+        self.processes.average([votes])
+        if adaptive and votes <= 0.5:
+            self.arrived = True
+            return
         self.model.prior = self.model.prior.replaced([*self.model.prior.stages, stage])
         self._begin_stage()
 
@@ -279,12 +287,14 @@ class JointLearner:
         for name, parameter in self.networks.named_parameters():
             parameter.copy_(self.average[name])
         self.networks.requires_grad_(False).eval()
-        x = self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
-        rows = self._held_out_posterior(x)
+        rows = self._held_out_posterior(self._held_out_images())
         prior = self.model.prior
         total = normalizers.estimate(prior.ladder, rows, self._draws("log Z"))
         info = {**prior.info, "training": asdict(self.config), "stopped": "no gain" if self.arrived else "stages"}
         self.model.prior = prior.replaced(prior.stages, total, info)
+
+    def _held_out_images(self) -> Tensor:
+        return self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)
 
     def _held_out_posterior(self, x: Tensor) -> Tensor:
         # Every part draws of its own: shared starts would make rows dependent and the gain's standard error small.
@@ -316,21 +326,29 @@ class JointLearner:
     def _log_prior(self, u: Tensor) -> Tensor:
         return self.ladder.base.log_prob(u) + self.ladder.log_potential(u)
 
-    def _posterior_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's means and scales in standardised coordinates: those of each coordinate by itself."""
+    def _encoder_loss(self, x: Tensor, posterior: Tensor) -> Tensor:
+        r"""Minus :math:`\log q(z^+ \mid x)` at the chains' ends; minus the bound under the ladder, if preconditioned.
+
+        A diagonal q that follows the draws of a correlated posterior is as wide as its marginals: draws of it lie off
+        the posterior, and chains in its scales with them. The bound makes it as narrow as the conditionals.
+        """
         assert self.model.encoder is not None
         out = self.model.encoder(x)
         if not isinstance(out, tuple):
             raise LatentPriorError("joint learning needs an encoder that returns (mean, scale): give one, or none")
-        mean, scale = out
-        variance = scale.flatten(1).square() @ self.whitening.matrix.square().T
-        return self.whitening.whiten(mean.flatten(1)), variance.sqrt()
-
-    @torch.no_grad()
-    def _encoded(self, x: Tensor, draws: torch.Generator) -> Tensor:
-        mean, scale = self._posterior_parameters(x)
-        noise = torch.randn(mean.shape, generator=draws, device=draws.device, dtype=mean.dtype)
-        return mean + scale * noise.to(mean)
+        mean, scale = (part.flatten(1) for part in out)
+        if not self.config.precondition:
+            z = self.whitening.unwhiten(posterior)
+            loss: Tensor = (0.5 * ((z - mean) / scale).square() + scale.log()).sum(1).mean()
+            return loss
+        draws = self._draws("bound", self.updates, self.processes.rank)
+        u = self.whitening.whiten(mean + scale * langevin.noise_like(mean, draws))
+        # The generator learns from the chains alone.
+        self.model.generator.requires_grad_(False)
+        likelihood = log_gaussian(x, self._decode(u), self.model.sigma)
+        self.model.generator.requires_grad_(True)
+        bound: Tensor = (likelihood + self._log_prior(u) + scale.log().sum(1)).mean()
+        return -bound
 
     def _particles(self, n: int) -> Tensor:
         """Rows of a pool of fresh particles, each used once."""

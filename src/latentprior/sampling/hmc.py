@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import LogDensity
-from .langevin import _noise
+from .langevin import noise_like
 from .mala import accept, adapt
 
 __all__ = ["HMCInfo", "HMCState", "init", "sample", "step"]
@@ -49,7 +49,7 @@ def step(
     Leaves p invariant for fixed step size and number of leapfrog steps (Neal 2011).
     """
     z, value, grad, s = state
-    momentum = _noise(z, generator)
+    momentum = noise_like(z, generator)
     v = momentum + 0.5 * s * grad
     new_z, new_value, new_grad = z, value, grad
     for i in range(leapfrog_steps):

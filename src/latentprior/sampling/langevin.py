@@ -32,7 +32,7 @@ def step(
     """
     z = state.position
     _, grad = log_density(z)
-    return LangevinState(z + 0.5 * step_size**2 * grad + step_size * _noise(z, generator))
+    return LangevinState(z + 0.5 * step_size**2 * grad + step_size * noise_like(z, generator))
 
 
 def sample(
@@ -50,6 +50,7 @@ def sample(
     return state.position
 
 
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def noise_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of a tensor's shape, type and device, drawn where the generator lives."""
     device = torch.device("cpu") if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

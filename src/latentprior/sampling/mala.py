@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import LogDensity
-from .langevin import _noise
+from .langevin import noise_like
 
 __all__ = ["MALAInfo", "MALAState", "accept", "adapt", "init", "sample", "step"]
 
@@ -45,7 +45,7 @@ def step(
     Leaves p invariant for a fixed step size (Roberts and Tweedie 1996).
     """
     z, value, grad, s = state
-    noise = _noise(z, generator)
+    noise = noise_like(z, generator)
     proposal = z + 0.5 * s * s * grad + s * noise
     new_value, new_grad = log_density(proposal)
     backward = (z - proposal - 0.5 * s * s * new_grad) / s
