@@ -9,6 +9,7 @@ from .errors import (
     LatentPriorWarning,
     LearningDivergedError,
     LowESSWarning,
+    MergeError,
     MissingExtraError,
     NormalizerBracketWarning,
     StageSaturatedWarning,
@@ -20,6 +21,7 @@ from .generator.two_phase import AutoencoderConfig, train_autoencoder, train_two
 from .images import Images, read_images
 from .latents import Latents
 from .learning import Event, fit
+from .merging import merge
 from .normalizers import NormalizerCheck
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
@@ -40,6 +42,7 @@ __all__ = [
     "Latents",
     "LearningDivergedError",
     "LowESSWarning",
+    "MergeError",
     "MissingExtraError",
     "NormalizerBracketWarning",
     "NormalizerCheck",
@@ -50,6 +53,7 @@ __all__ = [
     "TrainingEvent",
     "__version__",
     "fit",
+    "merge",
     "read_images",
     "train",
     "train_alternating",

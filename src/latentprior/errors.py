@@ -8,6 +8,7 @@ __all__ = [
     "LatentPriorWarning",
     "LearningDivergedError",
     "LowESSWarning",
+    "MergeError",
     "MissingExtraError",
     "NormalizerBracketWarning",
     "StageSaturatedWarning",
@@ -39,6 +40,10 @@ class MissingExtraError(LatentPriorError, ImportError):
 
 class LearningDivergedError(LatentPriorError, RuntimeError):
     """A stage's loss stopped being finite, also after one retry with a smaller learning rate."""
+
+
+class MergeError(LatentPriorError, RuntimeError):
+    """A ladder does not fit into one stage without a loss of density; the ladder itself is untouched."""
 
 
 class LatentPriorWarning(UserWarning):

@@ -17,7 +17,7 @@ from .sampling.resampling import LogMean, effective_sample_size, log_mean_exp, s
 
 __all__ = ["FreshParticles", "Ladder", "Stage"]
 
-BLOCK = 8192
+BLOCK = 2048
 MIN_ESS = 0.01
 LEAST_RISE = 0.05
 
