@@ -24,7 +24,14 @@ from latentprior.model_folders import load_model
 from latentprior.progress import Stopped
 
 NETWORK = ("network.width=16", "network.latent_dim=2")
-CHAINS = ("joint.steps=40", "joint.stages=1", "joint.held_out=40", "joint.evaluate_every=20", "joint.ratio_width=16")
+CHAINS = (
+    "joint.steps=40",
+    "joint.stages=1",
+    "joint.switch=schedule",
+    "joint.held_out=40",
+    "joint.evaluate_every=20",
+    "joint.ratio_width=16",
+)
 JOINT = ("method=joint", "joint.settle_steps=0", "joint.posterior_step_size=0.1", "joint.learning_rate=1e-3", *CHAINS)
 TWO_PHASE = (
     "method=two-phase",

@@ -175,9 +175,10 @@ def _prepared(
         recipe = changed(read_recipe(name), settings)
         return recipe, name, read_images(source, key=key, size=recipe.image_size, limit=limit)
     # Settings that no recipe takes are told before a large set of images is read.
-    size = changed(read_recipe(recipe_for()), settings).image_size
-    pictures = read_images(source, key=key, size=size, limit=limit)
-    name = recipe_for(pictures.shape, several=several)
+    wanted = changed(read_recipe(recipe_for()), settings)
+    pictures = read_images(source, key=key, size=wanted.image_size, limit=limit)
+    # Joint learning from untrained networks has settings of its own: scales of an untrained encoder lead nowhere.
+    name = recipe_for(pictures.shape, several=several or wanted.method == "joint")
     return changed(read_recipe(name), settings), name, pictures
 
 
