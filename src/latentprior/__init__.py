@@ -13,6 +13,7 @@ from .errors import (
     NormalizerBracketWarning,
     StageSaturatedWarning,
 )
+from .estimators import LatentDensity
 from .generator.alternating import train_alternating, train_under_prior
 from .generator.model import LatentVariableModel
 from .generator.training import TrainingConfig, TrainingEvent, train
@@ -33,6 +34,7 @@ __all__ = [
     "Images",
     "InvalidImagesError",
     "InvalidLatentsError",
+    "LatentDensity",
     "LatentPrior",
     "LatentPriorError",
     "LatentPriorWarning",
