@@ -1,5 +1,7 @@
 """latentprior: learn the latent prior that a generator should have had."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .errors import (
     CheckpointError,
@@ -25,6 +27,9 @@ from .normalizers import NormalizerCheck
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
 from .stage import StageSettings
+
+if TYPE_CHECKING:
+    from .detectors import RatioDetector as RatioDetector
 
 __all__ = [
     "AutoencoderConfig",
@@ -59,3 +64,12 @@ __all__ = [
     "train_two_phase",
     "train_under_prior",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the PyOD detector when it is asked for: it needs the extra ``pyod``."""
+    if name == "RatioDetector":
+        from .detectors import RatioDetector
+
+        return RatioDetector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,6 +42,10 @@ class Columns(NamedTuple):
     A column whose standard deviation is below 1e-10 of its size is constant: it has no density that could be
     learned. It is scored as a narrow normal about its value, a thousandth of that value (of 1, for 0) wide, so that
     a row that departs from it is unlikely and everything stays finite.
+
+    By default m and s are mean and standard deviation. ``robust`` takes the median and the distance between the 5%
+    and 95% quantiles over 3.29 (that distance for a standard normal), which up to a twentieth of odd rows on either
+    side cannot inflate; where more than 90% of a column are equal, the standard deviation.
     """
 
     loc: Array
@@ -49,7 +53,7 @@ class Columns(NamedTuple):
     varies: NDArray[np.bool_]
 
     @classmethod
-    def fit(cls, x: Array) -> Columns:
+    def fit(cls, x: Array, *, robust: bool = False) -> Columns:
         """Fit to ``(n, d)`` finite numbers; raises :class:`InvalidLatentsError` where no column varies."""
         size = np.abs(x).max(0)
         # Divided first: squares of large numbers overflow.
@@ -59,6 +63,10 @@ class Columns(NamedTuple):
         varies = scale > RELATIVE_FLOOR * size
         if not varies.any():
             raise InvalidLatentsError("all rows are equal: no column varies, so there is no density to learn")
+        if robust:
+            loc, (low, high) = np.median(x, axis=0), np.quantile(x, [0.05, 0.95], axis=0)
+            spread = high / 3.29 - low / 3.29
+            scale = np.where(spread > RELATIVE_FLOOR * size, spread, scale)
         constant = np.where(size > 0, size, 1.0) * CONSTANT_WIDTH
         return cls(np.where(varies, loc, x[0]), np.where(varies, scale, constant), varies)
 
