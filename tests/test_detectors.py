@@ -171,6 +171,17 @@ def test_a_clump_of_outliers_does_not_pass_for_normal() -> None:
     assert roc_auc_score(np.arange(500) < 25, scores) > 0.99
 
 
+def test_a_rare_value_costs_a_few_nats_and_a_new_one_more() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 2))
+    x[:, 1] = np.arange(400) % 100 == 0
+    model = lp.RatioDetector(max_stages=0, random_state=0).fit(x)
+    common, rare, new = model.decision_function(np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 5.0]]))
+    # Four rows of 400 are worth log 100 = 4.6 nats, and the spread of a kernel.
+    assert 2 < rare - common < 10
+    assert new > rare + 1
+
+
 def test_units_do_not_matter() -> None:
     a, b = (lp.RatioDetector(max_stages=0, random_state=0).fit(k * TRAIN).decision_function(k * TEST) for k in (1, 256))
     np.testing.assert_allclose(a, b, rtol=1e-6)

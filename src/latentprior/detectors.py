@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .bases import fit_base
+from .bases import CopulaBase, fit_base
 from .errors import LatentPriorError, MissingExtraError
 from .ladder import MIN_ESS, FreshParticles, Ladder, Stage
 from .latents import Latents
@@ -199,12 +199,25 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
             repeats = math.ceil(rows / len(index)) if self.smoothing > 0 else 1
             return whitening.whiten(latents.draw(index.repeat(repeats), stream(name)))
 
-        several = draws(held_out, BASE_DRAWS // 4, "held-out base")
-        base = fit_base(self.base, draws(train, BASE_DRAWS, "base"), several, whitening, stream("fit base"))
+        many, several = draws(train, BASE_DRAWS, "base"), draws(held_out, BASE_DRAWS // 4, "held-out base")
+        base = fit_base(self.base, many, several, whitening, stream("fit base"))
+        if isinstance(base, CopulaBase):
+            base = _with_tails(base, many)
         target = Target(latents, train, draws(held_out, 1, "held-out"), whitening)
         settings = StageSettings(width=self.width, bound=self.bound, steps=self.steps, batch_size=256, patience=2)
         stages = _climb(target, Ladder(base), settings, self.max_stages, seed)
         return LatentPrior(base, stages, whitening, (u.shape[1],)).to(dtype=torch.float64)
+
+
+def _with_tails(base: CopulaBase, u: Tensor) -> CopulaBase:
+    """Add to each margin one kernel half as wide as the range of ``u`` ``(n, d)``, in its middle.
+
+    Kernels at quantiles overlook rare values: a value that one row in a hundred has would cost hundreds of nats.
+    """
+    low, high = u.amin(0).to(base.centers), u.amax(0).to(base.centers)
+    centers = torch.cat([base.centers, 0.5 * (low + high)[:, None]], 1)
+    widths = torch.cat([base.widths, (0.5 * (high - low)[:, None]).clamp_min(float(base.widths.min()))], 1)
+    return CopulaBase(centers, widths)
 
 
 def _climb(target: Target, ladder: Ladder, settings: StageSettings, most: int, seed: int) -> list[Stage]:
