@@ -176,7 +176,7 @@ def test_a_rare_value_costs_a_few_nats_and_a_new_one_more() -> None:
     x = rng.standard_normal((400, 2))
     x[:, 1] = np.arange(400) % 100 == 0
     model = lp.RatioDetector(max_stages=0, random_state=0).fit(x)
-    common, rare, new = model.decision_function(np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 5.0]]))
+    common, rare, new = model.decision_function(np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 50.0]]))
     # Four rows of 400 are worth log 100 = 4.6 nats, and the spread of a kernel.
     assert 2 < rare - common < 10
     assert new > rare + 1
