@@ -1,5 +1,7 @@
 """latentprior: learn the latent prior that a generator should have had."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .errors import (
     CheckpointError,
@@ -14,6 +16,7 @@ from .errors import (
     NormalizerBracketWarning,
     StageSaturatedWarning,
 )
+from .estimators import LatentDensity
 from .generator.alternating import train_alternating, train_under_prior
 from .generator.model import LatentVariableModel
 from .generator.training import TrainingConfig, TrainingEvent, train
@@ -27,6 +30,9 @@ from .prior import LatentPrior, Stage
 from .progress import FitProgress
 from .stage import StageSettings
 
+if TYPE_CHECKING:
+    from .detectors import RatioDetector as RatioDetector
+
 __all__ = [
     "AutoencoderConfig",
     "CheckpointError",
@@ -35,6 +41,7 @@ __all__ = [
     "Images",
     "InvalidImagesError",
     "InvalidLatentsError",
+    "LatentDensity",
     "LatentPrior",
     "LatentPriorError",
     "LatentPriorWarning",
@@ -61,3 +68,12 @@ __all__ = [
     "train_two_phase",
     "train_under_prior",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the PyOD detector when it is asked for: it needs the extra ``pyod``."""
+    if name == "RatioDetector":
+        from .detectors import RatioDetector
+
+        return RatioDetector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -128,6 +128,7 @@ class GaussianMixtureBase(Base):
         then tries the K between; or until an iteration of EM would pass a fixed amount of work. EM itself stops
         at 0.003 nats an iteration, since the ladder mends what a rough mixture leaves.
         """
+        from sklearn import config_context
         from sklearn.mixture import GaussianMixture
 
         n, d = train.shape
@@ -140,7 +141,8 @@ class GaussianMixtureBase(Base):
             if k > n:
                 raise LatentPriorError(f"a mixture of {k} components needs at least {k} rows, got {n}")
             mixture = GaussianMixture(k, tol=3e-3, max_iter=60, reg_covar=1e-4, random_state=seed)
-            with warnings.catch_warnings():
+            # Under a caller's array dispatch, scikit-learn refuses to start EM from k-means.
+            with warnings.catch_warnings(), config_context(array_api_dispatch=False):
                 warnings.simplefilter("ignore")
                 mixture.fit(x)
             weights, means, covariances = (
