@@ -23,8 +23,7 @@ for _ in range(1500):
 # The ten lines.
 with torch.no_grad():
     z = encoder(x)
-prior = lp.fit(z, max_stages=1)
-with torch.no_grad():
+    prior = lp.fit(z, max_stages=1)
     normal = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov())
     before = decoder(normal.sample((1000,)))
     after = decoder(prior.sample((1000,), generator=torch.Generator().manual_seed(1)))

@@ -331,6 +331,7 @@ class FlowBase(Base):
         }
 
     @classmethod
+    @torch.enable_grad()
     def fit(
         cls,
         train: Tensor,

@@ -181,7 +181,10 @@ def _learn(
 
     for attempt in range(2):
         try:
-            return learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate), learner
+            # Callers encode and fit in one torch.no_grad() block.
+            with torch.enable_grad():
+                learned = learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate)
+            return learned, learner
         except LearningDivergedError:
             if attempt == 1:
                 raise
