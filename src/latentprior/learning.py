@@ -114,6 +114,19 @@ def fit(
         When the ladder ends before it has arrived.
     NormalizerBracketWarning
         When log Z from the base and from the data differ by more than 0.1 nats.
+
+    Examples
+    --------
+    >>> z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    >>> settings = StageSettings(width=16, depth=1, steps=200, batch_size=64)
+    >>> prior = fit(z, base="normal", max_stages=1, settings=settings)
+    >>> prior.log_prob(z).shape, prior.sample((10,), generator=torch.Generator().manual_seed(1)).shape
+    (torch.Size([300]), torch.Size([10, 2]))
+
+    No stage is kept where the base has all there is to learn.
+
+    >>> len(prior.stages), prior.base.name
+    (0, 'normal')
     """
     if max_stages < 0:
         raise InvalidLatentsError(f"max_stages must not be negative, got {max_stages}")
