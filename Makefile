@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(VENV)/.torch-installed
 DEV := $(VENV)/.dev-installed
 DEMO := $(VENV)/.demo-installed
+DOCS := $(VENV)/.docs-installed
 
 OUT ?= demo-out
 # Scripts that measure; narrow them with `make benchmarks BENCHMARKS=benchmarks/NAME.py`.
@@ -16,7 +17,7 @@ BENCHMARKS ?= $(filter-out benchmarks/report.py benchmarks/_% benchmarks/conftes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all lint format benchmarks build clean
+.PHONY: help venv demo test test-all doctest lint format docs benchmarks build clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +52,11 @@ $(DEMO): pyproject.toml constraints.txt $(TORCH)
 	@$(PIP) install --quiet -c constraints.txt -e ".[metrics,report]"
 	@touch $@
 
+$(DOCS): pyproject.toml constraints.txt $(DEV)
+	@echo "==> installing the tools that build the documentation"
+	@$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
 demo: $(DEMO) ## learn a prior on bundled data; pictures and a report in demo-out
 	$(BIN)/latentprior demo --out "$(OUT)"
 
@@ -60,6 +66,9 @@ test: lint ## lint, then the fast tests and the docstring examples
 
 test-all: lint ## lint, then all tests but those that need a GPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+doctest: $(DEV) ## the examples in docstrings and in docs, and the scripts in examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" src tests/test_docs.py tests/test_examples.py
 
 lint: $(DEV) ## ruff, mypy and the downward-imports rule
 	$(BIN)/ruff check .
@@ -71,6 +80,9 @@ format: $(DEV) ## sort imports, mend what ruff can mend, reformat
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS) ## the documentation as HTML, in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
 benchmarks: $(DEV) ## run the benchmark scripts, then rewrite benchmarks/RESULTS.md
 	@set -e; for script in $(BENCHMARKS); do echo "==> $$script"; $(BIN)/python "$$script"; done
 	$(BIN)/python benchmarks/report.py
@@ -79,5 +91,5 @@ build: $(DEV) ## source distribution and wheel, in dist
 	$(BIN)/python -m build
 
 clean: ## remove .venv, caches and everything built
-	rm -rf $(VENV) demo-out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo-out dist build docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

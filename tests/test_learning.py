@@ -205,6 +205,16 @@ def test_same_seed_same_bits(quick: Fit, base: str) -> None:
 
 
 @hurried
+@pytest.mark.parametrize("base", ["normal", pytest.param("flow", marks=pytest.mark.slow)])
+def test_gradients_may_be_off_around_the_call(quick: Fit, crescent: Tensor, base: str) -> None:
+    if base == "flow":
+        pytest.importorskip("zuko")
+    with torch.no_grad():
+        without = quick(base=base, max_stages=1)
+    assert_same(without, quick(base=base, max_stages=1))
+
+
+@hurried
 def test_other_seeds_differ(quick: Fit, crescent: Tensor) -> None:
     a, b = quick(max_stages=1, seed=3), quick(max_stages=1, seed=4)
     assert not torch.equal(a.log_prob(crescent), b.log_prob(crescent))

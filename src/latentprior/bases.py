@@ -333,6 +333,7 @@ class FlowBase(Base):
         }
 
     @classmethod
+    @torch.enable_grad()
     def fit(
         cls,
         train: Tensor,

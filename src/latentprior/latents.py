@@ -41,6 +41,18 @@ class Latents:
     scale : standard deviations, same shape as ``mean``, non-negative; or None.
 
     Raises :class:`InvalidLatentsError` for wrong types, shapes, non-finite values or fewer than one row.
+
+    Examples
+    --------
+    >>> mean, scale = torch.zeros(100, 2), torch.ones(100, 2)
+    >>> latents = Latents.posterior(mean, scale)
+    >>> len(latents), latents.event_shape, latents.is_posterior
+    (100, torch.Size([2]), True)
+    >>> g = torch.Generator().manual_seed(0)
+    >>> bool((latents.draw(torch.arange(100), g) == latents.draw(torch.arange(100), g)).any())
+    False
+    >>> Latents.encoded(torch.nn.Flatten(), torch.ones(50, 3, 2)).event_shape
+    torch.Size([6])
     """
 
     def __init__(self, mean: Tensor | Array, scale: Tensor | Array | None = None, *, name: str = "latents") -> None:

@@ -114,6 +114,19 @@ def fit(
         When the ladder ends before it has arrived.
     NormalizerBracketWarning
         When log Z from the base and from the data differ by more than 0.1 nats.
+
+    Examples
+    --------
+    >>> z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    >>> settings = StageSettings(width=16, depth=1, steps=200, batch_size=64)
+    >>> prior = fit(z, base="normal", max_stages=1, settings=settings)
+    >>> prior.log_prob(z).shape, prior.sample((10,), generator=torch.Generator().manual_seed(1)).shape
+    (torch.Size([300]), torch.Size([10, 2]))
+
+    No stage is kept where the base has all there is to learn.
+
+    >>> len(prior.stages), prior.base.name
+    (0, 'normal')
     """
     if max_stages < 0:
         raise InvalidLatentsError(f"max_stages must not be negative, got {max_stages}")
@@ -181,7 +194,10 @@ def _learn(
 
     for attempt in range(2):
         try:
-            return learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate), learner
+            # Callers encode and fit in one torch.no_grad() block.
+            with torch.enable_grad():
+                learned = learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate)
+            return learned, learner
         except LearningDivergedError:
             if attempt == 1:
                 raise

@@ -42,6 +42,21 @@ class LatentPrior(Distribution):
     ``(n,)`` nats, normalised, differentiable with respect to its input.
 
     Source: Xiao and Han (NeurIPS 2022), eqs. 4 to 6; standardisation, bounds and normalisers are this package's.
+
+    Examples
+    --------
+    >>> import latentprior as lp
+    >>> z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).exp()
+    >>> prior = lp.fit(z, base="gmm:2", max_stages=0)
+    >>> prior
+    LatentPrior(event_shape=(2,), base='gmm', stages=0, log_prob_stderr=0)
+    >>> prior.log_prob(z).shape, prior.log_prob(z[0]).shape
+    (torch.Size([300]), torch.Size([]))
+    >>> tilted = prior.tilt(lambda z: -z.square().sum(1), particles=1024)
+    >>> tilted.sample((5,), generator=torch.Generator().manual_seed(1)).shape
+    torch.Size([5, 2])
+    >>> prior.check_normalizer(draws=20_000).passed
+    True
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}

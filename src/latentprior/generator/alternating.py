@@ -44,7 +44,8 @@ def train_under_prior(
     :func:`~latentprior.train` moves generator and encoder along posterior samples
     :math:`z^+ \sim p_\theta(x \mid z)\,p_K(z)` of the ladder that is there. That moves the posteriors away from the
     ladder, so that :func:`~latentprior.fit` learns another on ``draws`` of them an image, made by the chains of the
-    training. ``fit_options`` go there, ``config`` (:data:`UNDER_A_PRIOR`) to the former.
+    training. ``fit_options`` go there, ``config`` (by default
+    :data:`~latentprior.generator.alternating.UNDER_A_PRIOR`) to the former.
 
     The model needs an encoder that returns (mean, scale). A run that was stopped goes on with ``resume=True``, from
     its ``checkpoint_dir`` and the model that it began with. Raises what :func:`~latentprior.train` and

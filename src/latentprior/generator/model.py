@@ -56,6 +56,20 @@ class LatentVariableModel(nn.Module):
 
     Posterior chains run in the prior's standardised coordinates, so that step sizes mean the same for every
     autoencoder. Source: Xiao and Han (NeurIPS 2022), eqs. 1 to 5.
+
+    Examples
+    --------
+    Untrained networks, and the prior N(0, I):
+
+    >>> from latentprior.generator.networks import network_spec
+    >>> spec = network_spec("mlp", latent_dim=4, width=16, image_shape=(1, 8, 8))
+    >>> g = torch.Generator().manual_seed(0)
+    >>> model = LatentVariableModel(build_generator(spec, g), encoder=build_encoder(spec, g))
+    >>> x = model.generate(5, generator=g)
+    >>> x.shape, model.infer(x, method="encoder").shape
+    (torch.Size([5, 1, 8, 8]), torch.Size([5, 4]))
+    >>> model.anomaly_score(x, method="map").shape, model.reconstruct(x).shape
+    (torch.Size([5]), torch.Size([5, 1, 8, 8]))
     """
 
     def __init__(

@@ -218,6 +218,18 @@ def train_two_phase(
 
     ``fit_options`` go to :func:`latentprior.fit`. The model's prior is the learned ladder. With a
     ``checkpoint_dir`` both phases save their state there, and ``resume=True`` goes on in the phase that was stopped.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from latentprior.generator.networks import build_encoder, build_generator, network_spec
+    >>> images = Images((load_digits().images[:200] * 15).astype("uint8"))
+    >>> spec = network_spec("mlp", latent_dim=2, width=16, image_shape=images.shape)
+    >>> g = torch.Generator().manual_seed(0)
+    >>> model = LatentVariableModel(build_generator(spec, g), encoder=build_encoder(spec, g))
+    >>> model = train_two_phase(model, images, AutoencoderConfig(steps=20), base="gmm:2", max_stages=0)
+    >>> model.prior.base.name, model.generate(3, generator=g).shape
+    ('gmm', torch.Size([3, 1, 8, 8]))
     """
     config = config or AutoencoderConfig()
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
