@@ -23,6 +23,7 @@ from .learning import Event, fit
 from .normalizers import NormalizerCheck
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
+from .report import Report, write_report
 from .stage import StageSettings
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "MissingExtraError",
     "NormalizerBracketWarning",
     "NormalizerCheck",
+    "Report",
     "Stage",
     "StageSaturatedWarning",
     "StageSettings",
@@ -56,4 +58,5 @@ __all__ = [
     "train_autoencoder",
     "train_two_phase",
     "train_under_prior",
+    "write_report",
 ]
