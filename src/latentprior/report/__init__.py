@@ -11,7 +11,6 @@ import torch
 from ..checkpoint import write_whole
 from ..errors import LatentPriorError
 from ..outputs import check_folder
-from . import page, sources
 
 __all__ = ["Report", "check_report_out", "write_report"]
 
@@ -62,6 +61,9 @@ def write_report(
     LatentPriorError
         For an ``out`` that cannot be written.
     """
+    # Late, so that `import latentprior` does not load every baseline.
+    from . import page, sources
+
     began = time.monotonic()
     out = Path(out)
     check_report_out(out)

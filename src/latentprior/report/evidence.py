@@ -45,10 +45,14 @@ class StageDraws(NamedTuple):
 
 
 class LogDensity(NamedTuple):
-    """Mean log density of rows in nats, in the user's coordinates, and its standard error."""
+    """Mean log density of rows in nats, in the user's coordinates, and its standard error.
+
+    ``rise_stderr`` is the standard error of the rise above the base, paired over rows, normalisers included.
+    """
 
     value: float
     stderr: float
+    rise_stderr: float
 
 
 class Nearest(NamedTuple):
@@ -103,19 +107,23 @@ def stage_draws(prior: LatentPrior, n: int, seed: int) -> list[StageDraws]:
 def held_out_by_stage(prior: LatentPrior, z: Tensor) -> list[LogDensity]:
     r"""Mean of :math:`\log p_k(z) = \log p_0(z) + \sum_{j<k} (f_j(z) - c_j)` over rows, for k = 0 to K.
 
-    The standard error is that of rows and normalisers together.
+    Standard errors are those of rows and normalisers together.
     """
     u = prior.whitening.whiten(z.to(prior.whitening.loc).flatten(1))
-    value = prior.base.log_prob(u).double() + float(prior.whitening.log_abs_det)
-    ratios, found, variance = prior.ladder.log_ratios(u).double(), [], 0.0
+    base = prior.base.log_prob(u).double() + float(prior.whitening.log_abs_det)
+    ratios, found, rise, variance = prior.ladder.log_ratios(u).double(), [], torch.zeros_like(base), 0.0
     for k in range(prior.ladder.length + 1):
         if k:
             stage = prior.stages[k - 1]
-            value = value + ratios[:, k - 1] - stage.log_normalizer
+            rise = rise + ratios[:, k - 1] - stage.log_normalizer
             variance += stage.log_normalizer_stderr**2
-        spread = float(value.std()) if len(value) > 1 else math.nan
-        found.append(LogDensity(float(value.mean()), math.hypot(spread / math.sqrt(len(value)), math.sqrt(variance))))
+        spread, risen = (_stderr_squared(values) for values in (base + rise, rise))
+        found.append(LogDensity(float((base + rise).mean()), math.sqrt(spread + variance), math.sqrt(risen + variance)))
     return found
+
+
+def _stderr_squared(values: Tensor) -> float:
+    return float(values.var()) / len(values) if len(values) > 1 else math.nan
 
 
 def two_sample(samples: Tensor, data: Tensor, seed: int) -> TwoSampleTest | None:

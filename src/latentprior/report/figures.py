@@ -15,7 +15,7 @@ from .markup import Markup, joined, tag
 __all__ = ["Points", "histogram", "intervals", "number", "quantiles", "scatter"]
 
 WIDTH, HEIGHT = 340, 236
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 24, 42
+LEFT, RIGHT, TOP, BOTTOM = 60, 10, 24, 42
 BINS = 36
 
 
@@ -153,9 +153,9 @@ def _chart(
         parts.append(tag("text", shown, x=_f(x(tick)), y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
     parts += [tag("text", named_y(tick), x=LEFT - 6, y=_f(y(tick) + 4), text_anchor="end") for tick in y_ticks]
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    turned = f"rotate(-90 12 {middle:.0f})"
+    turned = f"rotate(-90 10 {middle:.0f})"
     parts.append(tag("text", x_label, x=_f((x.start + x.end) / 2), y=HEIGHT - 8, text_anchor="middle", class_="label"))
-    parts.append(tag("text", y_label, x=12, y=_f(middle), text_anchor="middle", transform=turned, class_="label"))
+    parts.append(tag("text", y_label, x=10, y=_f(middle), text_anchor="middle", transform=turned, class_="label"))
     right: float = LEFT
     for points in legend:
         parts.append(tag("circle", cx=_f(right + 5), cy=11, r=4.5, class_=points.kind))

@@ -93,7 +93,7 @@ def _sentence(prior: LatentPrior, found: Mapping[str, Any]) -> str:
     if not count:
         return f"{text}: {number(ladder, 2)} nats a held-out row."
     return (
-        f"{text}: held-out rows went from {number(base, 2)} to {number(ladder, 2)} nats on average, "
+        f"{text}: rows held out while learning went from {number(base, 2)} to {number(ladder, 2)} nats on average, "
         f"{'+' if ladder >= base else ''}{number(ladder - base, 2)}."
     )
 
@@ -111,14 +111,12 @@ def _figures(subject: Subject, found: Mapping[str, Any], measured: sections.Meas
     """Key figures, one box each."""
     base, ladder = found["log_prob_base"], found["log_prob_held_out"]
     if ladder is not None:
-        before = (
-            "rows held out while learning" if base is None else f"base {number(base, 2)}; rows held out while learning"
-        )
-        yield _box("held-out log density, nats", number(ladder, 2), before)
+        before = "rows held out while learning" if base is None else f"base {number(base, 2)}; held out while learning"
+        yield _box("validation log density, nats", number(ladder, 2), before)
     if measured.log_density:
         first, last = measured.log_density[0], measured.log_density[-1]
         yield _box(
-            f"log density, {sections.rows_name(subject)}, nats", number(last.value, 2),
+            f"log density of {sections.rows_name(subject)}, nats", number(last.value, 2),
             f"± {number(last.stderr, 2)}; base {number(first.value, 2)}",
         )  # fmt: skip
     ends = found["bracket"]

@@ -54,7 +54,7 @@ def measure(subject: Subject, seed: int) -> Measured:
 
 def rows_name(subject: Subject) -> str:
     """What to call the rows that samples are held against."""
-    return "held-out" if subject.separate else "given rows"
+    return "held-out rows" if subject.separate else "given rows"
 
 
 def absent(what: str, options: str) -> Markup:
@@ -159,10 +159,10 @@ def stages(subject: Subject, found: dict[str, Any], measured: Measured) -> Marku
         known = measured.log_density
         chart = intervals(
             "Mean log density by stage", "log density, nats", list(range(count + 1)), [d.value for d in known],
-            [d.stderr for d in known], zero=False, line=True,
+            [d.rise_stderr for d in known], zero=False, line=True,
         )  # fmt: skip
         charts.append(figure(chart, "Log density.", f"Mean over {rows_name(subject)}; 0 is the base. Bars: two "
-                             "standard errors, of rows (common to all stages) and normalisers."))  # fmt: skip
+                             "standard errors of the rise above the base."))  # fmt: skip
     heads = ("stage", "gain", "log normaliser", "rise of log density", "ESS", "acceptance", "steps", "seconds")
     body = []
     for k, (entry, stage) in enumerate(zip(entries, prior.stages, strict=True), 1):
@@ -177,11 +177,15 @@ def stages(subject: Subject, found: dict[str, Any], measured: Measured) -> Marku
         body.append(tag("tr", *(tag("td", cell, class_="n") for cell in cells)))
     table = tag(
         "table",
-        tag("caption", "All in nats; the rise is on rows held out while learning."),
         tag("thead", tag("tr", *(tag("th", head, scope="col", class_="n") for head in heads))),
         tag("tbody", *body),
     )
-    return section("Stages", tag("div", *charts, class_="row"), tag("div", table, class_="table", tabindex=0))
+    return section(
+        "Stages",
+        tag("div", *charts, class_="row"),
+        tag("p", "All in nats; the rise is on rows held out while learning.", class_="quiet"),
+        tag("div", table, class_="table", tabindex=0, role="region", aria_label="figures of every stage"),
+    )
 
 
 def planes(subject: Subject, measured: Measured) -> Markup:
@@ -206,7 +210,7 @@ def planes(subject: Subject, measured: Measured) -> Markup:
             charts.append(tag("figure", scatter(alt, [points], limits, (names[i], names[i + 1]))))
     n = min(SHOWN_POINTS, len(rows.z))
     text = f"{n:,} {rows_name(subject)} and as many samples, on the principal components of the data."
-    return section(title, tag("p", text), tag("div", *charts, class_="row"))
+    return section(title, tag("p", text), tag("div", *charts, class_="row pairs"))
 
 
 def calibration(subject: Subject, measured: Measured) -> Markup:
@@ -233,7 +237,7 @@ def calibration(subject: Subject, measured: Measured) -> Markup:
     short = float(data[data.isfinite()].mean() - model.mean())
     said.append(f"The mean log density of {rows_name(subject)} lies {number(abs(short), 2)} nats "
                 f"{'above' if short > 0 else 'below'} that of samples.")  # fmt: skip
-    return section(title, *(tag("p", line) for line in said), tag("div", *charts, class_="row"))
+    return section(title, *(tag("p", line) for line in said), tag("div", *charts, class_="row pairs"))
 
 
 def copying(subject: Subject, measured: Measured) -> Markup:
@@ -349,6 +353,8 @@ def _options(subject: Subject) -> str:
 
 
 def _error(value: float | None, stderr: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
     return number(value) if stderr is None else f"{number(value)} ± {number(stderr)}"
 
 

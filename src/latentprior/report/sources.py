@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..bases import DistributionBase
 from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from ..generator.model import ROWS, LatentVariableModel
 from ..images import Images, read_images
@@ -24,6 +25,8 @@ __all__ = ["Rows", "Subject", "find"]
 LATENT_ROWS = 20_000
 IMAGE_ROWS, PIXELS = 10_000, 1 << 24
 """Most images that are encoded, and most of their numbers."""
+FOREIGN_ROWS = 1_000
+"""Most rows under a base of unknown cost, such as a two-stage VAE's."""
 CHAINED_ROWS = 256
 """Most images whose latents Markov chains find, where there is no encoder."""
 
@@ -90,7 +93,8 @@ def find(
         name = str(folder)
         prior, model = _load(folder, device)
         text = folder / "config.yaml"
-        recipe = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
+        known = model is not None and text.is_file()
+        recipe = text.read_text(encoding="utf-8", errors="replace") if known else None
     given = _Given(latents, images, held_out)
     if folder is not None and model is None and latents is None:
         given = _beside(folder, prior, given)
@@ -231,6 +235,8 @@ class _Reader:
         return pictures
 
     def _some(self, n: int, most: int, use: str) -> Tensor:
+        if isinstance(self.prior.base, DistributionBase):
+            most = min(most, FOREIGN_ROWS)
         return torch.randperm(n, generator=self._draws(f"{use} rows"))[: max(most, 4)].sort().values
 
     def _draws(self, use: str) -> torch.Generator:
