@@ -1,5 +1,6 @@
 """latentprior: learn the latent prior that a generator should have had."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -16,7 +17,6 @@ from .errors import (
     NormalizerBracketWarning,
     StageSaturatedWarning,
 )
-from .estimators import LatentDensity
 from .generator.alternating import train_alternating, train_under_prior
 from .generator.model import LatentVariableModel
 from .generator.training import TrainingConfig, TrainingEvent, train
@@ -28,10 +28,12 @@ from .merging import merge
 from .normalizers import NormalizerCheck
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
+from .report import Report, write_report
 from .stage import StageSettings
 
 if TYPE_CHECKING:
     from .detectors import RatioDetector as RatioDetector
+    from .estimators import LatentDensity
 
 __all__ = [
     "AutoencoderConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "MissingExtraError",
     "NormalizerBracketWarning",
     "NormalizerCheck",
+    "Report",
     "Stage",
     "StageSaturatedWarning",
     "StageSettings",
@@ -67,13 +70,19 @@ __all__ = [
     "train_autoencoder",
     "train_two_phase",
     "train_under_prior",
+    "write_report",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the PyOD detector when it is asked for: it needs the extra ``pyod``."""
-    if name == "RatioDetector":
-        from .detectors import RatioDetector
+_LATE = {"LatentDensity": "estimators", "RatioDetector": "detectors"}
+"""Names imported when they are asked for: scikit-learn takes as long to import as torch, PyOD is an extra."""
 
-        return RatioDetector
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})
