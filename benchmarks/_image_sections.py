@@ -34,7 +34,7 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
         "N(0, I) short-run Langevin) and, like for like, at the most probable latent. Seconds of training, the shared "
         "autoencoder's included; rivals and ladders ran side by side, a core each. The ladders' settings were chosen "
         "on 10,000 training images of MNIST held out for that, never on test images; cifar10 had no part in any "
-        "choice. Some methods lack a seed. The cores had other work beside, so that seconds are loose and time budgets "
+        "choice. The cores had other work beside, so that seconds are loose and time budgets "
         "were shorter. The VAE of 3 x the steps is a control: more steps of the generator than the joint ladder's "
         "has in all.",
         "",
