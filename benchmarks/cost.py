@@ -27,7 +27,7 @@ from latentprior.images import Images
 from latentprior.metrics import features, frechet_distance
 from latentprior.stage import StageSettings, derived_generator
 
-HASTE = ((0.06, 6_000, 100), (0.08, 8_000, 100), (0.15, 20_000, 300), (0.4, 60_000, 600))
+HASTE = ((0.03, 6_000, 100), (0.04, 8_000, 100), (0.075, 20_000, 300), (0.2, 60_000, 600))
 """Share of the autoencoder's steps, images whose latents the ladder learns, steps of its one stage."""
 
 

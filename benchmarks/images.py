@@ -9,7 +9,7 @@ Langevin where there is no encoder; for ladders the most probable latent), and f
 latent under the method's own prior (2,000 images).
 
 The autoencoder of the VAE and of all that stand on it is trained once a seed; its seconds count for each. At scale
-``cpu`` the generator is a perceptron (mnist) or the narrow SVHN network (cifar10, 10,000 images); at scale ``paper``
+``cpu`` the generator is a perceptron (mnist) or the narrow SVHN network (cifar10); at scale ``paper``
 those of the papers. Runs of single seeds join the figures of earlier ones.
 """
 
@@ -65,7 +65,7 @@ class Scale:
 SCALES = {
     ("mnist", "cpu"): Scale(("mlp", 16, 512), 60_000, 10_000, 10_000, 1800, 800, 1500, 180),
     ("mnist", "paper"): Scale(("mnist", 16, 64), 60_000, 10_000, 30_000, 30_000, 6000, 6000, 300),
-    ("cifar10", "cpu"): Scale(("svhn", 64, 16), 10_000, 5_000, 3000, 600, 400, 600, 180),
+    ("cifar10", "cpu"): Scale(("svhn", 64, 16), 50_000, 5_000, 6000, 600, 400, 1000, 180),
     ("cifar10", "paper"): Scale(("cifar10", 128, 128), 50_000, 10_000, 60_000, 60_000, 12_000, 12_000, 600),
 }
 FEATURES = {"mnist": "lenet", "cifar10": "efficientnet_lite0"}
@@ -123,7 +123,8 @@ class Bench:
 
     def autoencoder(self, steps: int) -> tuple[LatentVariableModel, float]:
         """A VAE of so many steps and the seconds it took; kept in the image cache for later calls."""
-        kept = image_cache() / f"vae_{self.dataset}_{'_'.join(map(str, self.scale.spec))}_{steps}_{self.seed}"
+        key = "_".join(map(str, (*self.scale.spec, self.scale.train, steps, self.seed)))
+        kept = image_cache() / f"vae_{self.dataset}_{key}"
         if not (kept / "seconds.json").exists():
             begun = time.monotonic()
             model = train_autoencoder(self.fresh(), self.images, AutoencoderConfig(steps=steps), seed=self.seed)

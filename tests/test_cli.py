@@ -110,6 +110,18 @@ def test_version_and_help(run):
         assert "Example" in out
 
 
+@pytest.mark.parametrize(
+    ("line", "found"), [("latentprior re", {"reconstruct", "report"}), ("latentprior fit --ba", {"--base"})]
+)
+def test_the_shell_completes_commands_and_options(line, found):
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_LATENTPRIOR_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from latentprior.cli import main; sys.exit(main([]))"],
+        env={**os.environ, **words}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == found
+
+
 def test_fit_says_what_it_found_and_what_comes_next(run, work, tmp_path):
     code, out, err = run("fit", work / "z.npy", "--out", tmp_path / "p", "--base", "gmm:2", "--max-stages", 1)
     assert code == 0

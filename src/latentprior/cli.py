@@ -35,7 +35,6 @@ SCORE_ROWS, SCORE_NUMBERS = 1 << 14, 1 << 22
 app = typer.Typer(
     name="latentprior",
     help="Learn the latent prior that a generator should have had; sample from it, score with it.",
-    add_completion=False,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
