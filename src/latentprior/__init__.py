@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .cards import model_card
 from .errors import (
     CheckpointError,
+    ExportError,
+    HubError,
     InvalidImagesError,
     InvalidLatentsError,
     LatentPriorError,
@@ -39,7 +42,9 @@ __all__ = [
     "AutoencoderConfig",
     "CheckpointError",
     "Event",
+    "ExportError",
     "FitProgress",
+    "HubError",
     "Images",
     "InvalidImagesError",
     "InvalidLatentsError",
@@ -64,6 +69,7 @@ __all__ = [
     "__version__",
     "fit",
     "merge",
+    "model_card",
     "read_images",
     "train",
     "train_alternating",
