@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 import latentprior as lp
 from fake_hub import TOKEN, FakeHub, serve
 from latentprior.checkpoint import _checksum
+from latentprior.cli import main
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from test_checkpoint import edit
 
 pytest.importorskip("huggingface_hub")
 
@@ -33,6 +34,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)
         yield made
 
@@ -161,10 +163,9 @@ def test_names_in_a_configuration_cannot_leave_the_snapshot(
 
 
 def test_damage_on_the_hub_is_noticed(hub: FakeHub, gaussian: lp.LatentPrior, tmp_path: Path) -> None:
-    gaussian.save_pretrained(tmp_path / "prior")
-    edit(tmp_path / "prior", base={"name": "copula"})
-    files = {path.name: path.read_bytes() for path in (tmp_path / "prior").iterdir()}
-    hub.add("someone/damaged", files)
+    files = saved_files(gaussian, tmp_path / "prior")
+    config = {**json.loads(files["config.json"]), "base": {"name": "copula"}}
+    hub.add("someone/damaged", {**files, "config.json": json.dumps(config).encode()})
     with pytest.raises(lp.CheckpointError, match="damaged"):
         lp.LatentPrior.from_pretrained("someone/damaged")
 
@@ -194,6 +195,35 @@ def test_a_tilted_prior_is_refused_before_anything_is_created(hub: FakeHub, gaus
     with pytest.raises(lp.CheckpointError, match="cannot be saved"):
         tilted.push_to_hub("someone/tilted", token=TOKEN)
     assert not hub.repositories
+
+
+def test_the_command_line_pushes_priors_and_models(
+    hub: FakeHub,
+    learned: lp.LatentPrior,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    learned.save_pretrained(tmp_path / "prior")
+    assert main(["push", "prior", "someone/pushed", "--private", "--license", "mit", "--json"]) == 1
+    assert "your token may write" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert main(["push", "prior", "someone/pushed", "--private", "--license", "mit", "--json"]) == 0
+    repository = hub.repositories["someone/pushed"]
+    assert json.loads(capsys.readouterr().out)["commit"] == repository.branches["main"]
+    assert repository.private
+    assert b'license: "mit"' in repository.files["README.md"]
+    assert len(lp.LatentPrior.from_pretrained("someone/pushed").stages) == 2
+    spec = network_spec("mlp", latent_dim=2, width=8, image_shape=(1, 6, 6))
+    model = lp.LatentVariableModel(build_generator(spec, torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path / "run" / "model")
+    assert main(["push", "run", "someone/model", "--message", "first try"]) == 0
+    assert hub.repositories["someone/model"].messages[-1] == "first try"
+    mine = lp.LatentVariableModel(model.generator, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    mine.save_pretrained(tmp_path / "mine")
+    assert main(["push", "mine", "someone/mine"]) == 2
+    assert main(["push", "nowhere", "someone/mine"]) == 2
+    assert "someone/mine" not in hub.repositories
 
 
 def test_without_the_extra(gaussian: lp.LatentPrior, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
