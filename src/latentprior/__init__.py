@@ -29,6 +29,7 @@ from .latents import Latents
 from .learning import Event, fit
 from .merging import merge
 from .normalizers import NormalizerCheck
+from .onnx_graphs import export_onnx
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
 from .report import Report, write_report
@@ -67,6 +68,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingEvent",
     "__version__",
+    "export_onnx",
     "fit",
     "merge",
     "model_card",
