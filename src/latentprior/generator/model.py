@@ -404,7 +404,7 @@ class LatentVariableModel(nn.Module, Shareable):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> LatentVariableModel:
-        """Load what :meth:`save_pretrained` wrote, or ``"user/name"`` on the Hugging Face hub (extra ``hub``).
+        """Load what ``save_pretrained`` wrote, or ``"user/name"`` on the Hugging Face hub (extra ``hub``).
 
         Networks of your own are given again, untrained, and filled with the saved weights; so is a Distribution
         that the prior stands on. The last four arguments are as in :meth:`latentprior.LatentPrior.from_pretrained`.
