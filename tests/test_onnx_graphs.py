@@ -1,5 +1,6 @@
 """ONNX graphs against torch, run by onnxruntime."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,21 @@ def test_what_has_no_graph_is_refused_by_name(gaussian: lp.LatentPrior, tmp_path
     mine = lp.LatentVariableModel(Untraceable(), MultivariateNormal(torch.zeros(2), torch.eye(2)))
     with pytest.raises(lp.ExportError, match="'distribution' has no ONNX graph: fit with base='gmm'"):
         lp.export_onnx(mine, path)
-    with pytest.raises(lp.ExportError, match="torch cannot trace this"):
+    with pytest.raises(lp.ExportError, match="torch cannot turn this into ONNX"):
         lp.export_onnx(mine, path, "decoder")
     assert not path.exists()
+
+
+def test_without_the_extra(
+    gaussian: lp.LatentPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(lp.MissingExtraError, match=r"latentprior\[onnx\]"):
+        lp.export_onnx(gaussian, tmp_path / "x.onnx")
+    monkeypatch.undo()
+    lp.export_onnx(gaussian, tmp_path / "x.onnx")
+    # torch's exporter has much to say about packages that it could use.
+    assert capfd.readouterr() == ("", "")
 
 
 def test_export_leaves_the_prior_as_it_was(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -213,7 +212,7 @@ def _proposal(prior: LatentPrior) -> GaussianMixtureBase:
 def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str | Path) -> Path:
     """Trace, with the first dimension of every input free, and write the file whole."""
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
         raise MissingExtraError("writing ONNX files", "onnx") from None
@@ -231,13 +230,12 @@ def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str 
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # Whatever a network of the user's raises while it is traced.
+        assert program is not None
+        blob = program.model_proto.SerializeToString()
+    except Exception as error:  # Whatever a network of the user's raises while it is traced; files beyond 2 GB.
         line = " ".join(str(error).split())[:200]
-        raise ExportError(f"torch cannot trace this for ONNX ({type(error).__name__}: {line})") from error
-    assert program is not None
-    buffer = io.BytesIO()
-    onnx.save(program.model_proto, buffer)
-    write_whole(Path(path), buffer.getvalue())
+        raise ExportError(f"torch cannot turn this into ONNX ({type(error).__name__}: {line})") from error
+    write_whole(Path(path), blob)
     return Path(path)
 
 
