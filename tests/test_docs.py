@@ -82,6 +82,20 @@ print(tuple(samples.shape), *(two_sample_auc(other, rows[0]).auc for other in ro
 
 
 @pytest.mark.slow
+def test_sharing_page_runs(tmp_path: Path) -> None:
+    printed = run("\n".join(blocks("howto/hub.md")), tmp_path)
+    assert printed.startswith("---\nlibrary_name: latentprior\n")
+    assert 'license: "apache-2.0"' in (tmp_path / "my-prior" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_onnx_page_runs(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    assert run("\n".join(blocks("howto/onnx.md")), tmp_path) == "True\n(1000, 3)\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["index.md", "howto/resume.md", "explanation/normalisers.md"])
 def test_page_runs(page: str, tmp_path: Path) -> None:
     printed = run("\n".join(blocks(page)), tmp_path)

@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .cards import model_card
 from .errors import (
     CheckpointError,
+    ExportError,
+    HubError,
     InvalidImagesError,
     InvalidLatentsError,
     LatentPriorError,
@@ -26,6 +29,7 @@ from .latents import Latents
 from .learning import Event, fit
 from .merging import merge
 from .normalizers import NormalizerCheck
+from .onnx_graphs import export_onnx
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
 from .report import Report, write_report
@@ -39,7 +43,9 @@ __all__ = [
     "AutoencoderConfig",
     "CheckpointError",
     "Event",
+    "ExportError",
     "FitProgress",
+    "HubError",
     "Images",
     "InvalidImagesError",
     "InvalidLatentsError",
@@ -62,8 +68,10 @@ __all__ = [
     "TrainingConfig",
     "TrainingEvent",
     "__version__",
+    "export_onnx",
     "fit",
     "merge",
+    "model_card",
     "read_images",
     "train",
     "train_alternating",

@@ -18,8 +18,8 @@ import torch
 import typer
 from typer.main import get_command
 
-from . import __version__, image_commands, learning, report_command, training_command
-from .errors import CheckpointError, InvalidLatentsError, LatentPriorError, LearningDivergedError
+from . import __version__, image_commands, learning, push_command, report_command, training_command
+from .errors import CheckpointError, HubError, InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .latents import read_latents
 from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
 from .outputs import array_file, check_file, check_folder
@@ -87,7 +87,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if usage is not None:
         command = getattr(getattr(error, "ctx", None), "command_path", "latentprior")
         return 2, f"{str(usage()).rstrip('.')}; see {command} --help"
-    if isinstance(error, (WorkFailed, LearningDivergedError)):
+    if isinstance(error, (WorkFailed, LearningDivergedError, HubError)):
         return 1, str(error)
     if isinstance(error, LatentPriorError):
         return 2, str(error)
@@ -337,7 +337,7 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
         print("\n".join(text(found)))
 
 
-for command in (training_command.train, *image_commands.COMMANDS, report_command.report):
+for command in (training_command.train, *image_commands.COMMANDS, report_command.report, push_command.push):
     app.command()(command)
 
 

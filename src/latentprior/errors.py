@@ -2,6 +2,8 @@
 
 __all__ = [
     "CheckpointError",
+    "ExportError",
+    "HubError",
     "InvalidImagesError",
     "InvalidLatentsError",
     "LatentPriorError",
@@ -29,6 +31,14 @@ class InvalidImagesError(LatentPriorError, ValueError):
 
 class CheckpointError(LatentPriorError, ValueError):
     """A file or folder on disk is not what it should be: absent, damaged, foreign or from another version."""
+
+
+class HubError(LatentPriorError, RuntimeError):
+    """The Hugging Face hub refused what was pushed, or was not reached."""
+
+
+class ExportError(LatentPriorError, RuntimeError):
+    """A part has no form in the format asked for: a base, a tilt or a network of your own."""
 
 
 class MissingExtraError(LatentPriorError, ImportError):

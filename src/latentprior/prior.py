@@ -15,14 +15,16 @@ from torch.distributions import Distribution, constraints
 
 from . import normalizers
 from .bases import Base, DistributionBase, GaussianMixtureBase, base_from_state
-from .checkpoint import load_state, save_state
+from .checkpoint import load_state
 from .errors import CheckpointError, LatentPriorError, MissingExtraError
+from .hub import find_folder
 from .ladder import MIN_ESS, Ladder, Stage
 from .latents import check_tensor
 from .normalizers import Bracket, Normalizer, NormalizerCheck
 from .ratios import BoundedRatio, build_ratio
 from .sampling import hmc, langevin, mala, smc
 from .sampling.resampling import LogMean, effective_sample_size, systematic
+from .sharing import Shareable
 from .whitening import Whitening
 
 __all__ = ["LatentPrior", "Stage"]
@@ -34,7 +36,7 @@ DRAW_NUMBERS = 1 << 26
 """Most numbers (256 MiB of float32) in the base draws that are held together."""
 
 
-class LatentPrior(Distribution):
+class LatentPrior(Distribution, Shareable):
     r"""A normalised density on latents, :math:`\log p_K(z) = \log p_0(z) + \sum_{k<K} (f_k(z) - c_k)`.
 
     Made by :func:`latentprior.fit` or :meth:`from_pretrained`. A :class:`torch.distributions.Distribution` with an
@@ -61,6 +63,7 @@ class LatentPrior(Distribution):
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
+    kind = "prior"
 
     def __init__(
         self,
@@ -307,13 +310,14 @@ class LatentPrior(Distribution):
         mixture = GaussianMixtureBase(torch.cat([weights, weights.new_tensor([0.1])]), means, cholesky)
         return mixture.to(device=self.device, dtype=self.dtype)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and a safetensors file into ``folder``, atomically; never a pickle.
-
-        Raises :class:`CheckpointError` for a tilted prior, or a folder that cannot be written.
-        """
-        config, tensors = self.state()
-        save_state(folder, "prior", config, tensors)
+    @torch.no_grad()
+    def card_draws(self) -> dict[str, Tensor]:
+        """Rows ``(1500, d)`` of the base and of the ladder on it, the same in every call."""
+        generator = torch.Generator().manual_seed(0)
+        draws = {f"base: {self.base.name}": self.whitening.unwhiten(self.base.sample(1500, generator))}
+        if self.stages:
+            draws["ladder"] = self.sample((1500,), generator).flatten(1)
+        return draws
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds this prior."""
@@ -357,15 +361,21 @@ class LatentPrior(Distribution):
         *,
         base: Distribution | None = None,
         device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> LatentPrior:
-        """Load from a folder, or from ``"user/name"`` on the Hugging Face hub (extra ``hub``).
+        """Load from a folder, or from ``"user/name"`` on the Hugging Face hub (extra ``hub``); a folder wins.
 
-        ``base`` gives back the torch Distribution of a prior that was fitted on one. Raises
-        :class:`CheckpointError` for anything absent, damaged, foreign or from another format version.
+        ``base`` gives back the torch Distribution of a prior that was fitted on one. ``revision`` (a branch, a tag, a
+        commit), ``token``, ``cache_dir`` and ``local_files_only`` are those of ``huggingface_hub``; safetensors and
+        JSON are all that is downloaded. Raises :class:`CheckpointError` for anything absent, damaged, foreign or from
+        another format version.
         """
-        folder = Path(source)
-        if not folder.is_dir() and isinstance(source, str) and source.count("/") == 1 and not source.startswith("."):
-            folder = _from_hub(source)
+        folder = find_folder(
+            source, cls.kind, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         config, tensors = load_state(folder, "prior")
         return cls.from_state(config, tensors, base=base, where=str(folder)).to(device)
 
@@ -451,11 +461,3 @@ def _normalizer_from_json(entry: Mapping[str, Any]) -> Normalizer:
         str(entry["source"]),
         bracket or None,
     )
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtraError(f"{name} is no folder here; loading it from the hub", "hub") from None
-    return Path(snapshot_download(name, allow_patterns=["config.json", "prior-*.safetensors"]))

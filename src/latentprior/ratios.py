@@ -77,8 +77,10 @@ class MixtureFeatures(nn.Module):
         return 2 * self.mixture.n_components + 1
 
     def forward(self, u: Tensor) -> Tensor:
-        dim = u.shape[1]
-        terms = self.mixture.log_terms(u)
+        return self.of_terms(self.mixture.log_terms(u), u.shape[1])
+
+    def of_terms(self, terms: Tensor, dim: int) -> Tensor:
+        """Features of rows from the mixture's log terms ``(n, K)`` there."""
         log_prob = torch.logsumexp(terms, 1, keepdim=True)
         # Denormal numbers would slow the next matrix product down many times.
         share = (terms - log_prob).clamp_min(-60).exp()

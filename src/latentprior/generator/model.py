@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..bases import DistributionBase, NormalBase
-from ..checkpoint import load_state, save_state
+from ..checkpoint import load_state
 from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
+from ..hub import find_folder
 from ..prior import LatentPrior
 from ..sampling import LogDensity, langevin, mala
+from ..sharing import Shareable
 from ..whitening import Whitening
 from .inference import log_gaussian, maximize, posterior_density, short_run
 from .likelihood import LogLikelihood, annealed_log_likelihood, importance_log_likelihood
@@ -43,7 +45,7 @@ def identity_whitening(dim: int) -> Whitening:
     return Whitening(torch.zeros(dim), eye, eye.clone(), torch.zeros(()), "none")
 
 
-class LatentVariableModel(nn.Module):
+class LatentVariableModel(nn.Module, Shareable):
     r""":math:`p(x, z) = \mathcal N(x; g(z), \sigma^2 I)\; p(z)` for images in [-1, 1], log densities in nats.
 
     Arguments
@@ -71,6 +73,8 @@ class LatentVariableModel(nn.Module):
     >>> model.anomaly_score(x, method="map").shape, model.reconstruct(x).shape
     (torch.Size([5]), torch.Size([5, 1, 8, 8]))
     """
+
+    kind = "model"
 
     def __init__(
         self,
@@ -377,27 +381,38 @@ class LatentVariableModel(nn.Module):
                 everything.update({f"{name}.{k}": v for k, v in network.state_dict().items()})
         return document, everything
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and one safetensors file, atomically; never pickle."""
-        config, tensors = self.state()
-        save_state(folder, "model", config, tensors)
+    @torch.no_grad()
+    def card_draws(self) -> dict[str, Tensor]:
+        """36 images of latents of the prior's base, and 36 of the ladder on it, the same in every call."""
+        generator = torch.Generator().manual_seed(0)
+        draws = {f"base: {self.prior.base.name}": self._decode_whitened(self.prior.base.sample(36, generator))}
+        if self.prior.stages:
+            draws["ladder"] = self.generate(36, generator=generator)
+        return draws
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        source: str | Path,
         *,
         generator: nn.Module | None = None,
         encoder: nn.Module | None = None,
         prior: Distribution | None = None,
         device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> LatentVariableModel:
-        """Load what :meth:`save_pretrained` wrote.
+        """Load what ``save_pretrained`` wrote, or ``"user/name"`` on the Hugging Face hub (extra ``hub``).
 
         Networks of your own are given again, untrained, and filled with the saved weights; so is a Distribution
-        that the prior stands on. Raises :class:`~latentprior.errors.CheckpointError` for anything absent, damaged or
-        foreign.
+        that the prior stands on. The last four arguments are as in :meth:`latentprior.LatentPrior.from_pretrained`.
+        Raises :class:`~latentprior.errors.CheckpointError` for anything absent, damaged or foreign.
         """
+        folder = find_folder(
+            source, cls.kind, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         config, tensors = load_state(folder, "model")
         return cls.from_state(config, tensors, generator=generator, encoder=encoder, prior=prior).moved(device)
 

@@ -91,7 +91,7 @@ def find(
     else:
         folder = Path(source)
         name = str(folder)
-        prior, model = _load(folder, device)
+        prior, model = load_folder(folder, device)
         text = folder / "config.yaml"
         known = model is not None and text.is_file()
         recipe = text.read_text(encoding="utf-8", errors="replace") if known else None
@@ -108,7 +108,8 @@ def find(
     return Subject(name, prior, model, recipe, train, test, separate), whole
 
 
-def _load(folder: Path, device: torch.device | str | None) -> tuple[LatentPrior, LatentVariableModel | None]:
+def load_folder(folder: Path, device: torch.device | str | None) -> tuple[LatentPrior, LatentVariableModel | None]:
+    """Load the prior, and the model if there is one, that a command left in a folder."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give one that `latentprior fit`, `train` or `demo` wrote")
     # `demo` leaves its prior one folder down.

@@ -1,0 +1,74 @@
+"""The picture of a model card: samples of the base beside those of the ladder."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["samples_png"]
+
+
+def samples_png(draws: Mapping[str, Tensor]) -> bytes | None:
+    """A PNG with a panel for each named set; None without matplotlib (extra ``report``).
+
+    Images ``(n, C, H, W)`` in [-1, 1] become grids; rows ``(n, d)`` a scatter on the two principal axes of the last
+    set, or a histogram where d is 1.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    # Not pyplot, which keeps every figure and chooses a backend for the whole process.
+    figure = Figure(figsize=(4 * len(draws), 4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(draws), squeeze=False)[0]
+    sets = [rows.detach().cpu().double() for rows in draws.values()]
+    if sets[-1].ndim == 4:
+        for panel, images in zip(panels, sets, strict=True):
+            _grid(panel, images)
+    else:
+        _plane(panels, [rows.flatten(1) for rows in sets])
+    for panel, name in zip(panels, draws, strict=True):
+        panel.set_title(name)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _grid(panel: Any, images: Tensor) -> None:
+    n, c, h, w = images.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = -(-n // columns)
+    tiles = torch.ones(rows * columns, c, h, w, dtype=images.dtype)
+    tiles[:n] = (images.clamp(-1, 1) + 1) / 2
+    canvas = tiles.reshape(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    panel.imshow((canvas[..., :3] if c >= 3 else canvas[..., :1].expand(-1, -1, 3)).numpy())
+    panel.axis("off")
+
+
+def _plane(panels: Any, sets: list[Tensor]) -> None:
+    last = sets[-1]
+    if last.shape[1] == 1:
+        low, high = torch.quantile(last, torch.tensor([0.002, 0.998], dtype=last.dtype)).tolist()
+        for panel, rows in zip(panels, sets, strict=True):
+            panel.hist(rows.flatten().numpy(), bins=40, range=(low, high), density=True)
+        return
+    centre = last.mean(0)
+    axes = torch.linalg.eigh(torch.cov(last.T)).eigenvectors[:, -2:].flip(1)
+    flat = [(rows - centre) @ axes for rows in sets]
+    ends = torch.tensor([0.002, 0.998], dtype=last.dtype)
+    limits = torch.quantile(flat[-1], ends, dim=0)
+    room = 0.2 * (limits[1] - limits[0])
+    (left, bottom), (right, top) = (limits[0] - room).tolist(), (limits[1] + room).tolist()
+    for panel, rows in zip(panels, flat, strict=True):
+        panel.scatter(rows[:, 0].numpy(), rows[:, 1].numpy(), s=2, alpha=0.5, linewidths=0)
+        panel.set_xlim(left, right)
+        panel.set_ylim(bottom, top)
+        panel.set_xlabel("first principal axis")
+    panels[0].set_ylabel("second")
