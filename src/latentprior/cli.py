@@ -18,7 +18,7 @@ import torch
 import typer
 from typer.main import get_command
 
-from . import __version__, image_commands, learning, report_command, training_command
+from . import __version__, explore_command, image_commands, learning, report_command, training_command
 from .errors import CheckpointError, InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .latents import read_latents
 from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
@@ -338,7 +338,7 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
         print("\n".join(text(found)))
 
 
-for command in (training_command.train, *image_commands.COMMANDS, report_command.report):
+for command in (training_command.train, *image_commands.COMMANDS, report_command.report, explore_command.explore):
     app.command()(command)
 
 

@@ -20,7 +20,7 @@ from ..model_folders import image_size, load_model, sampler_options
 from ..prior import LatentPrior
 from ..stage import derived_generator
 
-__all__ = ["Rows", "Subject", "find"]
+__all__ = ["Rows", "Subject", "find", "load"]
 
 LATENT_ROWS = 20_000
 IMAGE_ROWS, PIXELS = 10_000, 1 << 24
@@ -91,7 +91,7 @@ def find(
     else:
         folder = Path(source)
         name = str(folder)
-        prior, model = _load(folder, device)
+        prior, model = load(folder, device)
         text = folder / "config.yaml"
         known = model is not None and text.is_file()
         recipe = text.read_text(encoding="utf-8", errors="replace") if known else None
@@ -108,7 +108,8 @@ def find(
     return Subject(name, prior, model, recipe, train, test, separate), whole
 
 
-def _load(folder: Path, device: torch.device | str | None) -> tuple[LatentPrior, LatentVariableModel | None]:
+def load(folder: Path, device: torch.device | str | None) -> tuple[LatentPrior, LatentVariableModel | None]:
+    """Load the prior in a folder that ``fit``, ``train`` or ``demo`` wrote, and its model if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give one that `latentprior fit`, `train` or `demo` wrote")
     # `demo` leaves its prior one folder down.
