@@ -115,7 +115,7 @@ def body_of(server):
     "path",
     [
         "/../pyproject.toml", "/..%2f..%2fetc/passwd", "//etc/passwd", "/script.js/../../server.py", "/%00", "/api/",
-        "/page/index.html", "/explorer/server.py", "http://example.org/", "/static", "/" + "a" * 3000,
+        "/page/index.html", "/explorer/server.py", "/static", "/" + "a" * 3000,
     ],
 )  # fmt: skip
 def test_no_path_leads_to_a_file(model_server, path):
@@ -134,7 +134,8 @@ def test_wrong_methods(model_server):
 BAD = {
     "sample": [
         {"n": 0}, {"n": 65}, {"n": -1}, {"n": 10**30}, {"n": 1.5}, {"n": "4"}, {"n": True}, {"n": [4]}, {"n": {}},
-        {"seed": -1}, {"seed": 2**53}, {"seed": 0.5}, {"stage": 99}, {"stage": -1}, {"stage": None, "x": 1}, {"path": "/etc"},
+        {"seed": -1}, {"seed": 2**53}, {"seed": 0.5}, {"stage": 99}, {"stage": -1}, {"stage": None, "x": 1},
+        {"path": "/etc"},
     ],
     "walk": [
         {}, {"start": [0, 0, 0]}, {"start": [0, 0], "end": [0, 0, 0]}, {"start": "abc", "end": [0, 0, 0]},
@@ -180,7 +181,8 @@ def test_extreme_latents_are_answered(model_server, prior_server):
     assert call(prior_server, "POST", "/api/score", {"z": far})[0] == 200
     for server in (model_server, prior_server):
         assert call(server, "POST", "/api/walk", {"start": far, "end": [0, 0, 0]})[0] == 200
-        assert call(server, "POST", "/api/tilt", {"property": "towards", "z": far, "strength": 5})[0] == 200
+        tilt = {"property": "towards", "z": far, "strength": 5}
+        assert "too far" in refused(server, 400, "POST", "/api/tilt", tilt)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "application/octet-stream"])

@@ -6,22 +6,25 @@ class are read off the standardised latent u by small regressions on u and its p
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from ..errors import LatentPriorError
 from ..ladder import Ladder
 from ..prior import LatentPrior
 from ..sampling import smc
-from ..sampling.resampling import LogMean
+from ..sampling.resampling import LogMean, combine_islands
 from ..stage import derived_generator
 
 __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_classes", "tilted_draws"]
 
 PAIRS_UP_TO = 32
 ISLANDS, MOVES = 16, 6
+LEVELS, SECONDS = 60, 20.0
 LIMIT = 3.0
 
 
@@ -132,11 +135,16 @@ def tilted_draws(prior: LatentPrior, start: Tensor, g: nn.Module, n: int, genera
     r"""``n`` draws of :math:`p(u)\, e^{g(u)} / Z_g` from draws ``start`` ``(m, d)`` of the prior.
 
     What :meth:`LatentPrior.tilt` does, from draws that are known already, and kept: sequential Monte Carlo from the
-    ladder's top to one stage above it. m must divide by 16.
+    ladder's top to one stage above it. m must divide by 16. Raises :class:`LatentPriorError` where that takes more
+    than 60 levels or 20 s, as towards a latent that the prior does not know.
     """
     path = Ladder(prior.base, [*prior.ladder.ratios, g])
-    found = smc.run(
-        start, path, start=float(prior.ladder.length), islands=ISLANDS, moves=MOVES, generator=generator
-    )  # fmt: skip
+    end, late = float(path.length), time.monotonic() + SECONDS
+    state, levels = smc.init(start, float(prior.ladder.length), ISLANDS), 0
+    while state.t != end:
+        if levels >= LEVELS or time.monotonic() > late:
+            raise LatentPriorError("this tilt leads too far from where the prior has mass: use less strength")
+        state, _ = smc.step(state, path, end, moves=MOVES, generator=generator)
+        levels += 1
     picked = torch.randperm(len(start), generator=generator, device=generator.device)[:n]
-    return Tilted(found.position[picked.to(start.device)], found.log_normalizer)
+    return Tilted(state.position[picked.to(start.device)], combine_islands(state.log_normalizer))

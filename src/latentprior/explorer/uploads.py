@@ -35,8 +35,10 @@ def read_picture(body: bytes, kind: str, shape: Sequence[int]) -> Tensor:
         raise MissingExtraError("reading pictures", "explore") from None
     try:
         image = Image.open(io.BytesIO(body), formats=(TYPES[kind],))
-    except (Exception, Warning):
-        # Pillow's readers raise almost anything on damaged input, and a bomb of its own measure.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Refused(413, f"the picture is too large: {MOST_PIXELS:,} pixels are the most") from None
+    except Exception:
+        # Pillow's readers raise almost anything on damaged input.
         raise Refused(400, f"this is no {TYPES[kind]} picture, or a damaged one") from None
     width, height = image.size
     if width * height > MOST_PIXELS:
