@@ -66,9 +66,9 @@ def test_p_values_are_conformal(model_explorer):
 
 def test_noise_is_odder_than_images_are(model_explorer, saved):
     assert model_explorer.calibration.data
-    assert model_explorer.calibration.text == "300 images of images.npz"
+    assert model_explorer.calibration.text == "400 images of images.npz"
     noise = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert model_explorer.score_image(noise)["p_value"] == pytest.approx(1 / 301)
+    assert model_explorer.score_image(noise)["p_value"] == pytest.approx(1 / 401)
     image = torch.from_numpy(np.load(saved / "images.npz")["images"][5]).float()[None, None] / 127.5 - 1
     found = model_explorer.score_image(image)
     assert found["p_value"] > 0.01
@@ -89,8 +89,8 @@ def test_a_prior_scores_latents(prior_explorer):
     found = prior_explorer.score(Fields({"z": z.tolist()}))
     assert found["log_prob"] == pytest.approx(float(prior_explorer.prior.log_prob(z)), rel=1e-5)
     assert found["score"] == -found["log_prob"]
-    far = prior_explorer.score(Fields({"z": [1e6] * 3}))
-    assert far["p_value"] == pytest.approx(1 / 301)
+    far = prior_explorer.score(Fields({"z": [1e6] * 6}))
+    assert far["p_value"] == pytest.approx(1 / 401)
 
 
 @pytest.mark.parametrize(("name", "strength"), [("brightness", 3.0), ("brightness", -3.0), ("class", 3.0)])
@@ -188,6 +188,6 @@ def test_wrong_folders_and_data_are_refused(saved, tmp_path):
 
 def test_a_prior_takes_no_pictures_and_a_model_no_latents(model_explorer, prior_explorer):
     with pytest.raises(Refused, match="pictures"):
-        model_explorer.score(Fields({"z": [0, 0, 0]}))
+        model_explorer.score(Fields({"z": [0] * 6}))
     with pytest.raises(Refused, match="latents"):
         prior_explorer.score_image(torch.zeros(1, 1, 8, 8))

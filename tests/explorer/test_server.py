@@ -80,11 +80,11 @@ def test_info_says_what_can_be_asked(model_server, prior_server):
     found, points = (json.loads(call(server, "GET", "/api/info")[2]) for server in (model_server, prior_server))
     assert found["kind"] == "model"
     assert found["image_shape"] == [1, 8, 8]
-    assert found["classes"] == [0, 1]
+    assert found["classes"] == list(range(10))
     assert set(found["tilts"]) == {"towards", "brightness", "class"}
     assert points["kind"] == "prior"
     assert set(points["tilts"]) == {"towards"}
-    assert len(points["points"]) == 300
+    assert len(points["points"]) == 400
 
 
 def test_every_action_answers(model_server, prior_server):
@@ -138,17 +138,17 @@ BAD = {
         {"path": "/etc"},
     ],
     "walk": [
-        {}, {"start": [0, 0, 0]}, {"start": [0, 0], "end": [0, 0, 0]}, {"start": "abc", "end": [0, 0, 0]},
-        {"start": [0, 0, "0"], "end": [0, 0, 0]}, {"start": [0, 0, True], "end": [0, 0, 0]},
-        {"start": [0, 0, 1e7], "end": [0, 0, 0]}, {"start": [0, 0, 10**400], "end": [0, 0, 0]},
-        {"start": [0, 0, 0], "end": [0, 0, 0], "n": 25}, {"start": [0, 0, None], "end": [0, 0, 0]},
-        {"start": [[0], 0, 0], "end": [0, 0, 0]},
+        {}, {"start": [0] * 6}, {"start": [0, 0], "end": [0] * 6}, {"start": "abc", "end": [0] * 6},
+        {"start": [0, 0, 0, 0, 0, "0"], "end": [0] * 6}, {"start": [0, 0, 0, 0, 0, True], "end": [0] * 6},
+        {"start": [0, 0, 0, 0, 0, 1e7], "end": [0] * 6}, {"start": [0, 0, 0, 0, 0, 10**400], "end": [0] * 6},
+        {"start": [0] * 6, "end": [0] * 6, "n": 25}, {"start": [0, 0, 0, 0, 0, None], "end": [0] * 6},
+        {"start": [[0], 0, 0, 0, 0, 0], "end": [0] * 6},
     ],
     "tilt": [
         {}, {"property": "brightness"}, {"property": "no", "strength": 1}, {"property": ["class"], "strength": 1},
         {"property": "brightness", "strength": 5.1}, {"property": "brightness", "strength": "1"},
-        {"property": "class", "strength": 1}, {"property": "class", "strength": 1, "class": 7},
-        {"property": "towards", "strength": 1}, {"property": "towards", "strength": -1, "z": [0, 0, 0]},
+        {"property": "class", "strength": 1}, {"property": "class", "strength": 1, "class": 10},
+        {"property": "towards", "strength": 1}, {"property": "towards", "strength": -1, "z": [0] * 6},
         {"property": "brightness", "strength": 1, "n": 65},
     ],
 }  # fmt: skip
@@ -166,6 +166,7 @@ def test_wrong_fields(model_server, action, body):
         b'{"seed": 1e999}', b"[" * 3000, b'{"a":' * 600, b'{"seed": ' + b"9" * 4000 + b"}", b"n=4",
         pickle.dumps({"n": 4}), b"\0" * 100,
     ],
+    ids=lambda body: repr(body[:16]),
 )  # fmt: skip
 def test_what_is_not_json_of_finite_numbers(model_server, body):
     refused(model_server, 400, "POST", "/api/sample", body)
@@ -173,16 +174,16 @@ def test_what_is_not_json_of_finite_numbers(model_server, body):
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_latents_are_finite(prior_server, number):
-    refused(prior_server, 400, "POST", "/api/score", f'{{"z": [0, 0, {number}]}}'.encode())
+    refused(prior_server, 400, "POST", "/api/score", f'{{"z": [0, 0, 0, 0, 0, {number}]}}'.encode())
 
 
 def test_extreme_latents_are_answered(model_server, prior_server):
-    far = [1e6, -1e6, 1e6]
+    far = [1e6, -1e6] * 3
     assert call(prior_server, "POST", "/api/score", {"z": far})[0] == 200
     for server in (model_server, prior_server):
-        assert call(server, "POST", "/api/walk", {"start": far, "end": [0, 0, 0]})[0] == 200
-        tilt = {"property": "towards", "z": far, "strength": 5}
-        assert "too far" in refused(server, 400, "POST", "/api/tilt", tilt)
+        assert call(server, "POST", "/api/walk", {"start": far, "end": [0] * 6})[0] == 200
+    tilt = {"property": "towards", "z": far, "strength": 5}
+    assert "too far" in refused(prior_server, 400, "POST", "/api/tilt", tilt)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "application/octet-stream"])
@@ -218,6 +219,7 @@ def test_lengths(model_server):
         b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 70000, b"GET /\r\n", b"",
         b"GET / HTTP/1.1\r\n\r\n", b"POST /api/sample HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
     ],
+    ids=lambda data: repr(data[:16]),
 )  # fmt: skip
 def test_what_is_not_http(model_server, data, capfd):
     answer = raw(model_server, data)

@@ -24,7 +24,7 @@ __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_
 
 PAIRS_UP_TO = 32
 ISLANDS, MOVES = 16, 6
-LEVELS, SECONDS = 60, 20.0
+LEVELS, SECONDS = 40, 20.0
 LIMIT = 3.0
 
 
@@ -136,7 +136,7 @@ def tilted_draws(prior: LatentPrior, start: Tensor, g: nn.Module, n: int, genera
 
     What :meth:`LatentPrior.tilt` does, from draws that are known already, and kept: sequential Monte Carlo from the
     ladder's top to one stage above it. m must divide by 16. Raises :class:`LatentPriorError` where that takes more
-    than 60 levels or 20 s, as towards a latent that the prior does not know.
+    than 40 levels or 20 s, as towards a latent that the prior does not know.
     """
     path = Ladder(prior.base, [*prior.ladder.ratios, g])
     end, late = float(path.length), time.monotonic() + SECONDS

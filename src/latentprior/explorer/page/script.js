@@ -216,7 +216,7 @@ const tilt = latest(async () => {
   if (property === "towards") body.z = ($("target").value === "a" || !state.uploaded ? chosen("a") : state.uploaded).z;
   if (property === "class") body.class = Number($("class").value);
   const found = await ask("/api/tilt", body);
-  const what = { towards: "distance to the target, a standardised coordinate", brightness: "mean brightness", class: "probability of the class" };
+  const what = { towards: "distance to the target, a standardised coordinate", brightness: "brightness", class: "probability of the class" };
   $("tilt-note").textContent = `Mean ${what[property]}: ${number(found.before, 3)} under the prior, ${number(found.after, 3)} tilted. ` +
     `Log normaliser of the tilt ${number(found.log_normalizer, 2)} ± ${number(found.log_normalizer_stderr, 2)} nats.`;
   $("tilt").replaceChildren(state.info.kind === "model" ? tiles(found.items, "Tilted sample")
