@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-import latentprior as lp
 from browsing import CHROMIUM, keep_screenshot
 from digits_model import digits, digits_model
 from latentprior.explorer.explorer import open_explorer
@@ -72,7 +71,7 @@ def test_a_model_from_end_to_end(show, model_server):
     page = show(model_server, viewport={"width": 1000, "height": 900})
     last = model_server.explorer.stages[-1]
     full = pictures(page, "#samples")
-    assert len(full) == 64
+    assert len(full) == 40
     assert page.locator("#samples img").first.get_attribute("alt").startswith("Sample 1, log density ")
 
     slider = page.get_by_label("Stage", exact=True)
@@ -80,7 +79,7 @@ def test_a_model_from_end_to_end(show, model_server):
     page.wait_for_selector('#samples[data-stage="0"]')
     assert slider.get_attribute("aria-valuetext") == f"0 of {last} (base)"
     base = pictures(page, "#samples")
-    assert 0 < sum(a == b for a, b in zip(full, base, strict=True)) < 64
+    assert 0 < sum(a == b for a, b in zip(full, base, strict=True)) < 40
     slider.press("End")
     page.wait_for_selector(f'#samples[data-stage="{last}"]')
     assert pictures(page, "#samples") == full
@@ -101,12 +100,13 @@ def test_a_model_from_end_to_end(show, model_server):
     drop(page, picture())
     page.wait_for_selector("#score dl")
     assert page.locator("#score img").count() == 2
+    assert not page.get_by_label("Latent, numbers").is_visible()
     assert "against 400 images of images.npz" in page.locator("#score").inner_text()
 
     page.locator("#property").select_option("brightness")
     page.get_by_label("Strength", exact=True).fill("4")
     page.wait_for_selector('#tilt[data-strength="4"]')
-    assert page.locator("#tilt img").count() == 64
+    assert page.locator("#tilt img").count() == 20
     assert "Mean brightness" in page.locator("#tilt-note").inner_text()
     page.locator("#property").select_option("class")
     page.locator("#class").select_option("7")
@@ -122,7 +122,7 @@ def test_a_model_from_end_to_end(show, model_server):
 def test_a_prior_from_end_to_end(show, prior_server):
     page = show(prior_server, viewport={"width": 1000, "height": 900})
     dots = page.locator("#samples circle.item")
-    assert dots.count() == 64
+    assert dots.count() == 200
     box = dots.nth(20).bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     assert page.get_by_label("A, sample").input_value() == "21"
@@ -134,7 +134,7 @@ def test_a_prior_from_end_to_end(show, prior_server):
     assert "against 400 rows of z.npy" in page.locator("#score").inner_text()
     page.get_by_label("Strength", exact=True).fill("3")
     page.wait_for_selector('#tilt[data-strength="3"]')
-    assert page.locator("#tilt circle.item").count() == 64
+    assert page.locator("#tilt circle.item").count() == 200
     page.get_by_label("Latent, numbers").fill("1, two")
     page.get_by_role("button", name="Score", exact=True).click()
     playwright.expect(page.locator("#status")).to_contain_text("Give numbers")
@@ -174,9 +174,9 @@ def test_everything_has_a_name(show, model_server):
 @pytest.mark.slow
 @pytest.mark.skipif("LATENTPRIOR_SCREENSHOTS" not in os.environ, reason="no folder for screenshots is named")
 def test_screenshot(show, served, saved, tmp_path):
-    digits_model(steps=3000, settings=lp.StageSettings(), max_stages=4).save_pretrained(tmp_path / "digits")
+    digits_model(steps=400, max_stages=4).save_pretrained(tmp_path / "digits")
     page = show(
-        served(open_explorer(tmp_path / "digits", saved / "images.npz")), viewport={"width": 900, "height": 700}
+        served(open_explorer(tmp_path / "digits", saved / "images.npz")), viewport={"width": 760, "height": 700}
     )
     page.get_by_role("button", name="Walk from A to B").click()
     page.wait_for_selector("#walk img")

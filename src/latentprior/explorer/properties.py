@@ -24,7 +24,7 @@ __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_
 
 PAIRS_UP_TO = 32
 ISLANDS, MOVES = 16, 6
-LEVELS, SECONDS = 40, 20.0
+LEVELS, SECONDS = 40, 60.0
 LIMIT = 3.0
 
 
@@ -136,13 +136,15 @@ def tilted_draws(prior: LatentPrior, start: Tensor, g: nn.Module, n: int, genera
 
     What :meth:`LatentPrior.tilt` does, from draws that are known already, and kept: sequential Monte Carlo from the
     ladder's top to one stage above it. m must divide by 16. Raises :class:`LatentPriorError` where that takes more
-    than 40 levels or 20 s, as towards a latent that the prior does not know.
+    than 40 levels or 60 s, as towards a latent that the prior does not know.
     """
     path = Ladder(prior.base, [*prior.ladder.ratios, g])
     end, late = float(path.length), time.monotonic() + SECONDS
     state, levels = smc.init(start, float(prior.ladder.length), ISLANDS), 0
     while state.t != end:
-        if levels >= LEVELS or time.monotonic() > late:
+        if time.monotonic() > late:
+            raise LatentPriorError(f"this tilt took more than {SECONDS:g} s: use less strength")
+        if levels >= LEVELS:
             raise LatentPriorError("this tilt leads too far from where the prior has mass: use less strength")
         state, _ = smc.step(state, path, end, moves=MOVES, generator=generator)
         levels += 1

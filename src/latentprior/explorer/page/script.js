@@ -132,6 +132,8 @@ function tiles(items, what, onclick) {
   }));
 }
 
+// Points show a density only where there are many of them.
+const shown = (images) => Math.min(state.info.most.n, state.info.kind === "model" ? images : 200);
 const seed = () => Math.min(state.info.most.seed, Math.max(0, Math.trunc(Number($("seed").value)) || 0));
 const stage = () => state.info.stages[Number($("stage").value)];
 
@@ -143,7 +145,7 @@ function nameStage() {
 }
 
 const sample = latest(async () => {
-  const found = await ask("/api/sample", { stage: stage(), seed: seed(), n: Math.min(state.info.most.n, 64) });
+  const found = await ask("/api/sample", { stage: stage(), seed: seed(), n: shown(40) });
   state.items = found.items;
   for (const letter of ["a", "b"]) $(letter).max = found.items.length;
   if (state.info.kind === "model") $("samples").replaceChildren(tiles(found.items, "Sample", choose));
@@ -212,7 +214,7 @@ const scoreLatent = latest(async () => {
 
 const tilt = latest(async () => {
   const property = $("property").value, strength = Number($("strength").value);
-  const body = { property, strength, seed: seed(), n: Math.min(state.info.most.n, 64) };
+  const body = { property, strength, seed: seed(), n: shown(20) };
   if (property === "towards") body.z = ($("target").value === "a" || !state.uploaded ? chosen("a") : state.uploaded).z;
   if (property === "class") body.class = Number($("class").value);
   const found = await ask("/api/tilt", body);
@@ -236,7 +238,7 @@ function nameTilt() {
 async function start() {
   const info = state.info = await ask("/api/info");
   const shape = info.event_shape.join(" × ");
-  $("name").textContent = `${info.name}: ${info.kind === "model" ? "a model of images of " + info.image_shape.join(" × ") + ", " : "a prior on "}latents of ${shape}, base ${info.base}, ${info.stages.at(-1)} stages`;
+  $("name").textContent = `${info.name}: ${info.kind === "model" ? "a model of images of " + info.image_shape.join(" × ") + ", " : "a prior on "}latents of ${shape}, base ${info.base}, ${info.stages.at(-1)} stage${info.stages.at(-1) === 1 ? "" : "s"}`;
   $("stage").max = info.stages.length - 1;
   $("stage").value = info.stages.length - 1;
   $("stage").disabled = info.stages.length < 2;
