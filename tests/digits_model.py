@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
 
 import latentprior as lp
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
@@ -24,28 +23,15 @@ def as_images(pixels):
     return torch.from_numpy(pixels).float()[:, None] / 127.5 - 1
 
 
-def digits_model(rows=1200, steps=200, settings=None, max_stages=2):
-    """An autoencoder of the first ``rows`` digits under a ladder from a normal."""
+def digits_model(rows=1200, steps=300, max_stages=2):
+    """A VAE of the first ``rows`` digits under a ladder from a normal."""
     draws = torch.Generator().manual_seed(0)
-    spec = network_spec("mlp", latent_dim=DIM, width=128, image_shape=(1, 8, 8))
-    generator, encoder = build_generator(spec, draws), build_encoder(spec, draws)
-    x = as_images(digits()[0][:rows])
-    parameters = [p for network in (generator, encoder) for p in network.requires_grad_(True).parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=2e-3)
-    for _ in range(steps):
-        batch = x[torch.randint(rows, (256,), generator=draws)]
-        mean = encoder(batch)[0]
-        # Noise in the latent keeps neighbours alike, as in a VAE.
-        noise = 0.3 * torch.randn(mean.shape, generator=draws)
-        loss = nn.functional.mse_loss(generator(mean + noise), batch) + 2e-3 * mean.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for network in (generator, encoder):
-        network.eval().requires_grad_(False)
-    z = encoder(x)[0]
-    settings = settings or lp.StageSettings(width=64, depth=1, steps=300, batch_size=256, average=0.98, bound=2)
-    latents = lp.Latents.posterior(z, torch.full_like(z, 0.3))
-    prior = lp.fit(latents, base="normal", max_stages=max_stages, settings=settings)
-    assert prior.stages
-    return lp.LatentVariableModel(generator, prior, sigma=0.3, encoder=encoder)
+    spec = network_spec("mlp", latent_dim=DIM, width=64, image_shape=(1, 8, 8))
+    model = lp.LatentVariableModel(build_generator(spec, draws), encoder=build_encoder(spec, draws))
+    settings = lp.StageSettings(width=64, depth=1, steps=300, batch_size=256, average=0.98, bound=2)
+    config = lp.AutoencoderConfig(steps=steps)
+    lp.train_two_phase(
+        model, lp.Images(digits()[0][:rows]), config, base="normal", max_stages=max_stages, settings=settings
+    )
+    assert model.prior.stages
+    return model

@@ -174,7 +174,7 @@ def test_everything_has_a_name(show, model_server):
 @pytest.mark.slow
 @pytest.mark.skipif("LATENTPRIOR_SCREENSHOTS" not in os.environ, reason="no folder for screenshots is named")
 def test_screenshot(show, served, saved, tmp_path):
-    digits_model(steps=400, max_stages=4).save_pretrained(tmp_path / "digits")
+    digits_model(steps=4000, max_stages=4).save_pretrained(tmp_path / "digits")
     page = show(
         served(open_explorer(tmp_path / "digits", saved / "images.npz")), viewport={"width": 760, "height": 700}
     )

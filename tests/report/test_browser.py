@@ -108,7 +108,7 @@ def test_fits_a_phone_and_has_contrast(show, scheme):
 @pytest.mark.slow
 @pytest.mark.skipif("LATENTPRIOR_SCREENSHOTS" not in os.environ, reason="no folder for screenshots is named")
 def test_screenshot(browser, tmp_path):
-    model, pixels = digits_model(steps=400, max_stages=4), digits()[0]
+    model, pixels = digits_model(steps=4000, max_stages=4), digits()[0]
     out = tmp_path / "report.html"
     lp.write_report(model, out, images=lp.Images(pixels[:1200]), held_out=lp.Images(pixels[1200:]))
     page = browser.new_page(viewport={"width": 860, "height": 1060})
