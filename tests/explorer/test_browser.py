@@ -48,7 +48,7 @@ def show(browser):
 def picture(size=(8, 8), kind="PNG"):
     """A digit as the bytes of a file."""
     buffer = io.BytesIO()
-    Image.fromarray(digits()[0][1300]).resize(size).convert("RGB").save(buffer, kind)
+    Image.fromarray(digits()[0][1700]).resize(size).convert("RGB").save(buffer, kind)
     return buffer.getvalue()
 
 
