@@ -98,6 +98,7 @@ def test_tilts_move_their_property(model_explorer, name, strength):
     fields = {"property": name, "strength": strength, "n": 8, **({"class": 1} if name == "class" else {})}
     found = model_explorer.tilt(Fields(fields))
     assert (found["after"] - found["before"]) * strength > 0.05
+    assert found["r_squared" if name == "brightness" else "accuracy"] > 0.5
     assert len(found["items"]) == 8
 
 

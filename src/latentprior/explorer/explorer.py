@@ -150,7 +150,8 @@ class Explorer:
         """``n`` draws of the prior tilted by a property, with the tilt's log normaliser in nats.
 
         ``before`` and ``after`` are means of the property: brightness in [-1, 1], the probability of the class, or
-        the root mean square distance a standardised coordinate to the latent ``z``.
+        the root mean square distance a standardised coordinate to the latent ``z``. ``r_squared`` or ``accuracy`` say
+        how well the property was read off latents that did not fit it.
         """
         name = fields.one_of("property", self.tilts)
         strength = fields.real("strength", self.tilts[name].low, self.tilts[name].high)
@@ -179,6 +180,8 @@ class Explorer:
             "log_normalizer_stderr": _finite(found.log_normalizer.stderr),
             "before": self._property(g, self._pool[:BACKGROUND]),
             "after": self._property(g, found.u),
+            "r_squared": g.r_squared if isinstance(g, Brightness) else None,
+            "accuracy": g.accuracy if isinstance(g, Classes) else None,
             "items": self._items(z),
         }
 

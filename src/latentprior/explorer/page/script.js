@@ -220,7 +220,9 @@ const tilt = latest(async () => {
   const found = await ask("/api/tilt", body);
   const what = { towards: "distance to the target, a standardised coordinate", brightness: "brightness", class: "probability of the class" };
   $("tilt-note").textContent = `Mean ${what[property]}: ${number(found.before, 3)} under the prior, ${number(found.after, 3)} tilted. ` +
-    `Log normaliser of the tilt ${number(found.log_normalizer, 2)} ± ${number(found.log_normalizer_stderr, 2)} nats.`;
+    `Log normaliser of the tilt ${number(found.log_normalizer, 2)} ± ${number(found.log_normalizer_stderr, 2)} nats.` +
+    (found.r_squared === null ? "" : ` Brightness is read off the latent with R² ${number(found.r_squared, 2)}.`) +
+    (found.accuracy === null ? "" : ` Classes are read off the latent, right for ${Math.round(100 * found.accuracy)}%.`);
   $("tilt").replaceChildren(state.info.kind === "model" ? tiles(found.items, "Tilted sample")
     : plane(found.items, null, `${found.items.length} samples of the tilted prior`));
   $("tilt").dataset.strength = found.strength;
