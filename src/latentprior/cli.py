@@ -18,7 +18,7 @@ import torch
 import typer
 from typer.main import get_command
 
-from . import __version__, image_commands, learning, push_command, report_command, training_command
+from . import __version__, explore_command, image_commands, learning, push_command, report_command, training_command
 from .errors import CheckpointError, HubError, InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .latents import read_latents
 from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
@@ -337,7 +337,13 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
         print("\n".join(text(found)))
 
 
-for command in (training_command.train, *image_commands.COMMANDS, report_command.report, push_command.push):
+for command in (
+    training_command.train,
+    *image_commands.COMMANDS,
+    report_command.report,
+    explore_command.explore,
+    push_command.push,
+):
     app.command()(command)
 
 

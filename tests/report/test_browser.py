@@ -1,15 +1,16 @@
 """The page in a real browser; skipped where Playwright (extra ``browser``) or Chromium is absent."""
 
-import shutil
+import os
 
 import pytest
 import torch
 
 import latentprior as lp
+from browsing import CHROMIUM, keep_screenshot
+from digits_model import digits, digits_model
 from latentprior.generator.networks import build_generator, network_spec
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
@@ -102,6 +103,18 @@ def test_fits_a_phone_and_has_contrast(show, scheme):
     )
     for colour, least in ((ink, 7), (quiet, 4.5)):
         assert contrast(colour, paper) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LATENTPRIOR_SCREENSHOTS" not in os.environ, reason="no folder for screenshots is named")
+def test_screenshot(browser, tmp_path):
+    model, pixels = digits_model(steps=4000, max_stages=4), digits()[0]
+    out = tmp_path / "report.html"
+    lp.write_report(model, out, images=lp.Images(pixels[:1200]), held_out=lp.Images(pixels[1200:]))
+    page = browser.new_page(viewport={"width": 860, "height": 1060})
+    page.goto(out.as_uri())
+    keep_screenshot(page, "report")
+    page.close()
 
 
 def contrast(first, second):

@@ -22,6 +22,7 @@ from ..whitening import Whitening
 from .inference import log_gaussian, maximize, posterior_density, short_run
 from .likelihood import LogLikelihood, annealed_log_likelihood, importance_log_likelihood
 from .networks import build_encoder, build_generator
+from .paths import latent_path
 
 __all__ = ["LatentVariableModel", "standard_normal_prior"]
 
@@ -339,18 +340,7 @@ class LatentVariableModel(nn.Module, Shareable):
         ``relaxation`` times (0 gives the straight line). ``start`` and ``end`` have the event's shape. Source: E,
         Ren and Vanden-Eijnden (2007).
         """
-        if n < 2:
-            raise LatentPriorError(f"a path has 2 points or more, got {n}")
-        whitening = self.prior.whitening
-        ends = whitening.whiten(torch.stack([start.flatten(), end.flatten()]).to(whitening.loc))
-        share = torch.linspace(0, 1, n, dtype=ends.dtype, device=ends.device)[:, None]
-        path = ends[0] + share * (ends[1] - ends[0])
-        density = self.prior.ladder.density(self.prior.ladder.length)
-        for _ in range(relaxation):
-            moved = path + 0.05 * density(path)[1]
-            moved[0], moved[-1] = ends[0], ends[1]
-            path = _respaced(moved)
-        return self._decode_whitened(path)
+        return self.decode(latent_path(self.prior, start, end, n, relaxation=relaxation))
 
     def log_posterior(self, x: Tensor, mask: Tensor | None = None) -> LogDensity:
         r"""Value and gradient of :math:`\log p(x, u)` in standardised coordinates, for samplers of your own."""
@@ -469,16 +459,3 @@ def _mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _respaced(path: Tensor) -> Tensor:
-    """The same broken line, its points at equal distances."""
-    gaps = path.diff(dim=0).norm(dim=1)
-    along = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
-    if along[-1] == 0:
-        return path
-    wanted = torch.linspace(0, 1, len(path), dtype=path.dtype, device=path.device) * along[-1]
-    right = torch.searchsorted(along, wanted).clamp(1, len(path) - 1)
-    share = ((wanted - along[right - 1]) / gaps[right - 1].clamp_min(1e-12))[:, None].clamp(0, 1)
-    spaced: Tensor = path[right - 1] + share * (path[right] - path[right - 1])
-    return spaced

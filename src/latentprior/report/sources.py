@@ -20,7 +20,7 @@ from ..model_folders import image_size, load_model, sampler_options
 from ..prior import LatentPrior
 from ..stage import derived_generator
 
-__all__ = ["Rows", "Subject", "find"]
+__all__ = ["Rows", "Subject", "find", "load_folder"]
 
 LATENT_ROWS = 20_000
 IMAGE_ROWS, PIXELS = 10_000, 1 << 24
@@ -109,7 +109,7 @@ def find(
 
 
 def load_folder(folder: Path, device: torch.device | str | None) -> tuple[LatentPrior, LatentVariableModel | None]:
-    """Load the prior, and the model if there is one, that a command left in a folder."""
+    """Load the prior in a folder that ``fit``, ``train`` or ``demo`` wrote, and its model if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give one that `latentprior fit`, `train` or `demo` wrote")
     # `demo` leaves its prior one folder down.

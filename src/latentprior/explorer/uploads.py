@@ -1,0 +1,64 @@
+"""A picture out of the bytes that a browser sent: PNG or JPEG, its size known before it is decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..errors import InvalidImagesError, MissingExtraError
+from ..pictures import picture
+from .requests import Refused
+
+__all__ = ["MOST_BYTES", "TYPES", "read_picture"]
+
+TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
+"""Formats whose headers give the size without any decoding (WebP, say, takes memory for the picture at once)."""
+MOST_BYTES = 8 << 20
+MOST_PIXELS = 1 << 24
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601)."""
+
+
+def read_picture(body: bytes, kind: str, shape: Sequence[int]) -> Tensor:
+    """Decode a picture and cut and resize it to one image ``(1, C, H, W)`` in [-1, 1].
+
+    ``kind`` is the content type, ``shape`` (C, H, W). The middle of the picture's aspect is kept. Raises
+    :class:`Refused`: 400 for what is no such picture, 413 for one of more than 2^24 pixels.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("reading pictures", "explore") from None
+    try:
+        image = Image.open(io.BytesIO(body), formats=(TYPES[kind],))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Refused(413, f"the picture is too large: {MOST_PIXELS:,} pixels are the most") from None
+    except Exception:
+        # Pillow's readers raise almost anything on damaged input.
+        raise Refused(400, f"this is no {TYPES[kind]} picture, or a damaged one") from None
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise Refused(413, f"the picture has {width} x {height} pixels; {MOST_PIXELS:,} are the most")
+    try:
+        pixels = torch.from_numpy(picture(image, "the picture").copy())
+    except InvalidImagesError as error:
+        raise Refused(400, str(error)) from None
+    x = pixels[None, None].float() if pixels.ndim == 2 else pixels.permute(2, 0, 1)[None].float()
+    x = _resized(x, shape[1], shape[2])
+    if shape[0] == 1 and x.shape[1] == 3:
+        x = (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+    return (x.expand(1, shape[0], -1, -1) / 127.5 - 1).clamp(-1, 1)
+
+
+def _resized(x: Tensor, height: int, width: int) -> Tensor:
+    h, w = x.shape[-2:]
+    tall, wide = min(h, max(1, w * height // width)), min(w, max(1, h * width // height))
+    top, left = (h - tall) // 2, (w - wide) // 2
+    x = x[..., top : top + tall, left : left + wide]
+    if (tall, wide) == (height, width):
+        return x
+    return interpolate(x, (height, width), mode="bilinear", antialias=True)

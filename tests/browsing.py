@@ -1,0 +1,14 @@
+"""A real browser for tests of pages: Chromium of the system, by Playwright (extra ``browser``)."""
+
+import os
+import shutil
+from pathlib import Path
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def keep_screenshot(page, name, **options):
+    """Write ``name.png`` to the folder that LATENTPRIOR_SCREENSHOTS names, if it names one."""
+    folder = os.environ.get("LATENTPRIOR_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{name}.png", **options)

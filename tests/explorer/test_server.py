@@ -1,0 +1,386 @@
+"""The server against friends and foes: every answer is JSON or the page, none is a 500."""
+
+import base64
+import http.client
+import json
+import pickle
+import resource
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import pytest
+import torch
+
+from latentprior.explorer.server import Server, is_loopback
+from latentprior.explorer.work import Worker
+
+
+def call(server, method, path, body=None, headers=None, kind="application/json"):
+    """Status, headers, body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+    given = {} if body is None else {"Content-Type": kind}
+    if isinstance(body, (dict, list)):
+        body = json.dumps(body).encode()
+    try:
+        connection.request(method, path, body, {**given, **(headers or {})})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+def refused(server, status, *args, **options):
+    """The message of an answer that must have this status."""
+    found, headers, body = call(server, *args, **options)
+    assert found == status, body
+    assert headers["Content-Type"] == "application/json"
+    (message,) = json.loads(body).items()
+    assert message[0] == "error"
+    return message[1]
+
+
+def raw(server, data, wait=10.0):
+    """Everything that comes back for these bytes."""
+    with socket.create_connection(server.server_address[:2], timeout=wait) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        parts = []
+        while block := connection.recv(1 << 16):
+            parts.append(block)
+    return b"".join(parts)
+
+
+def png(width, height, rows=None):
+    """A grey PNG whose header names a size, and rows of its own."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + bytes(width) for _ in range(height)) if rows is None else rows
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_page_and_its_headers(model_server):
+    for path, kind in (("/", "text/html"), ("/script.js", "text/javascript"), ("/style.css?x=1", "text/css")):
+        status, headers, body = call(model_server, "GET", path)
+        assert status == 200
+        assert headers["Content-Type"].startswith(kind)
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert "Python" not in headers["Server"]
+        assert int(headers["Content-Length"]) == len(body) > 500
+
+
+def test_info_says_what_can_be_asked(model_server, prior_server):
+    found, points = (json.loads(call(server, "GET", "/api/info")[2]) for server in (model_server, prior_server))
+    assert found["kind"] == "model"
+    assert found["image_shape"] == [1, 8, 8]
+    assert found["classes"] == list(range(10))
+    assert set(found["tilts"]) == {"towards", "brightness", "class"}
+    assert points["kind"] == "prior"
+    assert set(points["tilts"]) == {"towards"}
+    assert len(points["points"]) == 400
+
+
+def test_every_action_answers(model_server, prior_server):
+    pytest.importorskip("PIL")
+    for server, shown in ((model_server, "image"), (prior_server, "point")):
+        status, _, body = call(server, "POST", "/api/sample", {"n": 4, "seed": 1, "stage": 0})
+        assert status == 200
+        items = json.loads(body)["items"]
+        assert [set(item) for item in items] == [{"z", "log_prob", shown}] * 4
+        walk = {"start": items[0]["z"], "end": items[1]["z"], "n": 3}
+        assert call(server, "POST", "/api/walk", walk)[0] == 200
+        tilt = {"property": "towards", "z": items[0]["z"], "strength": 1, "n": 2}
+        assert call(server, "POST", "/api/tilt", tilt)[0] == 200
+    status, _, body = call(prior_server, "POST", "/api/score", {"z": items[0]["z"]})
+    assert status == 200
+    assert 0 < json.loads(body)["p_value"] <= 1
+    picture = base64.b64decode(json.loads(body_of(model_server))["items"][0]["image"].partition(",")[2])
+    status, _, body = call(model_server, "POST", "/api/score", picture, kind="image/png")
+    assert status == 200
+    assert json.loads(body)["reconstruction"].startswith("data:image/png")
+
+
+def body_of(server):
+    return call(server, "POST", "/api/sample", {"n": 1})[2]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../pyproject.toml", "/..%2f..%2fetc/passwd", "//etc/passwd", "/script.js/../../server.py", "/%00", "/api/",
+        "/page/index.html", "/explorer/server.py", "/static", "/" + "a" * 3000,
+    ],
+)  # fmt: skip
+def test_no_path_leads_to_a_file(model_server, path):
+    assert refused(model_server, 404, "GET", path)
+    assert refused(model_server, 404, "POST", path, {})
+
+
+def test_wrong_methods(model_server):
+    assert "POST" in refused(model_server, 405, "GET", "/api/sample")
+    assert "GET" in refused(model_server, 405, "POST", "/api/info", {})
+    for method in ("PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
+        refused(model_server, 405, method, "/")
+    assert call(model_server, "HEAD", "/")[0] == 405
+
+
+BAD = {
+    "sample": [
+        {"n": 0}, {"n": 65}, {"n": -1}, {"n": 10**30}, {"n": 1.5}, {"n": "4"}, {"n": True}, {"n": [4]}, {"n": {}},
+        {"seed": -1}, {"seed": 2**53}, {"seed": 0.5}, {"stage": 99}, {"stage": -1}, {"stage": None, "x": 1},
+        {"path": "/etc"},
+    ],
+    "walk": [
+        {}, {"start": [0] * 6}, {"start": [0, 0], "end": [0] * 6}, {"start": "abc", "end": [0] * 6},
+        {"start": [0, 0, 0, 0, 0, "0"], "end": [0] * 6}, {"start": [0, 0, 0, 0, 0, True], "end": [0] * 6},
+        {"start": [0, 0, 0, 0, 0, 1e7], "end": [0] * 6}, {"start": [0, 0, 0, 0, 0, 10**400], "end": [0] * 6},
+        {"start": [0] * 6, "end": [0] * 6, "n": 25}, {"start": [0, 0, 0, 0, 0, None], "end": [0] * 6},
+        {"start": [[0], 0, 0, 0, 0, 0], "end": [0] * 6},
+    ],
+    "tilt": [
+        {}, {"property": "brightness"}, {"property": "no", "strength": 1}, {"property": ["class"], "strength": 1},
+        {"property": "brightness", "strength": 5.1}, {"property": "brightness", "strength": "1"},
+        {"property": "class", "strength": 1}, {"property": "class", "strength": 1, "class": 10},
+        {"property": "towards", "strength": 1}, {"property": "towards", "strength": -1, "z": [0] * 6},
+        {"property": "brightness", "strength": 1, "n": 65},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("action", "body"), [(action, body) for action, bodies in BAD.items() for body in bodies])
+def test_wrong_fields(model_server, action, body):
+    assert refused(model_server, 400, "POST", f"/api/{action}", body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"n"', b"\xff\xfe", b'{"seed": NaN}', b'{"seed": Infinity}', b'{"seed": -Infinity}',
+        b'{"seed": 1e999}', b"[" * 3000, b'{"a":' * 600, b'{"seed": ' + b"9" * 4000 + b"}", b"n=4",
+        pickle.dumps({"n": 4}), b"\0" * 100,
+    ],
+    ids=lambda body: repr(body[:16]),
+)  # fmt: skip
+def test_what_is_not_json_of_finite_numbers(model_server, body):
+    refused(model_server, 400, "POST", "/api/sample", body)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_latents_are_finite(prior_server, number):
+    refused(prior_server, 400, "POST", "/api/score", f'{{"z": [0, 0, 0, 0, 0, {number}]}}'.encode())
+
+
+def test_extreme_latents_are_answered(model_server, prior_server):
+    far = [1e6, -1e6] * 3
+    assert call(prior_server, "POST", "/api/score", {"z": far})[0] == 200
+    for server in (model_server, prior_server):
+        assert call(server, "POST", "/api/walk", {"start": far, "end": [0] * 6})[0] == 200
+    tilt = {"property": "towards", "z": far, "strength": 5}
+    assert "too far" in refused(prior_server, 400, "POST", "/api/tilt", tilt)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "application/octet-stream"])
+def test_content_types_that_any_page_can_send(model_server, kind):
+    refused(model_server, 415, "POST", "/api/sample", {"n": 1}, kind=kind)
+    refused(model_server, 415, "POST", "/api/score", png(8, 8), kind=kind)
+
+
+def test_lengths(model_server):
+    large = b" " * (64 << 10)
+    assert "bytes" in refused(model_server, 413, "POST", "/api/sample", large)
+    refused(model_server, 413, "POST", "/api/score", bytes((8 << 20) + 1), kind="image/png")
+    start = b"POST /api/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for lines, status in (
+        (b"Content-Length: -1", b"400"),
+        (b"Content-Length: 1_0", b"400"),
+        (b"Content-Length: " + b"9" * 30, b"400"),
+        (b"Content-Length: 999999999999", b"413"),
+        (b"Content-Length: 2\r\nContent-Length: 2", b"411"),
+        (b"Transfer-Encoding: chunked", b"411"),
+        (b"X: y", b"411"),
+        (b"Content-Length: 50", b"400"),
+    ):
+        answer = raw(model_server, start + lines + b"\r\n\r\n{}")
+        assert answer.split()[1] == status, (lines, answer)
+        assert b'{"error": ' in answer
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"A" * 70000, b"GET / HTTP/9.9\r\n\r\n", b"\0\0\0\0\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 70000, b"GET /\r\n", b"",
+        b"GET / HTTP/1.1\r\n\r\n", b"POST /api/sample HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+    ],
+    ids=lambda data: repr(data[:16]),
+)  # fmt: skip
+def test_what_is_not_http(model_server, data, capfd):
+    answer = raw(model_server, data)
+    assert b" 200 " not in answer.split(b"\n")[0]
+    assert b" 500 " not in answer.split(b"\n")[0]
+    assert call(model_server, "GET", "/api/info")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+PICTURES = {
+    "bomb": (png(60000, 60000, b"\0" * 1000), 413),
+    "large": (png(4200, 4200, b"\0" * 1000), 413),
+    "truncated": (png(8, 8)[:-30], 400),
+    "short": (png(100, 100, b"\0" * 5), 400),
+    "text": (b"<svg onload=alert(1)>", 400),
+    "pickle": (pickle.dumps({"z": [1, 2, 3]}), 400),
+    "empty": (b"", 400),
+    "gif": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", 400),
+    "nothing": (png(0, 0), 400),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_that_harm(model_server, name, capfd):
+    pytest.importorskip("PIL")
+    body, status = PICTURES[name]
+    refused(model_server, status, "POST", "/api/score", body, kind="image/png")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_picture_is_what_its_type_says(model_server):
+    pytest.importorskip("PIL")
+    assert call(model_server, "POST", "/api/score", png(9, 8), kind="image/png")[0] == 200
+    refused(model_server, 400, "POST", "/api/score", png(9, 8), kind="image/jpeg")
+
+
+def test_a_compressed_bomb_of_text_is_refused(model_server):
+    """A chunk of text that would open to 200 MB."""
+    pytest.importorskip("PIL")
+    text = b"Comment\0\0" + zlib.compress(bytes(200 << 20), 9)
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    picture = png(8, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call(model_server, "POST", "/api/score", picture[:33] + chunk + picture[33:], kind="image/png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250 << 10
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "8.8.8.8", "", "[::2]"]
+)
+def test_names_that_are_not_ours(model_server, host):
+    for path in ("/", "/api/info"):
+        refused(model_server, 421, "GET", path, headers={"Host": host})
+    refused(model_server, 421, "POST", "/api/sample", {"n": 1}, headers={"Host": host})
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1:1", "[::1]:80", "127.0.0.9"])
+def test_names_that_are(model_server, host):
+    assert call(model_server, "GET", "/api/info", headers={"Host": host})[0] == 200
+
+
+def test_other_sites_are_refused(model_server):
+    own = f"http://localhost:{model_server.server_address[1]}"
+    host = {"Host": own.removeprefix("http://")}
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        refused(model_server, 403, "POST", "/api/sample", {"n": 1}, headers={**host, **headers})
+        refused(model_server, 403, "GET", "/api/info", headers={**host, **headers})
+    assert call(model_server, "POST", "/api/sample", {"n": 1}, headers={**host, "Origin": own})[0] == 200
+    # A link to the page itself may stand anywhere.
+    assert call(model_server, "GET", "/", headers={**host, "Sec-Fetch-Site": "cross-site"})[0] == 200
+
+
+def test_hosts_of_a_server_that_is_open(monkeypatch, prior_explorer):
+    server = Server.__new__(Server)
+    server.host = "0.0.0.0"
+    monkeypatch.setattr(socket, "gethostname", lambda: "Box")
+    assert all(map(server.is_ours, ("192.168.0.7:7860", "localhost", "box:80", "[fe80::1]:1")))
+    assert not any(map(server.is_ours, ("evil.example", "", "box.evil.example:80")))
+    assert not is_loopback("0.0.0.0")
+    assert not is_loopback("example.org")
+
+
+def test_two_hundred_at_once(model_server):
+    """All are answered, with 200 or 503, in bounded memory."""
+    pytest.importorskip("PIL")
+    answers, gate = [], threading.Barrier(200)
+    upload = png(8, 8) + bytes(7 << 20)
+
+    def one(i):
+        gate.wait()
+        if i % 4 == 0:
+            got = call(model_server, "POST", "/api/score", upload, kind="image/png")
+        elif i % 4 == 1:
+            got = call(model_server, "POST", "/api/sample", {"n": 64, "seed": i})
+        elif i % 4 == 2:
+            got = call(model_server, "POST", "/api/tilt", {"property": "brightness", "strength": 2, "seed": i})
+        else:
+            got = call(model_server, "GET", "/api/info")
+        answers.append((i, got))
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == 200
+    counts = {}
+    for i, (status, headers, _) in answers:
+        counts.setdefault(i % 4 == 3, []).append(status)
+        if status == 503:
+            assert int(headers["Retry-After"]) > 0
+    # What needs no model is never sent away.
+    assert set(counts[True]) == {200}
+    assert set(counts[False]) == {200, 503}
+    # 50 uploads of 7 MiB at once would be 350 MiB and more; 16 places hold 112 MiB, and an answer some.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250 << 10
+    assert call(model_server, "POST", "/api/sample", {"n": 1})[0] == 200
+
+
+def test_slow_clients_hold_nobody_up(model_server, monkeypatch):
+    monkeypatch.setattr("latentprior.explorer.server.REQUEST_SECONDS", 0.5)
+    head = (
+        b"POST /api/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n"
+    )
+    slow = [socket.create_connection(model_server.server_address[:2], timeout=10) for _ in range(40)]
+    for i, connection in enumerate(slow):
+        connection.sendall(head if i % 2 else head[:30])
+    assert call(model_server, "GET", "/api/info")[0] == 200
+    began = time.monotonic()
+    for connection in slow:
+        answer = b""
+        while block := connection.recv(4096):
+            answer += block
+        assert answer == b"" or answer.split()[1] in (b"408", b"503")
+        connection.close()
+    assert time.monotonic() - began < 5
+    assert call(model_server, "POST", "/api/sample", {"n": 1})[0] == 200
+
+
+def test_a_defect_is_not_shown_to_the_client(prior_explorer, served, monkeypatch, capfd):
+    server = served(prior_explorer)
+    monkeypatch.setattr(type(prior_explorer), "sample", lambda *_: 1 / 0)
+    assert "ZeroDivision" not in refused(server, 500, "POST", "/api/sample", {"n": 1})
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_worker_refuses_what_waits_too_long():
+    worker = Worker(places=2, seconds=0.05)
+    free = threading.Event()
+    with worker.place(), worker.place(), pytest.raises(Exception, match="busy"), worker.place():
+        pass
+    with pytest.raises(Exception, match="no result within"):
+        worker(lambda: free.wait(10))
+    free.set()
+    worker.close()
+    with pytest.raises(Exception, match="stopping"):
+        worker(lambda: 1)
+
+
+def test_worker_keeps_no_gradients():
+    worker = Worker()
+    assert worker(torch.is_grad_enabled) is False
+    worker.close()
