@@ -11,6 +11,7 @@ from typing import Any
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _markdown import produced, spread, table
 from _results import read_results
+from _table_sections import adbench_section
 
 HERE = Path(__file__).resolve().parent
 SETS = {
@@ -208,6 +209,9 @@ def main() -> None:
         document = read_results(f"mnist_anomaly_{scale}")
         if document is not None:
             out += anomaly_section(document)
+    document = read_results("adbench")
+    if document is not None:
+        out += adbench_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     readme = HERE.parent / "README.md"
     text = readme.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from sklearn.base import clone
@@ -143,9 +144,20 @@ def test_it_detects_on_embeddings() -> None:
 # What it learns
 
 
-def test_the_prior_is_normalised_and_the_score_is_minus_its_log_density(detector: lp.RatioDetector) -> None:
-    assert len(detector.prior_.stages) == 1
-    assert detector.prior_.check_normalizer().passed
+def test_the_prior_is_normalised_and_scores_rank_by_it_up_to_the_ceiling(detector: lp.RatioDetector) -> None:
+    prior = detector.prior_
+    assert len(prior.stages) == 1
+    assert prior.check_normalizer().passed
+    u = torch.randn(500, *prior.event_shape, generator=torch.Generator().manual_seed(0)).double() * 2
+    base = prior.base.log_prob(prior.whitening.whiten(u)) + prior.whitening.log_abs_det
+    ratios = prior.log_prob(u) - base + prior.stages[0].log_normalizer
+    below = (ratios < detector.ceiling_).numpy()
+    x = detector._columns.restore(np.sinh(u.numpy()))
+    offset = detector.decision_function(x) + prior.log_prob(u).numpy()
+    assert 50 < below.sum() < 450
+    assert np.ptp(offset[below]) < 1e-6
+    # Above the ceiling a stage pardons no more: the score exceeds minus the log density.
+    assert (offset[~below] > offset[below].mean()).all()
 
 
 def test_a_stage_finds_what_the_margins_hide() -> None:

@@ -37,12 +37,16 @@ TYPICAL_ROWS = 2000
 
 
 class RatioDetector(BaseDetector):  # type: ignore[misc]
-    r"""Outliers as rows of low density under a short ladder, :math:`s(x) = -\log p_0(u) - \sum_k (f_k(u) - c_k)`.
+    r"""Outliers as rows of low density under a short ladder, :math:`s(x) = -\log p_0(u) - \min\{f(u), m\}`.
+
+    :math:`f(u) = \sum_k f_k(u)` is what the stages add to the log density of the base, and m its median over the
+    training rows: a row may be condemned by how its columns hang together, but pardoned no further than the
+    typical row is. Otherwise a clump of outliers among the training rows, far out under every margin and yet learned by
+    heart, would look normal.
 
     u are the columns of x, shifted and scaled by quantiles and squashed by arsinh, so that neither units nor single
     wild values rule. The base is by default a product of smooth marginals, and a stage adds how the columns hang
-    together: its log ratio is bounded, so that a clump of odd rows in the training data buys at most ``bound``
-    nats. The target is a kernel estimate of the rows (``smoothing``); equal rows count once. Scores are in nats,
+    together. The target is a kernel estimate of the rows (``smoothing``); equal rows count once. Scores are in nats,
     higher for odder rows, up to the change of coordinates from x to u.
 
     Made for tables that hold outliers already: no labels, no clean training set. Lengths are counted in steps,
@@ -63,6 +67,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
     decision_scores_, threshold_, labels_ : as in every PyOD detector, for all training rows.
     calibration_scores_ : ``(m,)`` sorted scores of the rows that trained nothing.
     prior_ : the density, a :class:`~latentprior.LatentPrior` on the squashed columns that vary.
+    ceiling_ : m, in nats.
     n_features_in_ : number of columns.
     """
 
@@ -106,6 +111,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         train = x[order[m:]]
         self._columns = Columns.fit(train, robust=True)
         self.prior_ = self._learn(np.unique(self._squash(train)[:, self._columns.varies], axis=0), seed)
+        self.ceiling_ = float(self._terms(self._squash(train))[1].median())
         self.decision_scores_ = self._score(x)
         self.calibration_scores_ = np.sort(self.decision_scores_[order[:m]])
         scores = self.decision_scores_[order[m:]]
@@ -115,7 +121,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         return self
 
     def decision_function(self, X: Any) -> Array:
-        """Minus the log density of every row in nats, ``(n, d) -> (n,)``: higher is odder."""
+        """How odd every row is, in nats, ``(n, d) -> (n,)``: higher is odder."""
         check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
         return self._score(validate_data(self, X, dtype=np.float64, reset=False))
 
@@ -151,10 +157,12 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         varies, prior = self._columns.varies, self.prior_
         end, start = torch.from_numpy(u[:, varies]), torch.from_numpy(b[:, varies])
         slope = torch.zeros_like(end)
-        density = prior.ladder.density(prior.ladder.length)
+        base, whole = prior.ladder.density(0), prior.ladder.density(prior.ladder.length)
         for i in range(nodes):
-            here = start + (i + 0.5) / nodes * (end - start)
-            slope -= density(prior.whitening.whiten(here))[1] @ prior.whitening.matrix / nodes
+            here = prior.whitening.whiten(start + (i + 0.5) / nodes * (end - start))
+            (low, low_grad), (high, high_grad) = base(here), whole(here)
+            grad = torch.where((high - low < self.ceiling_)[:, None], high_grad, low_grad)
+            slope -= grad @ prior.whitening.matrix / nodes
         parts = 0.5 * (np.square(u) - np.square(b))
         parts[:, varies] = ((end - start) * slope).numpy()
         return np.asarray(parts)
@@ -177,10 +185,16 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
 
     def _score(self, x: Array) -> Array:
         u = self._squash(x)
+        base, ratios = self._terms(u)
+        # A constant column: a normal in squashed units. Constants are left out.
+        odd = 0.5 * np.square(u[:, ~self._columns.varies]).sum(1)
+        return np.asarray(odd - (base + ratios.clamp_max(self.ceiling_)).numpy())
+
+    def _terms(self, u: Array) -> tuple[Tensor, Tensor]:
+        """Log density under the base and sum of log ratios at squashed rows, nats, ``(n,)`` each."""
+        whitened = self.prior_.whitening.whiten(torch.from_numpy(u[:, self._columns.varies]))
         with torch.no_grad():
-            log_prob = self.prior_.log_prob(torch.from_numpy(u[:, self._columns.varies])).numpy()
-        # A constant column: a normal in squashed units, its constant left out.
-        return np.asarray(0.5 * np.square(u[:, ~self._columns.varies]).sum(1) - log_prob)
+            return self.prior_.base.log_prob(whitened), self.prior_.ladder.log_potential(whitened)
 
     def _learn(self, u: Array, seed: int) -> LatentPrior:
         """Learn base and stages on distinct rows ``(n, d)`` by importance sampling alone, no Markov chain."""
