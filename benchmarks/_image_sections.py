@@ -35,7 +35,8 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
         "autoencoder's included; rivals and ladders ran side by side, a core each. The ladders' settings were chosen "
         "on 10,000 training images of MNIST held out for that, never on test images; on cifar10 the number "
         "of images and the steps of the autoencoder and of joint learning were raised, for all methods alike, after a "
-        "first table at seed 0, and some methods lack seeds. The cores had other work beside, so that seconds are loose and time budgets "
+        "first table at seed 0, and some methods lack seeds. The cores had other work beside, so that seconds "
+        "are loose and time budgets "
         "were shorter. The VAE of 3 x the steps is a control: more steps of the generator than the joint ladder's "
         "has in all.",
         "",
