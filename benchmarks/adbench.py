@@ -8,9 +8,9 @@ class; columns scaled to [0, 1] by the training rows. Figures are the area under
 on test rows, in percent, means over seeds. The published ones (``paper_AUCROC.csv``, ``paper_AUCPR.csv``) are the
 paper's; some of those detectors run here too, on the very same rows, which tells what a difference of splits is worth.
 
-Half of the paper's sets are read here. The detector's defaults were set by its authors' reasons, not by these labels;
-what was compared on them is told in RESULTS.md. Runs of single sets and methods join the figures of earlier ones, and
-what is on file is skipped unless ``--again``.
+Half of the paper's sets are read here. The detector's defaults rest on reasons, but variants of its score were
+compared on these labels: RESULTS.md tells which. Runs of single sets and methods join the figures of earlier ones,
+and what is on file is skipped unless ``--again``.
 """
 
 from __future__ import annotations

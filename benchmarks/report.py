@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
-from _markdown import produced, spread, table
+from _markdown import EARLIER_RULE, produced, spread, table
 from _results import read_results
 from _table_sections import adbench_section
 
@@ -33,6 +33,8 @@ def latents_section(document: dict[str, Any]) -> list[str]:
         "its samples and from its base. The ladder's defaults were chosen on mnist16 with its test rows in view, its "
         "base was let have more components and its networks the mixture's features after runs on cifar64: both sets "
         "are slightly selected. vae20 was first read when all defaults stood.",
+        "",
+        EARLIER_RULE,
         "",
     ]
     for name, runs in document["sets"].items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import latentprior as lp
+from browsing import CHROMIUM
 from latentprior.targets import Banana
 
 
@@ -82,3 +83,15 @@ def gaussian() -> lp.LatentPrior:
     """The standard normal in two dimensions as a prior without stages."""
     rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     return lp.fit(rows, base="normal", whitening="none", max_stages=0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, started once a file; tests that ask for it are skipped where it or Playwright is absent."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()

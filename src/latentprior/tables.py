@@ -118,26 +118,18 @@ class TableDensity:
         *,
         seed: int,
         validation: float = 0.1,
-        smoothing: float = 0.0,
-        columns: Columns | None = None,
         **options: Any,
     ) -> TableDensity:
-        r"""Learn on ``(n, d)`` rows with :func:`latentprior.fit`, which takes ``options``.
-
-        With ``smoothing`` h, row i stands for :math:`\mathcal N(u_i, h^2 I)` in units of the columns' standard
-        deviations, drawn afresh for every batch: the target is then a kernel estimate, and ties have a density.
-        """
+        """Learn on ``(n, d)`` rows with :func:`latentprior.fit`, which takes ``options``."""
         if not 0 < validation < 1:
             raise InvalidLatentsError(f"validation must be a share between 0 and 1, got {validation}")
-        columns = columns or Columns.fit(x)
+        columns = Columns.fit(x)
         out = held_out_rows(x, validation, seed)
         u = torch.from_numpy(columns.standardise(x)[:, columns.varies])
         parts = [u[torch.from_numpy(mask)] for mask in (~out, out)]
         if len(parts[0]) < 2:
             parts = [u, parts[1]]
-        train, held_out = (
-            Latents(part, torch.full_like(part, smoothing) if smoothing > 0 else None, name="X") for part in parts
-        )
+        train, held_out = (Latents(part, name="X") for part in parts)
         prior = fit(train, validation=held_out, seed=seed, **options)
         return cls(columns, _in_units(prior, columns))
 
@@ -146,16 +138,6 @@ class TableDensity:
         with torch.no_grad():
             value = self.prior.log_prob(torch.from_numpy(np.ascontiguousarray(x[:, self.columns.varies])))
         return value.cpu().numpy() + self.columns.constant_log_prob(self.columns.standardise(x))
-
-    def log_prob_grad(self, x: Array) -> Array:
-        """Gradient of :meth:`log_prob`, ``(n, d) -> (n, d)``, nats per unit of X."""
-        varies = self.columns.varies
-        z = torch.from_numpy(np.ascontiguousarray(x[:, varies])).requires_grad_(True)
-        with torch.enable_grad():
-            (grad,) = torch.autograd.grad(self.prior.log_prob(z).sum(), z)
-        found = -self.columns.standardise(x) / self.columns.scale
-        found[:, varies] = grad.cpu().numpy()
-        return found
 
     def sample(self, n: int, seed: int) -> Array:
         """Draw ``(n, d)`` rows in X's own units."""

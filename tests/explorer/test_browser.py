@@ -5,21 +5,12 @@ import os
 
 import pytest
 
-from browsing import CHROMIUM, keep_screenshot
+from browsing import keep_screenshot
 from digits_model import digits, digits_model
 from latentprior.explorer.explorer import open_explorer
 
 playwright = pytest.importorskip("playwright.sync_api")
 Image = pytest.importorskip("PIL.Image")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -6,20 +6,9 @@ import pytest
 import torch
 
 import latentprior as lp
-from browsing import CHROMIUM, keep_screenshot
+from browsing import keep_screenshot
 from digits_model import digits, digits_model
 from latentprior.generator.networks import build_generator, network_spec
-
-playwright = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
