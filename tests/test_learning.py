@@ -382,7 +382,10 @@ def test_saturation_is_told() -> None:
 def test_divergence_is_retried_once_then_named(quick: Fit) -> None:
     bad = lp.StageSettings(width=8, depth=1, steps=200, batch_size=64, learning_rate=1e30)
     events: list[Event] = []
-    with pytest.raises(lp.LearningDivergedError, match=r"stage 0: the held-out loss is not finite .* 2\.5e\+29"):
+    with (
+        pytest.warns(lp.LearningRetriedWarning, match=r"at learning rate 1e\+30; .*; learned once more at 2\.5e\+29"),
+        pytest.raises(lp.LearningDivergedError, match=r"stage 0: the held-out loss is not finite .* 2\.5e\+29"),
+    ):
         quick(settings=bad, callbacks=[events.append])
     assert [e.step for e in events if e.kind == "step"].count(1) == 2
 

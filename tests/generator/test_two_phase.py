@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import latentprior as lp
-from latentprior import LatentPriorError, LearningDivergedError
+from latentprior import LatentPriorError, LearningDivergedError, LearningRetriedWarning
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
 from latentprior.generator.training import TrainingEvent
@@ -216,7 +216,12 @@ def test_encoders_that_do_not_serve_are_named(images: Images) -> None:
 
 
 def test_divergence_is_named(images: Images) -> None:
-    with pytest.raises(LearningDivergedError, match=r"not finite at step [1-9]; lower learning_rate"):
+    with (
+        pytest.warns(
+            LearningRetriedWarning, match=r"not finite at step [1-9]; .* gone back to step 0, on at a quarter"
+        ),
+        pytest.raises(LearningDivergedError, match=r"not finite at step [1-9]; lower learning_rate"),
+    ):
         train_autoencoder(fresh(), images, replace(QUICK, learning_rate=1e30))
 
 
