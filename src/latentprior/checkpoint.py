@@ -9,6 +9,8 @@ import os
 import platform
 import re
 import sys
+import tokenize
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 from ._version import __version__
 from .errors import CheckpointError
 
-__all__ = ["FORMAT_VERSION", "UNFIT", "load_state", "locked", "read_config", "save_state", "write_whole"]
+__all__ = ["FORMAT_VERSION", "UNFIT", "UNREADABLE", "load_state", "locked", "read_config", "save_state", "write_whole"]
 
 FORMAT = "latentprior"
 FORMAT_VERSION = 1
@@ -30,6 +32,8 @@ READS = 5
 
 UNFIT = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ArithmeticError, MemoryError)
 """What rebuilding an object may raise where a document, whole as it is, describes none."""
+UNREADABLE = (*UNFIT, OSError, EOFError, SyntaxError, zipfile.BadZipFile, tokenize.TokenError)
+"""What numpy and the standard library raise for a damaged file of arrays."""
 
 
 def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

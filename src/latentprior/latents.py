@@ -6,7 +6,6 @@ import math
 import shutil
 import tempfile
 import weakref
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checkpoint import UNREADABLE
 from .errors import InvalidLatentsError
 
 __all__ = ["Latents", "LatentsLike", "as_latents", "check_tensor", "read_latents"]
@@ -336,7 +336,7 @@ def read_latents(path: str | Path, *, key: str | None = None) -> Latents:
                 return _from_archive(path, list(archive.keys()), archive.get_tensor, key)
     except InvalidLatentsError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, SyntaxError, MemoryError) as error:
+    except UNREADABLE as error:
         raise InvalidLatentsError(f"{path}: {_plain(error)}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("safetensors", "zlib", "safetensors_rust"):
