@@ -237,9 +237,9 @@ def mutated(seed: bytes, draws: random.Random) -> bytes:
     if separator and draws.random() < 0.6:
         try:
             document = json.loads(head)
-        except ValueError:
-            pass
-        else:
+        except (ValueError, RecursionError):
+            document = None
+        if isinstance(document, dict) and document:
             return json.dumps(_changed(document, draws)).encode() + separator + tail
     data = bytearray(seed)
     for _ in range(draws.choice((1, 1, 2, 4, 16))):
@@ -266,6 +266,7 @@ def mutated(seed: bytes, draws: random.Random) -> bytes:
 def _changed(document: Any, draws: random.Random) -> Any:
     places = list(_places(document))
     for _ in range(draws.choice((1, 1, 1, 2, 3))):
+        # What an earlier change has cut off may be changed too: it does no harm.
         owner, key = draws.choice(places)
         what = draws.randrange(5)
         try:

@@ -460,6 +460,39 @@ def test_divergence_is_retried_once_then_named(images: Images, changes: dict[str
         train(LatentVariableModel(decoder(), sigma=SIGMA), images, config)
 
 
+def test_divergence_is_mended_by_a_smaller_step(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = JointLearner.update_generator
+
+    def poisoned(self: JointLearner, x: Tensor, posterior: Tensor) -> dict[str, float]:
+        if (self.updates, self.pace) == (3, 1):
+            next(self.networks.parameters()).data.fill_(math.nan)
+        return real(self, x, posterior)
+
+    monkeypatch.setattr(JointLearner, "update_generator", poisoned)
+
+    def call(**options: Any) -> LatentVariableModel:
+        return train(perceptrons(encoder=False), images, HURRIED, **options)
+
+    says = "not finite at step 3; .* gone back to step 2 of stage 0"
+    with pytest.warns(LearningRetriedWarning, match=says):
+        whole = call()
+    assert all(p.isfinite().all() for p in whole.generator.parameters())
+    seen: list[TrainingEvent] = []
+
+    def stop(event: TrainingEvent) -> None:
+        seen.extend([event] if event.kind == "evaluate" else [])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.warns(LearningRetriedWarning), pytest.raises(KeyboardInterrupt):
+        call(checkpoint_dir=tmp_path, callbacks=[stop])
+    resumed = call(checkpoint_dir=tmp_path, resume=True)
+    for a, b in zip(whole.state()[1].values(), resumed.state()[1].values(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_events_come_in_order(images: Images) -> None:
     first: list[TrainingEvent] = []
     second: list[TrainingEvent] = []
