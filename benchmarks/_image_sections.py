@@ -36,7 +36,7 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
         "on 10,000 training images of MNIST held out for that, never on test images. On cifar10, after a first table "
         "at seed 0, all methods got five times the images, those with an autoencoder twice its steps, joint learning "
         "1,000 steps a phase for 600, SRI, LEBM and the ladder from N(0, I) no more steps. Rows without a range are of "
-        "one seed. Some cores had other work (five jobs, for the autoencoder of seed 1 of cifar10), so that seconds are "
+        "one seed. Some cores had other work (five jobs, for the autoencoder of seed 1 of cifar10), so seconds are "
         "loose and time budgets were shorter. The VAE of 3 x the steps is a control: more steps of the generator than "
         "the joint ladder's has in all.",
         "",

@@ -2,7 +2,10 @@ import errno
 import json
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import latentprior
 from latentprior import CheckpointError, checkpoint
-from latentprior.checkpoint import load_state, read_config, save_state
+from latentprior.checkpoint import load_state, locked, read_config, save_state
 
 OLD = {"a": torch.arange(6.0).reshape(2, 3)}
 NEW = {"a": torch.ones(2, 3), "b": torch.tensor(3.0, dtype=torch.float64)}
@@ -260,3 +264,62 @@ def test_numbers_that_json_cannot_hold_are_an_error_of_ours(saved: Path) -> None
     with pytest.raises(CheckpointError):
         save_state(saved, "prior", {"gain": float("nan")}, NEW)
     assert load_state(saved, "prior")[0]["number"] == 1
+
+
+def test_a_folder_says_which_version_wrote_it(saved: Path) -> None:
+    written_by = f"latentprior {latentprior.__version__}"
+    assert read_config(saved, "prior")["written_by"] == written_by
+    edit(saved, format_version=7, written_by="latentprior 9.9")
+    with pytest.raises(CheckpointError, match=r"format version 7, .* release that wrote it \('latentprior 9\.9'\)$"):
+        load_state(saved, "prior")
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5_000, 100_000])
+def test_nested_configurations_are_damaged_at_any_depth(saved: Path, depth: int) -> None:
+    text = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(text.replace('"number": 1', '"number": ' + "[" * depth + "]" * depth))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_state(saved, "prior")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_folder_is_one_runs_only(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with locked(folder):
+        with pytest.raises(CheckpointError, match=rf"another run \(process {os.getpid()} on .*choose another folder"):
+            locked(folder).__enter__()
+        save_state(folder, "fit", {}, OLD)
+    assert not (folder / ".lock").exists()
+    with locked(folder), locked(None):
+        pass
+    with locked(tmp_path / "empty"):
+        pass
+    assert not (tmp_path / "empty").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot save"), locked(tmp_path / "file"):
+        pass
+
+
+def test_savers_and_readers_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    save_state(tmp_path, "prior", {"writer": -1}, {"a": torch.full((8,), -1.0)})
+    ended = threading.Event()
+
+    def write(number: int) -> None:
+        for i in range(25):
+            save_state(tmp_path, "prior", {"writer": 100 * number + i}, {"a": torch.full((8,), 100.0 * number + i)})
+
+    def read() -> int:
+        n = 0
+        while not ended.is_set():
+            config, tensors = load_state(tmp_path, "prior")
+            assert (tensors["a"] == config["writer"]).all()
+            n += 1
+        return n
+
+    with ThreadPoolExecutor(3) as pool:
+        reader, writers = pool.submit(read), [pool.submit(write, k) for k in range(2)]
+        for writer in writers:
+            writer.result()
+        ended.set()
+        assert reader.result() > 0
+    assert len(list(tmp_path.iterdir())) == 2

@@ -21,6 +21,7 @@ from latentprior import CheckpointError, Event, InvalidLatentsError, LatentPrior
 from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder, Stage
 from latentprior.ratios import Gain
+from latentprior.stage import StageLearner
 from latentprior.targets import SkewedProduct
 
 Fit = Callable[..., lp.LatentPrior]
@@ -382,14 +383,103 @@ def test_saturation_is_told() -> None:
 def test_divergence_is_retried_once_then_named(quick: Fit) -> None:
     bad = lp.StageSettings(width=8, depth=1, steps=200, batch_size=64, learning_rate=1e30)
     events: list[Event] = []
-    with pytest.raises(lp.LearningDivergedError, match=r"stage 0: the held-out loss is not finite .* 2\.5e\+29"):
+    with (
+        pytest.warns(lp.LearningRetriedWarning, match=r"at learning rate 1e\+30; .*; learned once more at 2\.5e\+29"),
+        pytest.raises(lp.LearningDivergedError, match=r"stage 0: the held-out loss is not finite .* 2\.5e\+29"),
+    ):
         quick(settings=bad, callbacks=[events.append])
     assert [e.step for e in events if e.kind == "step"].count(1) == 2
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning that meets NaN at step 250 of the first stage, but not at a smaller rate."""
+    real = StageLearner._update
+
+    def update(self: StageLearner, *args: Any) -> None:
+        real(self, *args)
+        if (self.index, self.step) == (0, 250) and self.learning_rate == self.settings.learning_rate:
+            next(iter(self.parameters.values())).data.fill_(math.nan)
+
+    monkeypatch.setattr(StageLearner, "_update", update)
+
+
+def test_divergence_is_mended_by_a_smaller_step(quick: Fit, poisoned: None, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.warns(lp.LearningRetriedWarning, match="stage 0: .* learned once more at 0.00075") as caught:
+        prior = quick(callbacks=[events.append])
+    assert caught[0].filename.endswith("learning.py") or caught[0].filename == __file__
+    assert [e.step for e in events if e.kind == "step" and e.stage == 0].count(1) == 2
+    assert len(prior.stages) >= 1
+    assert math.isfinite(prior.info["log_prob_held_out"])
+    # Stopped in the second attempt, it goes on there: the same bits, and no other warning.
+    seconds = iter(range(2))
+
+    def stop(event: Event) -> None:
+        if (event.kind, event.stage, event.step) == ("step", 0, 150) and next(seconds) == 1:
+            raise Interruption
+
+    with pytest.warns(lp.LearningRetriedWarning), pytest.raises(Interruption):
+        quick(checkpoint_dir=tmp_path, callbacks=[stop])
+    assert_same(quick(checkpoint_dir=tmp_path, resume=True), prior)
+
+
+def test_particles_that_stand_still_are_named(quick: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = StageLearner.particles
+    monkeypatch.setattr(
+        StageLearner, "particles", lambda self: real(self)._replace(acceptance=0.001 if self.index else 1.0)
+    )
+    with (
+        pytest.warns(lp.LearningRetriedWarning),
+        pytest.raises(lp.LearningDivergedError, match=r"stage 0: its particles cannot be moved .* acceptance 0\.001"),
+    ):
+        quick()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "nowhere"}, "cannot compute on device nowhere"),
+        ({"dtype": torch.int32}, "dtype must be a floating type"),
+        ({"time_budget": math.nan}, "time_budget must be seconds, 0 or more, got nan"),
+        ({"whitening": "half"}, "unknown whitening 'half': choose full, diagonal, none"),
+    ],
+)
+def test_senseless_options_are_named(quick: Fit, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(LatentPriorError, match=says):
+        quick(max_stages=0, **options)
+
+
+BAD_COLUMNS = {
+    "duplicate": lambda z: torch.cat([z, z], 1),
+    "collinear": lambda z: torch.cat([z, z @ torch.tensor([[1.0], [2.0]])], 1),
+    "fewer rows than columns": lambda z: torch.randn(10, 30, generator=torch.Generator().manual_seed(1)),
+    "one row apart": lambda z: torch.cat([torch.zeros(300, 2), torch.ones(1, 2)]),
+    "a row far out": lambda z: torch.cat([z, torch.full((1, 2), 1e30)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::latentprior.LatentPriorWarning")
+@pytest.mark.parametrize("name", BAD_COLUMNS)
+def test_bad_columns_give_a_density(quick: Fit, crescent: Tensor, name: str) -> None:
+    z = BAD_COLUMNS[name](crescent)
+    prior = quick(z, base="gmm:2", max_stages=1)
+    assert prior.log_prob(z[:5]).isfinite().all()
+    assert prior.sample((20,), torch.Generator().manual_seed(0)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.uint8])
+def test_types_of_rows(quick: Fit, crescent: Tensor, dtype: torch.dtype) -> None:
+    z = (10 * crescent).round().abs().clamp_max(200).to(dtype)
+    assert_same(quick(z, max_stages=0), quick(z.double(), max_stages=0))
 
 
 @pytest.mark.parametrize(
     ("z", "options", "says"),
     [
+        (np.ma.masked_greater(np.arange(20.0).reshape(10, 2), 15), {}, "masked values"),
+        (torch.zeros(10, 2, device="meta"), {}, "on the device meta"),
+        (torch.eye(10).to_sparse(), {}, "nested or sparse"),
         (np.zeros((10, 2)), {}, r"constant latent coordinate\(s\) 0, 1"),
         (np.c_[np.arange(10.0), np.full(10, 7.0)], {}, r"constant latent coordinate\(s\) 1 have no density: drop them"),
         (np.ones((1, 3)), {}, "need at least 2 rows to learn a prior, got 1"),
@@ -414,7 +504,11 @@ def test_unknown_base(quick: Fit) -> None:
         quick(base="gauss")
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"width": 0}, {"bound": 0.0}, {"ratio": "x"}])
+SENSELESS = [{"batch_size": 0}, {"width": 0}, {"bound": 0.0}, {"ratio": "x"}, {"learning_rate": math.inf}]
+SENSELESS += [{"weight_decay": math.nan}, {"average": 2.0}, {"bound": math.inf}]
+
+
+@pytest.mark.parametrize("bad", SENSELESS)
 def test_senseless_settings_are_named(quick: Fit, bad: dict[str, Any]) -> None:
     with pytest.raises(LatentPriorError):
         quick(settings=dataclasses.replace(lp.StageSettings(width=8, depth=1, steps=100, batch_size=64), **bad))

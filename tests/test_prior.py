@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -263,6 +264,12 @@ def changes() -> dict[str, Callable[[dict], Any]]:
         "event shape of text": lambda c: c.update(event_shape="xy"),
         "negative shape": lambda c: c.update(event_shape=[-1, -2]),
         "vast network": lambda c: c["stages"][0]["spec"].update(width=10**7),
+        "deep network": lambda c: c["stages"][0]["spec"].update(depth=10**9),
+        "number too large for a float": lambda c: c["stages"][0].update(gain=10**400),
+        "shape too large for memory": lambda c: c.update(event_shape=[10**9, 10**9]),
+        "figures of text": lambda c: c["stages"][0]["diagnostics"].update(ess="high"),
+        "figures of another type": lambda c: c["stages"][0].update(diagnostics=[1]),
+        "unknown whitening": lambda c: c.update(whitening="x"),
     }
 
 
@@ -281,6 +288,59 @@ def test_missing_and_surplus_tensors(learned: lp.LatentPrior) -> None:
     for name in tensors:
         with pytest.raises(CheckpointError, match="do not fit together"):
             lp.LatentPrior.from_state(config, {k: v for k, v in tensors.items() if k != name})
+
+
+@pytest.mark.parametrize("name", ["whitening.matrix", "stages.0.network.last.weight"])
+def test_saved_nan_is_refused(learned: lp.LatentPrior, name: str) -> None:
+    config, tensors = learned.state()
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN"):
+        lp.LatentPrior.from_state(config, {**tensors, name: torch.full_like(tensors[name], math.nan)})
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e30, math.inf])
+def test_rows_too_far_out_have_no_density(learned: lp.LatentPrior, points: Tensor, scale: float) -> None:
+    value = learned.log_prob(scale * points.abs() + 1)
+    assert not value.isnan().any()
+    assert (value < -1e9).all()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([["a", "b"]]),
+        np.array([[1, None]], dtype=object),
+        [[1.0, 2.0], [3.0]],
+        None,
+        torch.zeros(3, 2, dtype=torch.complex64),
+        torch.eye(2).to_sparse(),
+        torch.zeros(3, 2, device="meta"),
+    ],
+    ids=["text", "objects", "ragged", "None", "complex", "sparse", "meta"],
+)
+def test_what_is_no_row_of_numbers_is_named(learned: lp.LatentPrior, value: Any) -> None:
+    with pytest.raises(InvalidLatentsError):
+        learned.log_prob(value)
+
+
+def test_arrays_of_any_order_and_type_are_scored(learned: lp.LatentPrior, points: Tensor) -> None:
+    whole = points.round()
+    expected, array = learned.log_prob(whole), whole.numpy()
+    others = [array.astype(">f4"), array.astype(np.longdouble), array[::-1][::-1], array.astype(np.int8), whole.half()]
+    for other in [*others, whole.bfloat16(), whole.T.contiguous().T, whole.tolist(), whole.requires_grad_(True)]:
+        torch.testing.assert_close(learned.log_prob(other).detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sampler": "langevin", "step_size": 100.0}, "ran away: lower step_size"),
+        ({"sampler": "mala", "step_size": math.nan}, "step_size must be positive and finite, got nan"),
+        ({"sample_shape": (-1,)}, r"0 or more in every place, got \(-1,\)"),
+    ],
+)
+def test_draws_that_cannot_be_are_named(learned: lp.LatentPrior, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(LatentPriorError, match=says):
+        learned.sample(**{"sample_shape": (3,), "generator": torch.Generator(), **options})
 
 
 # Tilting
@@ -373,6 +433,9 @@ def test_constraint_as_a_tilt(gaussian: lp.LatentPrior) -> None:
 def test_tilt_errors(gaussian: lp.LatentPrior, tmp_path: Path) -> None:
     with pytest.raises(LatentPriorError, match=r"returned shape \(.*, 1\) for .* rows: return one log potential a row"):
         gaussian.tilt(lambda z: z[:, :1])
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(LatentPriorError, match="it has no normaliser"):
+            gaussian.tilt(lambda z, bad=bad: torch.full_like(z[:, 0], bad))
     with pytest.raises(CheckpointError, match="cannot be saved"):
         gaussian.tilt(slope).save_pretrained(tmp_path / "tilted")
     assert not (tmp_path / "tilted").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Mapping
@@ -475,15 +476,26 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     if name == "normal":
         return NormalBase(len(tensors["zero"])).to(tensors["zero"].dtype)
     if name == "gmm":
+        k, d = tensors["means"].shape
+        if tensors["cholesky"].shape != (k, d, d) or tensors["log_weights"].shape != (k,):
+            raise ValueError("the mixture's shapes differ")
         mixture = GaussianMixtureBase(tensors["log_weights"].exp(), tensors["means"], tensors["cholesky"])
         # The derived buffers too, lest they differ in their last bits.
         mixture.load_state_dict(dict(tensors))
         return mixture
     if name == "copula":
+        if tensors["centers"].shape != tensors["widths"].shape:
+            raise ValueError("the copula's shapes differ")
         return CopulaBase(tensors["centers"], tensors["widths"])
     if name == "flow":
-        flow = FlowBase(int(config["dim"]), int(config["transforms"]), tuple(map(int, config["hidden"])))
-        flow.to(next(v.dtype for v in tensors.values() if v.is_floating_point())).load_state_dict(dict(tensors))
+        dim, transforms, hidden = int(config["dim"]), int(config["transforms"]), tuple(map(int, config["hidden"]))
+        # A line of JSON must not ask for more memory than the weights beside it fill.
+        most = sum(v.numel() for v in tensors.values())
+        if not 0 < transforms <= len(tensors) or any(a * b > most for a, b in itertools.pairwise((dim, *hidden, dim))):
+            raise ValueError("a flow larger than its weights")
+        flow = FlowBase(dim, transforms, hidden)
+        dtype = next((v.dtype for v in tensors.values() if v.is_floating_point()), None)
+        flow.to(dtype).load_state_dict(dict(tensors))
         return flow.requires_grad_(False)
     if name == "distribution":
         raise CheckpointError(

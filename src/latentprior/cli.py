@@ -19,6 +19,7 @@ import typer
 from typer.main import get_command
 
 from . import __version__, explore_command, image_commands, learning, push_command, report_command, training_command
+from .checkpoint import locked
 from .errors import CheckpointError, HubError, InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .latents import read_latents
 from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
@@ -189,15 +190,15 @@ def fit(
     target = read_latents(latents, key=key)
     checkpoint = out / "checkpoint"
     check_folder(out)
-    for folder, kind in ((out, "prior"), (checkpoint, "fit")):
-        check_ours(folder, kind)
-    if not resume and (checkpoint / "config.json").exists():
-        note(
-            "warning",
-            f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it",
-        )
-        remove_checkpoint(checkpoint, "fit")
-    with FitProgress() as progress, StopSignals() as stop:
+    with locked(out), FitProgress() as progress, StopSignals() as stop:
+        for folder, kind in ((out, "prior"), (checkpoint, "fit")):
+            check_ours(folder, kind)
+        if not resume and (checkpoint / "config.json").exists():
+            note(
+                "warning",
+                f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it",
+            )
+            remove_checkpoint(checkpoint, "fit")
         try:
             prior = learning.fit(
                 target,

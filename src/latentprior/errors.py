@@ -9,6 +9,7 @@ __all__ = [
     "LatentPriorError",
     "LatentPriorWarning",
     "LearningDivergedError",
+    "LearningRetriedWarning",
     "LowESSWarning",
     "MergeError",
     "MissingExtraError",
@@ -49,7 +50,7 @@ class MissingExtraError(LatentPriorError, ImportError):
 
 
 class LearningDivergedError(LatentPriorError, RuntimeError):
-    """A stage's loss stopped being finite, also after one retry with a smaller learning rate."""
+    """Learning ran away, also after one retry with a smaller step: a loss, chains or particles are no use any more."""
 
 
 class MergeError(LatentPriorError, RuntimeError):
@@ -72,6 +73,13 @@ class StageSaturatedWarning(LatentPriorWarning):
     """The ladder ended while its last stage still told data from samples almost perfectly.
 
     The prior has not arrived: raise ``max_stages`` or start from a better base (``base="gmm"``).
+    """
+
+
+class LearningRetriedWarning(LatentPriorWarning):
+    """Learning diverged, went back to the last good state and goes on with a smaller step.
+
+    What comes out is whole; lower the learning rate that the message names, or look for extreme rows.
     """
 
 

@@ -70,7 +70,7 @@ def explore(
         print(f"{server.url}  p-values against {explorer.calibration.text}; Ctrl-C ends", flush=True)
         if browser:
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
-        server.serve_forever()
+        server.serve()
     except Stopped:
         # Nothing is lost: this is how a page ends.
         pass

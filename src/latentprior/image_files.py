@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .checkpoint import UNREADABLE
 from .errors import InvalidImagesError, MissingExtraError
 from .pictures import Pair, Row, gather, one_line
 
@@ -42,7 +43,7 @@ def open_images(path: Path, key: str | None, size: int | None, split: str, limit
             # numpy would take an array or a pickle of that name for what it is: only a zip archive has named arrays.
             if not zipfile.is_zipfile(path):
                 raise InvalidImagesError(f"{path}: damaged or no .npz archive; write it with numpy.savez")
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 return _from_archive(path, archive.files, archive.__getitem__, key, split)
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -59,7 +60,7 @@ def open_images(path: Path, key: str | None, size: int | None, split: str, limit
         return _idx_pair(path)
     except InvalidImagesError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, SyntaxError, MemoryError, OverflowError) as error:
+    except UNREADABLE as error:
         raise InvalidImagesError(f"{path}: {_plain(error)}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in DECODERS:

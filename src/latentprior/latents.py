@@ -6,7 +6,6 @@ import math
 import shutil
 import tempfile
 import weakref
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checkpoint import UNREADABLE
 from .errors import InvalidLatentsError
 
 __all__ = ["Latents", "LatentsLike", "as_latents", "check_tensor", "read_latents"]
@@ -23,6 +23,9 @@ __all__ = ["Latents", "LatentsLike", "as_latents", "check_tensor", "read_latents
 Array = NDArray[Any]
 LatentsLike = "Latents | Tensor | Array | str | Path"
 BLOCK = 1 << 16
+TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.uint16, torch.uint32}
+TYPES |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+"""Types of tensors that are real numbers; those of eight bits or quantised know no arithmetic."""
 
 
 class Latents:
@@ -156,8 +159,13 @@ def _device_of(generator: torch.Generator | None) -> torch.device:
 def _as_rows(values: Any, name: str) -> Tensor | Array:
     if isinstance(values, Tensor):
         values = values.detach()
-        kind_ok = not values.is_complex() and values.dtype != torch.bool and not values.is_sparse
+        if values.is_nested or values.layout != torch.strided or values.is_meta:
+            what = "on the device meta" if values.is_meta else "nested or sparse"
+            raise InvalidLatentsError(f"{name} are {what}: give real numbers, a dense tensor or array")
+        kind_ok = values.dtype in TYPES
     else:
+        if np.ma.is_masked(values):
+            raise InvalidLatentsError(f"{name} have masked values: remove or fill such rows")
         try:
             values = np.asanyarray(values)
         except (ValueError, TypeError) as error:
@@ -278,7 +286,22 @@ def as_latents(values: Any, *, key: str | None = None) -> Latents:
 
 def check_tensor(z: Any, event_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return ``z`` as a flat ``(n, d)`` tensor, or raise :class:`InvalidLatentsError` naming the mismatch."""
-    tensor = z if isinstance(z, Tensor) else torch.as_tensor(np.asarray(z))
+    if isinstance(z, Tensor):
+        tensor = z
+    else:
+        try:
+            array = np.asarray(z)
+        except (ValueError, TypeError) as error:
+            raise InvalidLatentsError(f"latents are not one rectangular array of numbers: {error}") from None
+        if array.dtype.kind not in "fiub":
+            raise InvalidLatentsError(f"latents have type {array.dtype}: give real numbers (float or integer)")
+        # As numpy's own float64: torch knows no other order of bytes, and no negative strides.
+        native = array.dtype.isnative and array.dtype.itemsize <= 8 and array.dtype.kind != "u"
+        tensor = torch.from_numpy(np.array(array, dtype=None if native else np.float64))
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
+        raise InvalidLatentsError("latents are complex, sparse, nested or without data: give a dense tensor")
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     if tuple(tensor.shape[1:]) != tuple(event_shape) or tensor.ndim != len(event_shape) + 1:
         raise InvalidLatentsError(
             f"latents have shape {tuple(tensor.shape)}, the prior expects (n, {', '.join(map(str, event_shape))})"
@@ -313,7 +336,7 @@ def read_latents(path: str | Path, *, key: str | None = None) -> Latents:
                 return _from_archive(path, list(archive.keys()), archive.get_tensor, key)
     except InvalidLatentsError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, SyntaxError, MemoryError) as error:
+    except UNREADABLE as error:
         raise InvalidLatentsError(f"{path}: {_plain(error)}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("safetensors", "zlib", "safetensors_rust"):

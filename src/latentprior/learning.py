@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,15 @@ from torch import Tensor
 from . import normalizers
 from ._version import __version__
 from .bases import Base, GaussianMixtureBase, fit_base
-from .checkpoint import load_state, save_state
-from .errors import CheckpointError, InvalidLatentsError, LearningDivergedError, StageSaturatedWarning
+from .checkpoint import UNFIT, load_state, locked, save_state
+from .errors import (
+    CheckpointError,
+    InvalidLatentsError,
+    LatentPriorError,
+    LearningDivergedError,
+    LearningRetriedWarning,
+    StageSaturatedWarning,
+)
 from .ladder import FreshParticles, Stage
 from .latents import Latents, as_latents
 from .prior import LatentPrior
@@ -33,6 +40,8 @@ HELD_OUT_LIMIT = 10_000
 BASE_ROWS = 200_000
 SATURATED_GAIN = 1.2
 SHORTEST_STAGE = 0.5
+LEAST_ACCEPTANCE = 0.01
+"""Share of moves below which particles of sequential Monte Carlo have stood still."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,15 @@ def fit(
     InvalidLatentsError
         For latents that cannot be learned from.
     CheckpointError
-        For a ``checkpoint_dir`` of another run.
+        For a ``checkpoint_dir`` of another run, or one that another run is writing to.
     LearningDivergedError
-        When a stage's loss is not finite, also after a retry at a quarter of the learning rate.
+        When a stage's loss is not finite or its particles cannot be moved, also after a retry at a quarter of the
+        learning rate.
 
     Warns
     -----
+    LearningRetriedWarning
+        When a stage diverged and is learned once more.
     StageSaturatedWarning
         When the ladder ends before it has arrived.
     NormalizerBracketWarning
@@ -132,10 +144,31 @@ def fit(
         raise InvalidLatentsError(f"max_stages must not be negative, got {max_stages}")
     run = _Run(time_budget, tuple(callbacks), None if checkpoint_dir is None else Path(checkpoint_dir))
     settings = settings or StageSettings()
-    where = torch.device(device or "cpu")
+    where = _checked_device(device, dtype)
+    if whitening not in (None, *get_args(Kind)):
+        raise LatentPriorError(f"unknown whitening {whitening!r}: choose {', '.join(get_args(Kind))}")
+    if time_budget is not None and not time_budget >= 0:
+        raise LatentPriorError(f"time_budget must be seconds, 0 or more, got {time_budget}")
     target, held_out = _split(as_latents(z), validation, seed)
     run.identity = _identity(target, held_out, base, seed, dtype, whitening, settings)
+    with locked(run.folder):
+        return _climb(run, target, held_out, base, max_stages, seed, where, dtype, whitening, settings, resume)
 
+
+def _climb(
+    run: _Run,
+    target: Rows,
+    held_out: Rows,
+    base: str | torch.distributions.Distribution | Base,
+    max_stages: int,
+    seed: int,
+    where: torch.device,
+    dtype: torch.dtype,
+    whitening: Kind | None,
+    settings: StageSettings,
+    resume: bool,
+) -> LatentPrior:
+    """Stand where the run was saved, or fit the base; then add stages until there is a reason to stop."""
     saved = run.load() if resume else None
     if saved is not None:
         prior = saved.prior(base if isinstance(base, torch.distributions.Distribution) else None, where)
@@ -158,12 +191,10 @@ def fit(
         particles = particles or learner.particles()
         run.tell("stage", learner.index, learner.step, settings.steps, message=particles.source)
         started = time.monotonic()
-        learned, learner = _learn(run, prior, learner, particles)
-        if learned.gain.value <= 2 * learned.gain.stderr:
+        learned, after = _learn(run, prior, learner, particles)
+        if after is None:
             reason = "no gain" if learned.history else "time_budget"
             break
-        following = StageLearner(aim, prior.ladder.extended(learned.ratio), settings, tuple(prior.event_shape), seed)
-        after = following.particles()
         stage = Stage.measured(
             learned.ratio, learned.gain, particles, after, rows,
             seconds=time.monotonic() - started, steps=learned.steps, saturated=learned.saturated,
@@ -181,9 +212,12 @@ def fit(
 
 def _learn(
     run: _Run, prior: LatentPrior, learner: StageLearner, particles: FreshParticles
-) -> tuple[LearnedStage, StageLearner]:
-    """Learn a stage; on divergence once more from its beginning at a quarter of the learning rate."""
-    steps = learner.settings.steps
+) -> tuple[LearnedStage, FreshParticles | None]:
+    """Learn a stage, and draw particles of the ladder with it if it has gained; retried once where it diverges.
+
+    The last good state is the ladder before the stage: from there it is learned at a quarter of the learning rate.
+    """
+    steps, shape = learner.settings.steps, tuple(prior.event_shape)
 
     def on_step(now: StageLearner) -> None:
         run.tell("step", now.index, now.step, steps, now.best_gain)
@@ -197,19 +231,44 @@ def _learn(
             # Callers encode and fit in one torch.no_grad() block.
             with torch.enable_grad():
                 learned = learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate)
-            return learned, learner
-        except LearningDivergedError:
-            if attempt == 1:
+            if learned.gain.value <= 2 * learned.gain.stderr:
+                return learned, None
+            ladder = prior.ladder.extended(learned.ratio)
+            after = StageLearner(learner.target, ladder, learner.settings, shape, learner.seed).particles()
+            _check_moved(after, learner.index, learner.learning_rate)
+            return learned, after
+        except LearningDivergedError as error:
+            # A run that was resumed may be at its second attempt already.
+            if attempt == 1 or learner.learning_rate < learner.settings.learning_rate:
                 raise
+            rate = learner.learning_rate / 4
+            warnings.warn(f"{error}; learned once more at {rate:g}", LearningRetriedWarning, stacklevel=4)
             learner = StageLearner(
-                learner.target,
-                learner.ladder,
-                learner.settings,
-                tuple(prior.event_shape),
-                learner.seed,
-                learning_rate=learner.learning_rate / 4,
+                learner.target, learner.ladder, learner.settings, shape, learner.seed, learning_rate=rate
             )
     raise AssertionError("unreachable")
+
+
+def _check_moved(particles: FreshParticles, stage: int, rate: float) -> None:
+    """Raise :class:`LearningDivergedError` for particles that follow no density."""
+    c = particles.log_normalizer.value
+    if not math.isfinite(c) or not particles.acceptance >= LEAST_ACCEPTANCE:
+        raise LearningDivergedError(
+            f"stage {stage}: its particles cannot be moved (log Z {c:.3g}, acceptance {particles.acceptance:.3f}) at "
+            f"learning rate {rate:g}; lower learning_rate or bound, or look for extreme rows in the latents"
+        )
+
+
+def _checked_device(device: torch.device | str | None, dtype: torch.dtype) -> torch.device:
+    """The device to compute on; raises :class:`LatentPriorError` where nothing of this type can be."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LatentPriorError(f"dtype must be a floating type such as torch.float32, got {dtype}")
+    try:
+        where = torch.device(device or "cpu")
+        torch.zeros(1, device=where, dtype=dtype).cpu()
+        return where
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise LatentPriorError(f"cannot compute on device {device}: {str(error).partition(chr(10))[0]}") from None
 
 
 def _finish(run: _Run, prior: LatentPrior, rows: Tensor, seed: int, reason: str) -> LatentPrior:
@@ -234,7 +293,7 @@ def _finish(run: _Run, prior: LatentPrior, rows: Tensor, seed: int, reason: str)
                 f"the ladder ended ({reason}) while stage {len(stages) - 1} still told data from samples almost "
                 f"perfectly (gain {last.gain:.2f} of 1.39): raise max_stages or use a better base (base='gmm')",
                 StageSaturatedWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     info = {
         **prior.info,
@@ -410,7 +469,7 @@ class _Run:
             )
         try:
             self.before = float(document["seconds"])
-        except (KeyError, TypeError, ValueError):
+        except UNFIT:
             raise CheckpointError(f"{self.folder}: its checkpoint is damaged; start afresh in another folder") from None
         return _Saved(document, tensors)
 
@@ -424,11 +483,14 @@ class _Saved:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def prior(self, base: torch.distributions.Distribution | None, device: torch.device) -> LatentPrior:
-        return LatentPrior.from_state(self.document["prior"], self._part("prior."), base=base).to(device)
+        config = self.document.get("prior")
+        if not isinstance(config, dict):
+            raise CheckpointError("the checkpoint holds no prior")
+        return LatentPrior.from_state(config, self._part("prior."), base=base, where="the checkpoint").to(device)
 
     def restore(self, learner: StageLearner) -> None:
         if "learner" in self.document:
             try:
                 learner.restore(self.document["learner"], self._part("learner."))
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            except UNFIT as error:
                 raise CheckpointError(f"the checkpoint's learner is damaged ({type(error).__name__})") from None

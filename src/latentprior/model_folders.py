@@ -12,7 +12,8 @@ from torch import nn
 
 from .baselines.two_stage_vae import SkipPerceptron, TwoStageDistribution
 from .bases import DistributionBase
-from .checkpoint import load_state, save_state
+from .blueprint import built_for
+from .checkpoint import UNFIT, load_state, save_state
 from .configs import Recipe, read_recipe
 from .errors import CheckpointError, LatentPriorError
 from .generator.model import LatentVariableModel
@@ -95,21 +96,24 @@ def _load_second(folder: Path) -> TwoStageDistribution:
     try:
         d = math.prod(config["event_shape"])
         unused = torch.Generator()
-        # Without the check a damaged file could ask for more memory than there is.
-        if tensors["noise"].shape[1] != d or tensors["encoder.hidden.0.weight"].shape != (config["width"], d):
-            raise ValueError("shapes differ")
-        networks = nn.ModuleDict(
-            {
-                "encoder": SkipPerceptron(d, 2 * d, config["width"], config["depth"], unused),
-                "decoder": SkipPerceptron(d, d, config["width"], config["depth"], unused),
-            }
-        )
         noise = tensors.pop("noise")
+        if noise.shape[1] != d or not 0 <= config["depth"] <= len(tensors) or not config["gamma"] > 0:
+            raise ValueError("shapes differ")
+
+        def build() -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {
+                    "encoder": SkipPerceptron(d, 2 * d, config["width"], config["depth"], unused),
+                    "decoder": SkipPerceptron(d, d, config["width"], config["depth"], unused),
+                }
+            )
+
+        networks = built_for(tensors, build)
         networks.to(noise.dtype).load_state_dict(tensors)
         networks.requires_grad_(False).eval()
         return TwoStageDistribution(
             networks["encoder"], networks["decoder"], float(config["gamma"]), noise, config["event_shape"]
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except UNFIT as error:
         line = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{folder}: configuration and tensors do not fit together ({line})") from None

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from . import normalizers
 from .bases import Base, DistributionBase, GaussianMixtureBase, base_from_state
-from .checkpoint import load_state
+from .blueprint import built_for
+from .checkpoint import UNFIT, load_state
 from .errors import CheckpointError, LatentPriorError, MissingExtraError
 from .hub import find_folder
 from .ladder import MIN_ESS, Ladder, Stage
@@ -31,6 +33,9 @@ __all__ = ["LatentPrior", "Stage"]
 
 SAMPLERS = ("smc", "mala", "hmc", "langevin", "sir")
 SAMPLE_BLOCK = 32_768
+FAR = 1e6
+"""Standard deviations beyond which a density that is not a number is none at all."""
+FIGURES = {"ess", "acceptance", "seconds", "total_seconds", "log_prob_base", "log_prob_held_out"}
 PROBE = 4096
 DRAW_NUMBERS = 1 << 26
 """Most numbers (256 MiB of float32) in the base draws that are held together."""
@@ -148,11 +153,16 @@ class LatentPrior(Distribution, Shareable):
         r"""Normalised log density, ``(n, *event_shape) -> (n,)`` nats; also one unbatched event, to a scalar.
 
         Every value carries the same unknown shift of size :attr:`log_prob_stderr`. Raises
-        :class:`~latentprior.errors.InvalidLatentsError` for another shape. NaN in gives NaN out.
+        :class:`~latentprior.errors.InvalidLatentsError` for another shape or type. NaN in gives NaN out, and rows too
+        far out for the floating type ``-inf``.
         """
-        single = tuple(value.shape) == tuple(self.event_shape)
+        single = np.shape(value) == tuple(self.event_shape) if hasattr(value, "shape") else False
         z = check_tensor(value[None] if single else value, self.event_shape, self.device, self.dtype)
-        result = self.log_prob_whitened(self.whitening.whiten(z)) + self.whitening.log_abs_det
+        u = self.whitening.whiten(z)
+        result = self.log_prob_whitened(u) + self.whitening.log_abs_det
+        # Squares of such rows overflow, and their differences are no numbers.
+        lost = result.isnan() & ~(u.detach().abs() < FAR).all(1) & ~z.isnan().any(1)
+        result = torch.where(lost, -math.inf, result) if lost.any() else result
         return result[0] if single else result
 
     def log_prob_whitened(self, u: Tensor) -> Tensor:
@@ -180,13 +190,20 @@ class LatentPrior(Distribution, Shareable):
             ``leapfrog_steps``.
         ``langevin`` : the paper's short-run dynamics from base draws. ``steps`` 60, ``step_size`` 0.4; biased.
 
-        Raises :class:`LatentPriorError` for an unknown sampler.
+        Raises :class:`LatentPriorError` for an unknown sampler, or steps so long that draws run away.
         """
         if sampler not in SAMPLERS:
             raise LatentPriorError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if any(size < 0 for size in sample_shape):
+            raise LatentPriorError(f"sample_shape must be 0 or more in every place, got {tuple(sample_shape)}")
+        step_size = options.get("step_size")
+        if step_size is not None and not 0 < step_size < math.inf:
+            raise LatentPriorError(f"step_size must be positive and finite, got {step_size}")
         n = math.prod(sample_shape)
         parts = [self._draw(min(SAMPLE_BLOCK, n - i), generator, sampler, options) for i in range(0, n, SAMPLE_BLOCK)]
         u = torch.cat(parts) if parts else self.base.sample(0, generator)
+        if not u.isfinite().all():
+            raise LatentPriorError(f"draws by {sampler} ran away: lower step_size, or choose another sampler")
         return self.whitening.unwhiten(u).reshape(*sample_shape, *self.event_shape)
 
     def _draw(self, n: int, generator: torch.Generator | None, sampler: str, options: Mapping[str, Any]) -> Tensor:
@@ -247,8 +264,11 @@ class LatentPrior(Distribution, Shareable):
         islands = 16
         parts = max(1, particles // islands) * islands
         start = torch.cat([self._draw(parts // islands, generator, "smc", {}) for _ in range(islands)])
+        potential = stage.network(start)
+        if potential.isnan().any() or potential.max() in (math.inf, -math.inf):
+            raise LatentPriorError("the tilt is NaN, infinite, or -inf at every draw: it has no normaliser")
         # One reweighing needs no moves, and no gradient of g.
-        moves = 0 if effective_sample_size(stage.network(start)) >= 0.5 else 6
+        moves = 0 if effective_sample_size(potential) >= 0.5 else 6
         begin = float(len(self.stages))
         result = smc.run(start, tilted, start=begin, islands=islands, moves=moves, generator=generator)
         c: LogMean = result.log_normalizer
@@ -390,7 +410,13 @@ class LatentPrior(Distribution, Shareable):
     ) -> LatentPrior:
         """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
         try:
-            whitening = Whitening.from_state(_part(tensors, "whitening."), str(config["whitening"]))
+            for name, value in tensors.items():
+                if value.is_floating_point() and value.isnan().any():
+                    raise ValueError(f"{name} holds NaN")
+            whitening = Whitening.from_state(_part(tensors, "whitening."), config["whitening"])
+            shape = [int(size) for size in config["event_shape"]]
+            if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
+                raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
             start: Base = (
                 DistributionBase(base, whitening)
                 if base is not None
@@ -402,24 +428,54 @@ class LatentPrior(Distribution, Shareable):
             mixture = start if isinstance(start, GaussianMixtureBase) else cover
             stages = []
             for i, entry in enumerate(config["stages"]):
-                network = build_ratio(entry["spec"], torch.Generator(), mixture).to(whitening.loc.dtype)
-                network.load_weights(_part(tensors, f"stages.{i}."))
+                network = _rebuilt(entry["spec"], shape, _part(tensors, f"stages.{i}."), mixture)
+                network.to(whitening.loc.dtype)
                 figures = {
                     k: float(entry[k]) for k in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
                 }
-                stages.append(Stage(network.eval().requires_grad_(False), **figures, diagnostics=entry["diagnostics"]))
+                diagnostics = _figures(entry["diagnostics"])
+                stages.append(Stage(network.eval().requires_grad_(False), **figures, diagnostics=diagnostics))
             normalizer = _normalizer_from_json(config["normalizer"])
-            shape = [int(size) for size in config["event_shape"]]
-            if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
-                raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
             if not math.isfinite(normalizer.value):
                 raise ValueError("the log normaliser is not finite")
-            return cls(start, stages, whitening, shape, normalizer, config.get("info"), cover=cover)
+            info = _figures(config.get("info") or {})
+            prior = cls(start, stages, whitening, shape, normalizer, info, cover=cover)
+            if base is None:
+                # Parts may each be whole and not fit one another.
+                with torch.no_grad():
+                    centre = whitening.loc.new_zeros(2, len(whitening.loc))
+                    weights = [part.log_prob(centre) for part in (start, prior.ladder.start)]
+                    if torch.stack([prior.log_prob_whitened(centre), *weights]).isnan().any():
+                        raise ValueError("its density is not a number")
+            return prior
         except (CheckpointError, MissingExtraError):
             raise
-        except (LatentPriorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        except (LatentPriorError, *UNFIT) as error:
             line = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{where}: configuration and tensors do not fit together ({line})") from None
+
+
+def _rebuilt(
+    spec: Mapping[str, Any],
+    shape: Sequence[int],
+    weights: Mapping[str, Tensor],
+    mixture: GaussianMixtureBase | None,
+) -> BoundedRatio:
+    """The ratio network of a saved stage, with its weights; raises :class:`ValueError` where they are not of it."""
+    if list(spec["event_shape"]) != list(shape) or not 0 <= int(spec["depth"]) <= len(weights):
+        raise ValueError(f"a stage for rows of shape {spec['event_shape']}, {spec['depth']} deep")
+    network = built_for(weights, lambda: build_ratio(spec, torch.Generator(), mixture), ignored="features.")
+    network.load_weights(weights)
+    return network
+
+
+def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Notes beside a density; those that are printed as numbers must be numbers."""
+    found = dict(entry)
+    for name in FIGURES & found.keys():
+        if found[name] is not None:
+            found[name] = float(found[name])
+    return found
 
 
 class _Potential(nn.Module):

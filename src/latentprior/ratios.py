@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bases import GaussianMixtureBase
+from .blueprint import blank
 from .errors import CheckpointError, LatentPriorError
 
 __all__ = [
@@ -29,7 +30,7 @@ FIRST_LAYER_SCALE = 1.0
 
 
 def _linear(fan_in: int, fan_out: int, std: float, bias_std: float, g: torch.Generator | None) -> nn.Linear:
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+    layer: nn.Linear = blank(nn.Linear, fan_in, fan_out)
     nn.init.normal_(layer.weight, std=std, generator=g)
     nn.init.normal_(layer.bias, std=bias_std, generator=g)
     return layer
@@ -182,7 +183,7 @@ class ConvNet(nn.Module):
             height, breadth = (height + 1) // 2, (breadth + 1) // 2
         convs: list[nn.Module] = []
         for fan_in, fan_out, stride in sizes:
-            conv: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, fan_in, fan_out, 3, stride=stride, padding=1)
+            conv: nn.Conv2d = blank(nn.Conv2d, fan_in, fan_out, 3, stride=stride, padding=1)
             nn.init.normal_(conv.weight, std=math.sqrt(2 / (9 * fan_in)), generator=generator)
             assert conv.bias is not None
             nn.init.normal_(conv.bias, std=0.5, generator=generator)

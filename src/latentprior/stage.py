@@ -53,8 +53,10 @@ class StageSettings:
         """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
         if min(self.width, self.batch_size, self.patience) < 1 or min(self.depth, self.steps) < 0:
             raise LatentPriorError("width, batch_size and patience must be 1 or more, depth and steps 0 or more")
-        if not self.bound > 0 or not self.learning_rate > 0:
-            raise LatentPriorError("bound and learning_rate must be positive")
+        if not 0 < self.bound < math.inf or not 0 < self.learning_rate < math.inf:
+            raise LatentPriorError("bound and learning_rate must be positive and finite")
+        if not 0 <= self.weight_decay < math.inf or not 0 <= self.average <= 1:
+            raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
 
     def spec(self, event_shape: tuple[int, ...], features: bool = False) -> dict[str, Any]:
         """The network's specification for :func:`~latentprior.ratios.build_ratio`."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from .checkpoint import locked
 from .configs import Recipe, changed, read_recipe, recipe_for, recipe_names, rival, to_yaml
 from .errors import LatentPriorError, LearningDivergedError
 from .generator import training
@@ -88,65 +89,68 @@ def train(
         raise LatentPriorError(f"method {recipe.method!r} learns in one process: leave the launcher out, or use joint")
     model = new_model(recipe, pictures.shape, seed=seed, device=processes.device)
     checkpoint = out / "checkpoint"
-    _check_out(out, checkpoint)
-    unfinished = any((checkpoint / part / "config.json").exists() for part, _ in SAVED)
-    if main and unfinished and not resume:
-        note("warning", f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it")
-        _remove(checkpoint)
-    log = out / "log.jsonl"
-    if main:
-        if not (unfinished and resume):
-            log.unlink(missing_ok=True)
-        if config is None or not (out / "config.yaml").exists() or not (out / "config.yaml").samefile(config):
-            write_whole(out / "config.yaml", to_yaml(recipe).encode())
-    processes.wait()
-    begun = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        progress, bars = stack.enter_context(TrainingProgress()), stack.enter_context(FitProgress())
-        stop = stack.enter_context(StopSignals())
-        trackers: list[Tracker] = []
+    check_folder(out)
+    with locked(out if main else None):
+        _check_out(out, checkpoint)
+        unfinished = any((checkpoint / part / "config.json").exists() for part, _ in SAVED)
+        if main and unfinished and not resume:
+            note("warning", f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it")
+            _remove(checkpoint)
+        log = out / "log.jsonl"
         if main:
-            trackers = [JSONLinesTracker(log), *([TensorBoardTracker(out / "tensorboard")] if tensorboard else [])]
-        for tracker in trackers:
-            stack.callback(tracker.close)
-        last = _Last()
-        curves = [tracked(tracker) for tracker in trackers]
-        samples = _Samples(out, seed, trackers)
-        heard: Callbacks = (stop.check, progress, last, *curves, samples)
-        fit_heard: Callbacks = (stop.check, lambda _: progress.close(), bars, *curves)
-        try:
-            _learn(model, pictures, recipe, checkpoint, seed, resume, processes, heard, fit_heard)
-            if main:
-                save_model(model, out / "model")
-                samples.draw(model)
-                _remove(checkpoint)
-        except Stopped:
-            if any((checkpoint / part / "config.json").exists() for part, _ in SAVED):
-                raise Stopped(f"state saved in {checkpoint}", resumable=True) from None
-            raise
-        except (LearningDivergedError, WorkFailed):
-            raise
-        except LatentPriorError as error:
-            # Once the run has begun, its input has been found right.
-            if progress.begun or bars.begun:
-                raise WorkFailed(str(error)) from error
-            raise
+            if not (unfinished and resume):
+                log.unlink(missing_ok=True)
+            if config is None or not (out / "config.yaml").exists() or not (out / "config.yaml").samefile(config):
+                write_whole(out / "config.yaml", to_yaml(recipe).encode())
         processes.wait()
-    if not main:
-        return
-    figures = record(model.prior)
-    found = {
-        "method": recipe.method,
-        "recipe": name,
-        "images": len(pictures),
-        "image_shape": list(pictures.shape),
-        "sigma": model.sigma,
-        "seed": seed,
-        "seconds": time.monotonic() - begun,
-        "losses": last.losses,
-        "prior": figures,
-    }
-    write_whole(out / "metrics.json", (strict_json(found) + "\n").encode())
+        begun = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            progress, bars = stack.enter_context(TrainingProgress()), stack.enter_context(FitProgress())
+            stop = stack.enter_context(StopSignals())
+            trackers: list[Tracker] = []
+            if main:
+                trackers = [JSONLinesTracker(log), *([TensorBoardTracker(out / "tensorboard")] if tensorboard else [])]
+            for tracker in trackers:
+                stack.callback(tracker.close)
+            last = _Last()
+            curves = [tracked(tracker) for tracker in trackers]
+            samples = _Samples(out, seed, trackers)
+            heard: Callbacks = (stop.check, progress, last, *curves, samples)
+            fit_heard: Callbacks = (stop.check, lambda _: progress.close(), bars, *curves)
+            try:
+                _learn(model, pictures, recipe, checkpoint, seed, resume, processes, heard, fit_heard)
+                if main:
+                    save_model(model, out / "model")
+                    samples.draw(model)
+            except Stopped:
+                if any((checkpoint / part / "config.json").exists() for part, _ in SAVED):
+                    raise Stopped(f"state saved in {checkpoint}", resumable=True) from None
+                raise
+            except (LearningDivergedError, WorkFailed):
+                raise
+            except LatentPriorError as error:
+                # Once the run has begun, its input has been found right.
+                if progress.begun or bars.begun:
+                    raise WorkFailed(str(error)) from error
+                raise
+            processes.wait()
+        if not main:
+            return
+        figures = record(model.prior)
+        found = {
+            "method": recipe.method,
+            "recipe": name,
+            "images": len(pictures),
+            "image_shape": list(pictures.shape),
+            "sigma": model.sigma,
+            "seed": seed,
+            "seconds": time.monotonic() - begun,
+            "losses": last.losses,
+            "prior": figures,
+        }
+        write_whole(out / "metrics.json", (strict_json(found) + "\n").encode())
+        # Last: until then --resume finds a run that has ended, not one to begin.
+        _remove(checkpoint)
     if as_json:
         print(strict_json(found))
         return

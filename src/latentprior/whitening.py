@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +107,20 @@ class Whitening(nn.Module):
         return u @ self.inverse.T + self.loc
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Tensor], kind: str) -> Whitening:
-        """Rebuild from :meth:`torch.nn.Module.state_dict` and the kind's name."""
-        return cls(tensors["loc"], tensors["matrix"], tensors["inverse"], tensors["log_abs_det"], cast(Kind, kind))
+    def from_state(cls, tensors: dict[str, Tensor], kind: Kind) -> Whitening:
+        """Rebuild from :meth:`torch.nn.Module.state_dict` and the kind's name.
+
+        Raises :class:`ValueError` for an unknown kind, or numbers that are no map of rows.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"unknown whitening {kind!r}")
+        loc, matrix, inverse, log_abs_det = (tensors[k] for k in ("loc", "matrix", "inverse", "log_abs_det"))
+        d = loc.numel()
+        if [loc.shape, matrix.shape, inverse.shape, log_abs_det.shape] != [(d,), (d, d), (d, d), ()] or d < 1:
+            raise ValueError("the whitening's shapes differ")
+        if not all(v.is_floating_point() and v.isfinite().all() for v in (loc, matrix, inverse, log_abs_det)):
+            raise ValueError("the whitening holds infinite numbers, or whole ones")
+        return cls(loc, matrix, inverse, log_abs_det, kind)
 
 
 def _oas_intensity(correlation: Tensor, n: int) -> float:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from latentprior import CheckpointError, InvalidImagesError, LatentPriorError, LearningDivergedError
+from latentprior import (
+    CheckpointError,
+    InvalidImagesError,
+    LatentPriorError,
+    LearningDivergedError,
+    LearningRetriedWarning,
+)
 from latentprior.bases import NormalBase
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
@@ -133,6 +139,33 @@ def test_gains_are_told_and_kept(learned: tuple[LatentVariableModel, list[Traini
     axis = torch.linspace(-7, 7, 281)
     total = model.prior.log_prob(torch.cartesian_prod(axis, axis)).double().exp().sum() * 0.05**2
     assert float(total) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("gains", "switch", "ended"),
+    [
+        # (value, standard error) at steps 10, 20, 30, ...; a stage has 30 steps, patience for 2 evaluations.
+        ([(1.0, 0.01), (1.2, 0.01), (1.3, 0.01)], "adaptive", 30),
+        ([(1.0, 0.01), (0.9, 0.01), (0.8, 0.01)], "adaptive", 30),
+        ([(1.0, 0.01), (1.2, 0.01), (-3.0, 0.05), (0.7, 0.01)], "adaptive", 40),
+        ([(1.2, 0.01), (0.1, 0.05), (0.2, 0.05), (0.4, 0.05), (0.5, 0.05), (0.55, 0.05)], "adaptive", 60),
+        ([(0.02, 0.01), (0.005, 0.01), (0.004, 0.01)], "adaptive", 30),
+        ([(1.0, 0.01), (1.2, 0.01), (-3.0, 0.05)], "schedule", 30),
+    ],
+    ids=["rises", "waits", "runs away", "stays behind", "noise", "schedule"],
+)
+def test_a_stage_that_the_posterior_ran_away_from_may_catch_up(
+    images: Images, gains: list[tuple[float, float]], switch: str, ended: int
+) -> None:
+    one = learner(images, steps=30, evaluate_every=10, patience=2, switch=switch)
+    for value, stderr in gains:
+        assert not one.stage_finished
+        one.step += 10
+        one.gain, one.waited = Gain(value, stderr), one.waited + 1
+        if value > one.best_gain:
+            one.best_gain, one.waited = value, 0
+    assert one.stage_finished
+    assert one.step == ended
 
 
 def test_nothing_to_learn_ends_the_ladder(generator: torch.Generator) -> None:
@@ -443,13 +476,48 @@ def test_nan_images_are_refused() -> None:
         train(perceptrons(), Images(x), HURRIED)
 
 
-@pytest.mark.parametrize(("changes", "name"), [({"posterior_step_size": 1e20}, "ratio"), ({"settle_steps": 1}, "")])
-def test_divergence_is_named(images: Images, changes: dict[str, Any], name: str) -> None:
-    config = replace(HURRIED, **changes)
-    if not name:
-        config, name = replace(config, stages=0, posterior_step_size=1e20), "generator"
-    with pytest.raises(LearningDivergedError, match=rf"stage 0: the {name}'s loss is not finite at step 0; lower"):
+@pytest.mark.parametrize("changes", [{}, {"settle_steps": 1, "stages": 0}])
+def test_divergence_is_retried_once_then_named(images: Images, changes: dict[str, Any]) -> None:
+    config = replace(HURRIED, posterior_step_size=1e20, **changes)
+    says = r"stage 0: 100% of the posterior chains have run away at step 0; lower"
+    with (
+        pytest.warns(LearningRetriedWarning, match=f"{says}.* gone back to step 0 of stage 0, on at a quarter"),
+        pytest.raises(LearningDivergedError, match=says),
+    ):
         train(LatentVariableModel(decoder(), sigma=SIGMA), images, config)
+
+
+def test_divergence_is_mended_by_a_smaller_step(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = JointLearner.update_generator
+
+    def poisoned(self: JointLearner, x: Tensor, posterior: Tensor) -> dict[str, float]:
+        if (self.updates, self.pace) == (3, 1):
+            next(self.networks.parameters()).data.fill_(math.nan)
+        return real(self, x, posterior)
+
+    monkeypatch.setattr(JointLearner, "update_generator", poisoned)
+
+    def call(**options: Any) -> LatentVariableModel:
+        return train(perceptrons(encoder=False), images, HURRIED, **options)
+
+    says = "not finite at step 3; .* gone back to step 2 of stage 0"
+    with pytest.warns(LearningRetriedWarning, match=says):
+        whole = call()
+    assert all(p.isfinite().all() for p in whole.generator.parameters())
+    seen: list[TrainingEvent] = []
+
+    def stop(event: TrainingEvent) -> None:
+        seen.extend([event] if event.kind == "evaluate" else [])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.warns(LearningRetriedWarning), pytest.raises(KeyboardInterrupt):
+        call(checkpoint_dir=tmp_path, callbacks=[stop])
+    resumed = call(checkpoint_dir=tmp_path, resume=True)
+    for a, b in zip(whole.state()[1].values(), resumed.state()[1].values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_events_come_in_order(images: Images) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import latentprior as lp
-from latentprior import LatentPriorError, LearningDivergedError
+from latentprior import LatentPriorError, LearningDivergedError, LearningRetriedWarning
+from latentprior.generator import two_phase
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
 from latentprior.generator.training import TrainingEvent
@@ -215,8 +216,30 @@ def test_encoders_that_do_not_serve_are_named(images: Images) -> None:
         train_autoencoder(model, images, QUICK)
 
 
+def test_divergence_is_mended_by_a_smaller_step(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_phase, "SAVE_EVERY", 4)
+    real = two_phase._AutoencoderLearner.update
+
+    def poisoned(self: Any) -> dict[str, float]:
+        if (self.step, self.pace) == (6, 1):
+            next(self.networks.parameters()).data.fill_(math.nan)
+        return real(self)
+
+    monkeypatch.setattr(two_phase._AutoencoderLearner, "update", poisoned)
+    events: list[TrainingEvent] = []
+    with pytest.warns(LearningRetriedWarning, match="at step 6; .* gone back to step 4, on at a quarter of it"):
+        model = train_autoencoder(fresh(), images, replace(QUICK, steps=10), callbacks=[events.append])
+    assert [e.step for e in events] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]
+    assert all(p.isfinite().all() for p in model.generator.parameters())
+
+
 def test_divergence_is_named(images: Images) -> None:
-    with pytest.raises(LearningDivergedError, match=r"not finite at step [1-9]; lower learning_rate"):
+    with (
+        pytest.warns(
+            LearningRetriedWarning, match=r"not finite at step [1-9]; .* gone back to step 0, on at a quarter"
+        ),
+        pytest.raises(LearningDivergedError, match=r"not finite at step [1-9]; lower learning_rate"),
+    ):
         train_autoencoder(fresh(), images, replace(QUICK, learning_rate=1e30))
 
 

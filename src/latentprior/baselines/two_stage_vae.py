@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ..bases import DistributionBase
+from ..blueprint import blank
 from ..errors import LatentPriorError, LearningDivergedError
 from ..generator.model import LatentVariableModel, identity_whitening
 from ..generator.training import TrainingEvent
@@ -206,7 +207,7 @@ def _learn_second(
 
 
 def _linear(fan_in: int, fan_out: int, scale: float, generator: torch.Generator) -> nn.Linear:
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+    layer: nn.Linear = blank(nn.Linear, fan_in, fan_out)
     nn.init.normal_(layer.weight, std=scale / math.sqrt(fan_in), generator=generator)
     nn.init.zeros_(layer.bias)
     return layer

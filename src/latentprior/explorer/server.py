@@ -104,6 +104,19 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
             return name == socket.gethostname().lower()
         return True
 
+    def serve(self) -> None:
+        """Answer until an exception, a signal's say, reaches the caller.
+
+        Requests are accepted in a thread of their own: a signal raises in the main one, and never amid a request.
+        """
+        accepting = threading.Thread(target=self.serve_forever, name="latentprior-requests", daemon=True)
+        try:
+            accepting.start()
+            accepting.join()
+        finally:
+            if accepting.is_alive():
+                self.shutdown()
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection a thread if there is one to spare, or else close it."""
         if not self._connections.acquire(timeout=1.0):

@@ -23,9 +23,10 @@ class TrainingConfig:
     stages: int = 5
     """Most stages of the ladder."""
     steps: int = 3000
-    """Steps of a stage; the most, where switching is adaptive."""
+    """Steps of a stage; the most, where switching is adaptive, of one whose gain has not just fallen by half."""
     switch: Literal["adaptive", "schedule"] = "adaptive"
-    """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations."""
+    """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations, unless it has
+    fallen by half: then the posterior has moved under it, and it gets up to ``steps`` more to catch up."""
     settle_steps: int = 0
     """Steps of the generator alone under the whole ladder, after the last stage."""
     batch_size: int = 100

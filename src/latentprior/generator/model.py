@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..bases import DistributionBase, NormalBase
-from ..checkpoint import load_state
+from ..blueprint import built_for
+from ..checkpoint import UNFIT, load_state
 from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
 from ..hub import find_folder
 from ..prior import LatentPrior
@@ -424,7 +425,7 @@ class LatentVariableModel(nn.Module, Shareable):
             return cls(made, learned, float(config["sigma"]), coded or None)
         except LatentPriorError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except UNFIT as error:
             line = " ".join(str(error).split())[:200]
             raise CheckpointError(f"configuration and tensors of the model do not fit together ({line})") from None
 
@@ -445,8 +446,9 @@ def _network(
 ) -> nn.Module:
     if given is None and not entry["spec"]:
         raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")
-    network = given if given is not None else build(entry["spec"], torch.Generator())
-    network.load_state_dict(_part(tensors, f"{name}."))
+    weights = _part(tensors, f"{name}.")
+    network = given if given is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..blueprint import blank
 from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 
 __all__ = ["EncoderNetwork", "GeneratorNetwork", "build_encoder", "build_generator", "network_spec"]
@@ -77,7 +78,7 @@ class GeneratorNetwork(nn.Module):
                 fan_out = widths * w or self.image_shape[0]
                 # The first layer spreads a single pixel: each output sees one tap of its kernel.
                 taps = (kernel // stride) ** 2 if maps else 1
-                conv = nn.utils.skip_init(nn.ConvTranspose2d, channels, fan_out, *geometry)
+                conv = blank(nn.ConvTranspose2d, channels, fan_out, *geometry)
                 maps.append((conv, channels * taps))
                 channels = fan_out
             layers = [nn.Unflatten(1, (d, 1, 1)), *_stacked(maps, generator)]
@@ -115,7 +116,7 @@ class EncoderNetwork(nn.Module):
             outputs = [*(layer.widths * w for layer in mirrored[1:]), 2 * d]
             maps, channels = [], self.image_shape[0]
             for (_, *geometry), fan_out in zip(mirrored, outputs, strict=True):
-                conv = nn.utils.skip_init(nn.Conv2d, channels, fan_out, *geometry)
+                conv = blank(nn.Conv2d, channels, fan_out, *geometry)
                 maps.append((conv, channels * geometry[0] ** 2))
                 channels = fan_out
             layers = [*_stacked(maps, generator), nn.Flatten()]
@@ -141,7 +142,7 @@ def _channels_last(layers: nn.Sequential) -> nn.Sequential:
 
 
 def _linear_maps(*sizes: int) -> list[tuple[Any, int]]:
-    return [(nn.utils.skip_init(nn.Linear, *pair), pair[0]) for pair in itertools.pairwise(sizes)]
+    return [(blank(nn.Linear, *pair), pair[0]) for pair in itertools.pairwise(sizes)]
 
 
 def _stacked(maps: Sequence[tuple[Any, int]], generator: torch.Generator | None) -> list[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bases import DistributionBase
-from ..checkpoint import load_state, save_state
+from ..checkpoint import UNFIT, load_state, save_state
 from ..errors import CheckpointError
 from ..images import Images
 from ..prior import LatentPrior
@@ -37,6 +37,7 @@ class TrainingRun:
         self.callbacks = tuple(callbacks)
         self.begun, self.before = time.monotonic(), 0.0
         self.identity = _identity(learner)
+        self._kept: tuple[dict[str, Any], dict[str, Tensor]] | None = None
 
     def seconds(self) -> float:
         """Seconds spent on the run, earlier calls that it resumed included."""
@@ -64,11 +65,24 @@ class TrainingRun:
     def save(self) -> None:
         """Write everything that the next step depends on, atomically, in the main process."""
         learner = self.learner
+        self.keep()
         if self.folder is not None and learner.processes.rank == 0:
             document, tensors = _state(learner)
             document |= {"identity": self.identity, "seconds": self.seconds()}
             save_state(self.folder, "training", document, tensors)
         learner.processes.wait()
+
+    def keep(self) -> None:
+        """Remember the state in memory, for :meth:`go_back`; nothing once learning has diverged, as it may but once."""
+        self._kept = None
+        if self.learner.pace == 1:
+            document, tensors = _state(self.learner)
+            self._kept = document, {name: value.detach().clone() for name, value in tensors.items()}
+
+    def go_back(self) -> None:
+        """Stand where :meth:`keep` was called last."""
+        assert self._kept is not None
+        _restore(self.learner, *self._kept)
 
     def load(self) -> None:
         """Stand where the folder's run was saved; a folder without one begins afresh.
@@ -85,7 +99,7 @@ class TrainingRun:
         try:
             self.before = float(document["seconds"])
             _restore(self.learner, document, tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except UNFIT as error:
             raise CheckpointError(f"{self.folder}: its checkpoint is damaged ({type(error).__name__})") from None
 
 
@@ -104,6 +118,7 @@ def _state(learner: JointLearner) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "prior": prior,
         "counters": counters,
         "error": learner.error,
+        "pace": learner.pace,
         "sigma": learner.model.sigma,
         "gain": None if learner.gain.value != learner.gain.value else list(learner.gain),
         "best_gain": best if best is not None and best > -float("inf") else None,
@@ -128,6 +143,7 @@ def _restore(learner: JointLearner, document: Mapping[str, Any], tensors: Mappin
             setattr(learner, name, kept if name == "latents" else kept.to(device))
     for name, value in document["counters"].items():
         setattr(learner, name, bool(value) if name == "arrived" else int(value))
+    learner.pace = float(document.get("pace", 1.0))
     learner.error, learner.model.sigma = float(document["error"]), float(document["sigma"])
     learner.gain = Gain(float("nan"), float("nan")) if document["gain"] is None else Gain(*document["gain"])
     learner.best_gain = -float("inf") if document["best_gain"] is None else float(document["best_gain"])

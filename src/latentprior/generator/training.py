@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import normalizers
-from ..errors import LatentPriorError, LearningDivergedError
+from ..checkpoint import locked
+from ..errors import LatentPriorError, LearningDivergedError, LearningRetriedWarning
 from ..images import Images
 from ..ladder import Ladder
 from ..prior import Stage
@@ -53,16 +55,43 @@ def train(
     The last ``held_out`` images after a shuffle train nothing: gains are measured on them. Gains and normalisers
     are in nats. The model's networks end with the moving average of their weights.
 
-    Raises :class:`~latentprior.errors.LearningDivergedError` when a loss is not finite,
-    :class:`~latentprior.errors.CheckpointError` for a ``checkpoint_dir`` of another run.
+    Where a loss is not finite or chains run away, learning goes back to its last evaluation and on with quarter rates
+    and steps, with a :class:`~latentprior.errors.LearningRetriedWarning`; the second time it raises
+    :class:`~latentprior.errors.LearningDivergedError`. Raises :class:`~latentprior.errors.CheckpointError` for a
+    ``checkpoint_dir`` of another run, or one that another run is writing to.
 
     Source: Xiao and Han (NeurIPS 2022), algorithm 1 and eqs. 5 to 9; bounded ratios, normalisers, the encoder's
     start, particles and the adaptive switch are this package's.
     """
     learner = JointLearner(model, images, config or TrainingConfig(), seed, processes or SingleProcess(model.device))
     run = TrainingRun(learner, checkpoint_dir, callbacks)
-    if resume:
-        run.load()
+    with locked(run.folder if learner.processes.rank == 0 else None):
+        if resume:
+            run.load()
+        run.keep()
+        while True:
+            try:
+                _learn(run, learner)
+                break
+            except LearningDivergedError as error:
+                if learner.pace < 1:
+                    raise
+                run.go_back()
+                learner.pace = 0.25
+                message = (
+                    f"{error}; gone back to step {learner.step} of stage {learner.stage}, on at a quarter of these"
+                )
+                warnings.warn(message, LearningRetriedWarning, stacklevel=2)
+        run.tell("normalizer", {})
+        learner.normalize()
+        model.prior.info["total_seconds"] = run.seconds()
+        run.save()
+        run.tell("end", {})
+    return model
+
+
+def _learn(run: TrainingRun, learner: JointLearner) -> None:
+    """Go on from where the learner stands until nothing is left to learn."""
     while learner.stage_wanted:
         while not learner.stage_finished:
             x, index = learner.batch()
@@ -86,12 +115,6 @@ def train(
         run.tell("settle", losses)
         if learner.settled % learner.config.evaluate_every == 0:
             run.save()
-    run.tell("normalizer", {})
-    learner.normalize()
-    model.prior.info["total_seconds"] = run.seconds()
-    run.save()
-    run.tell("end", {})
-    return model
 
 
 class JointLearner:
@@ -120,6 +143,8 @@ class JointLearner:
         self.average = {k: v.detach().clone() for k, v in self.networks.named_parameters()}
         self.optimizer = torch.optim.Adam(self.networks.parameters(), config.learning_rate, betas=(0.5, 0.999))
         self.step = self.updates = self.settled = 0
+        self.pace = 1.0
+        """Factor on learning rates and step sizes: a quarter once learning has diverged."""
         self.error = model.sigma**2
         self.arrived = False
         self.latents: Tensor | None = None
@@ -164,9 +189,17 @@ class JointLearner:
 
     @property
     def stage_finished(self) -> bool:
-        """Whether this stage's steps or, if adaptive, its patience have run out."""
-        adaptive = self.config.switch == "adaptive" and self.waited >= self.config.patience
-        return adaptive or self.step >= self.config.steps
+        """Whether this stage's steps or, if adaptive, its patience have run out.
+
+        A stage that the posterior has just run away from is no measure of what it can give: if adaptive, it may
+        catch up for as many steps again.
+        """
+        if self.config.switch != "adaptive":
+            return self.step >= self.config.steps
+        lag = self.best_gain - self.gain.value
+        if lag > max(self.best_gain / 2, 4 * self.gain.stderr):
+            return self.step >= 2 * self.config.steps
+        return self.waited >= self.config.patience or self.step >= self.config.steps
 
     # The four moves of a step --------------------------------------------------------------------------------
 
@@ -191,8 +224,9 @@ class JointLearner:
         else:
             start = self.model.prior.base.sample(len(x), draws)
         density = posterior_density(self._decode, self._log_prior, x, self.model.sigma)
-        how: dict[str, Any] = {"steps": config.posterior_steps, "step_size": config.posterior_step_size}
+        how: dict[str, Any] = {"steps": config.posterior_steps, "step_size": self.pace * config.posterior_step_size}
         z = short_run(start, density, coordinates, **how, generator=draws)
+        self._check_near(z, "posterior")
         if self.latents is not None and index is not None:
             self._keep(index, z)
         return z
@@ -206,7 +240,9 @@ class JointLearner:
             return self._particles(n)
         start = self.chains if self.chains is not None and len(self.chains) == n else self.ladder.base.sample(n, draws)
         density = self.ladder.density(self.ladder.length)
-        z = langevin.sample(start, density, steps=config.prior_steps, step_size=config.prior_step_size, generator=draws)
+        size = self.pace * config.prior_step_size
+        z = langevin.sample(start, density, steps=config.prior_steps, step_size=size, generator=draws)
+        self._check_near(z, "prior")
         self.chains = z if config.prior_sampler == "persistent" else None
         return z
 
@@ -248,6 +284,8 @@ class JointLearner:
         measured = torch.tensor(gain(f[0], f[1]), device=self.device)
         self.processes.average([measured])
         self.gain = Gain(*measured.tolist())
+        if not math.isfinite(self.gain.value):
+            raise self._diverged("the held-out loss is not finite")
         self.waited += 1
         if self.gain.value > self.best_gain:
             self.best_gain, self.waited = self.gain.value, 0
@@ -363,7 +401,7 @@ class JointLearner:
     def _descend(self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, loss: Tensor, rate: float) -> None:
         epochs = self.updates * self.config.batch_size // len(self.train_rows)
         for group in optimizer.param_groups:
-            group["lr"] = rate * self.config.decay**epochs
+            group["lr"] = self.pace * rate * self.config.decay**epochs
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.processes.average([p.grad for p in module.parameters() if p.grad is not None])
@@ -371,12 +409,30 @@ class JointLearner:
 
     def _finite(self, loss: Tensor, name: str) -> float:
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise LearningDivergedError(
-                f"stage {self.stage}: the {name}'s loss is not finite at step {self.step}; lower learning_rate, "
-                "posterior_step_size or prior_step_size, or look for extreme images"
-            )
+        if not math.isfinite(self._agreed(value)):
+            raise self._diverged(f"the {name}'s loss is not finite")
         return value
+
+    def _check_near(self, z: Tensor, name: str) -> None:
+        """Raise :class:`LearningDivergedError` where more than one chain in a hundred has left for nowhere."""
+        # Of 10^8 standardised rows none lies further out; single ones of a heavy tail may.
+        gone = float((~(z.detach().abs() < 1e4)).any(1).float().mean())
+        if self._agreed(gone) > 0.01:
+            raise self._diverged(f"{gone:.0%} of the {name} chains have run away")
+
+    def _agreed(self, value: float) -> float:
+        """The mean over all processes, which then raise together or not at all."""
+        if self.processes.count == 1:
+            return value
+        mean = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.processes.average([mean])
+        return float(mean)
+
+    def _diverged(self, what: str) -> LearningDivergedError:
+        return LearningDivergedError(
+            f"stage {self.stage}: {what} at step {self.step}; lower learning_rate, posterior_step_size or "
+            "prior_step_size, or look for extreme images"
+        )
 
     def _draws(self, *keys: int | str, cpu: bool = False) -> torch.Generator:
         return derived_generator(torch.device("cpu") if cpu else self.device, self.seed, "train", *keys)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..checkpoint import load_state, save_state
-from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
+from ..checkpoint import UNFIT, load_state, locked, save_state
+from ..errors import CheckpointError, LatentPriorError, LearningDivergedError, LearningRetriedWarning
 from ..images import Images
 from ..latents import Latents
 from ..learning import Callback as FitCallback
@@ -45,17 +46,40 @@ def train_autoencoder(
     2020, eq. 8, with noise).
 
     The networks end with the moving average of their weights. With a ``checkpoint_dir`` the state is saved every 250
-    steps or 20 seconds, and ``resume=True`` goes on from there. Raises
-    :class:`~latentprior.errors.LearningDivergedError` when the loss is not finite,
-    :class:`~latentprior.errors.CheckpointError` for a ``checkpoint_dir`` of another run.
+    steps or 20 seconds, and ``resume=True`` goes on from there. Where the loss is not finite, learning goes back 250
+    steps at most and on at a quarter of the rate, with a :class:`~latentprior.errors.LearningRetriedWarning`; the
+    second time it raises :class:`~latentprior.errors.LearningDivergedError`. Raises
+    :class:`~latentprior.errors.CheckpointError` for a ``checkpoint_dir`` of another run, or one in use.
     """
     learner = _AutoencoderLearner(model, images, config or AutoencoderConfig(), seed)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if resume:
-        learner.load(folder)
+    with locked(folder):
+        if resume:
+            learner.load(folder)
+        _learn(learner, folder, tuple(callbacks))
+    return model
+
+
+def _learn(
+    learner: _AutoencoderLearner, folder: Path | None, callbacks: tuple[Callable[[TrainingEvent], None], ...]
+) -> None:
+    """Take all steps that are left; retried once where the loss stops being finite."""
+    model = learner.model
     begun = saved = time.monotonic()
+    kept = _copied(learner.state())
     while learner.step < learner.config.steps:
-        losses = learner.update()
+        try:
+            losses = learner.update()
+        except LearningDivergedError as error:
+            if learner.pace < 1:
+                raise
+            learner.restore(*kept)
+            learner.pace = 0.25
+            message = f"{error}; gone back to step {learner.step}, on at a quarter of it"
+            warnings.warn(message, LearningRetriedWarning, stacklevel=3)
+            continue
+        if learner.step % SAVE_EVERY == 0 and learner.pace == 1:
+            kept = _copied(learner.state())
         due = learner.step % SAVE_EVERY == 0 or learner.step == learner.config.steps
         if folder is not None and (due or time.monotonic() - saved > SAVE_SECONDS):
             learner.save(folder)
@@ -67,7 +91,13 @@ def train_autoencoder(
         for callback in callbacks:
             callback(event)
     learner.finish()
-    return model
+
+
+State = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
+def _copied(state: State) -> State:
+    return state[0], {name: value.detach().clone() for name, value in state[1].items()}
 
 
 class _AutoencoderLearner:
@@ -87,7 +117,7 @@ class _AutoencoderLearner:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         shapes = [(k, tuple(v.shape)) for k, v in self.networks.named_parameters()]
         self.identity = images_identity(("autoencoder", asdict(config), seed, model.sigma, shapes), images)
-        self.step, self.error = 0, 0.0
+        self.step, self.error, self.pace = 0, 0.0, 1.0
 
     def update(self) -> dict[str, float]:
         """One step; returns the losses, per pixel and in nats an image."""
@@ -96,7 +126,7 @@ class _AutoencoderLearner:
         rows = epoch_rows(len(self.images), step * config.batch_size, config.batch_size, self._order)
         x = self.images.batch(rows, device=model.device).to(model.prior.dtype)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            group["lr"] = self.pace * config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         out = self.encoder(x)
         if config.kind == "vae" and not isinstance(out, tuple):
             raise LatentPriorError("kind='vae' needs an encoder that returns (mean, scale): give one, or kind='ae'")
@@ -143,8 +173,19 @@ class _AutoencoderLearner:
 
     def save(self, folder: Path) -> None:
         """Write everything that the next step depends on, atomically."""
-        state = {"identity": self.identity, "step": self.step, "error": self.error, "sigma": self.model.sigma}
-        save_state(folder, "autoencoder", state, network_state("networks", self.networks, self.average, self.optimizer))
+        document, tensors = self.state()
+        save_state(folder, "autoencoder", {"identity": self.identity, **document}, tensors)
+
+    def state(self) -> State:
+        """What :meth:`restore` needs, as JSON and tensors."""
+        document = {"step": self.step, "error": self.error, "pace": self.pace, "sigma": self.model.sigma}
+        return document, network_state("networks", self.networks, self.average, self.optimizer)
+
+    def restore(self, document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Stand where :meth:`state` was taken."""
+        restore_network("networks", self.networks, self.average, self.optimizer, tensors)
+        self.step, self.error = int(document["step"]), float(document["error"])
+        self.pace, self.model.sigma = float(document.get("pace", 1.0)), float(document["sigma"])
 
     def load(self, folder: Path | None) -> None:
         """Stand where the folder's run was saved; a folder without one begins afresh."""
@@ -156,10 +197,8 @@ class _AutoencoderLearner:
         if state.get("identity") != self.identity:
             raise foreign(folder)
         try:
-            restore_network("networks", self.networks, self.average, self.optimizer, tensors)
-            self.step, self.error = int(state["step"]), float(state["error"])
-            self.model.sigma = float(state["sigma"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            self.restore(state, tensors)
+        except UNFIT as error:
             raise CheckpointError(f"{folder}: its checkpoint is damaged ({type(error).__name__})") from None
 
 

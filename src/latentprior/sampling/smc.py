@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import LearningDivergedError
 from . import LogDensity, mala
 from .resampling import LogMean, combine_islands, effective_sample_size, systematic
 
@@ -82,13 +83,17 @@ def step(
 
     The next t solves :math:`\mathrm{ESS}(w_t) = \alpha` by bisection (Jasra, Stephens, Doucet and Tsagaris
     2011); each island is resampled systematically within itself; then ``moves`` MALA updates of :math:`p_t`,
-    their step size adapted on the way.
+    their step size adapted on the way. Raises :class:`LearningDivergedError` where no weight is a number.
     """
     islands = len(state.log_normalizer)
     ratios = path.log_ratios(state.position)
     t = _next(ratios, state.t, end, ess)
     log_weights = (ratios @ _slope(state.t, t, path.length, ratios)).view(islands, -1)
     share = effective_sample_size(log_weights.flatten())
+    if not math.isfinite(share):
+        raise LearningDivergedError(
+            f"weights of sequential Monte Carlo are not finite at {t:.3g} of its path: its log ratios have run away"
+        )
     rows = log_weights.shape[1]
     gained = torch.logsumexp(log_weights.double(), 1) - math.log(rows)
     index = systematic(log_weights, rows, generator)

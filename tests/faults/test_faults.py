@@ -1,0 +1,90 @@
+"""Nothing is lost: kills, signals, full disks, read-only folders, collisions and clock jumps (see ``harness.py``).
+
+``LATENTPRIOR_STOPS=50`` sets how often runs are killed or stopped in the slow test.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HARNESS = Path(__file__).with_name("harness.py")
+SOURCES = Path(__file__).parents[2] / "src" / "latentprior"
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the harness forks")
+
+
+def harness(folder: Path, *words: object) -> dict[str, Any]:
+    call = [sys.executable, "-W", "ignore", HARNESS, folder, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for name, scenario in found.items():
+        assert not isinstance(scenario, dict) or "failed" not in scenario, f"{name}: {scenario['failed']}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def survived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All scenarios of ``fit``, a handful of stops each."""
+    return harness(tmp_path_factory.mktemp("faults"), "--kind", "fit", "--stops", 3)
+
+
+def test_killed_runs_resume_to_the_same_bytes(survived: dict[str, Any]) -> None:
+    found = survived["kill"]
+    assert found["stops"] == 3
+    assert found["identical"] is True
+
+
+@pytest.mark.parametrize("how", ["sigterm", "ctrl-c"])
+def test_stopped_runs_resume_to_the_same_bytes(survived: dict[str, Any], how: str) -> None:
+    assert (survived[how]["stops"], survived[how]["identical"]) == (3, True)
+
+
+def test_files_that_cannot_grow_leave_the_last_good_state(survived: dict[str, Any]) -> None:
+    assert survived["starved"] == {"failures": 4, "identical": True}
+
+
+def test_two_runs_in_one_folder_do_not_meet(survived: dict[str, Any]) -> None:
+    assert survived["collided"] == {"refused": 2, "identical": True}
+
+
+def test_the_wall_clock_decides_nothing(survived: dict[str, Any]) -> None:
+    assert survived["clocked"] == {"identical": True}
+
+
+def test_a_read_only_folder_is_refused_before_work(survived: dict[str, Any]) -> None:
+    assert survived["read-only"]["refused"] == 1
+    assert survived["read-only"]["left"] == 0
+
+
+def test_no_module_asks_the_wall_clock() -> None:
+    asked = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("date", "today")}
+    for path in SOURCES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in asked, f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("kind", ["fit", "train"])
+@pytest.mark.parametrize("scenario", ["kill", "sigterm", "ctrl-c"])
+def test_many_stops(tmp_path: Path, kind: str, scenario: str) -> None:
+    wanted = int(os.environ.get("LATENTPRIOR_STOPS", "50"))
+    found = harness(tmp_path, "--kind", kind, "--scenario", scenario, "--stops", wanted)[scenario]
+    assert found["stops"] == wanted
+    assert found["identical"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["starved", "collided", "clocked"])
+def test_training_survives(tmp_path: Path, scenario: str) -> None:
+    assert harness(tmp_path, "--kind", "train", "--scenario", scenario)[scenario]["identical"] is True
