@@ -12,6 +12,9 @@ import latentprior as lp
 from browsing import CHROMIUM
 from latentprior.targets import Banana
 
+# A script for the extra `fuzz`, which instruments what it imports.
+collect_ignore = ["fuzz/fuzz.py"]
+
 
 def pytest_configure() -> None:
     # One thread: sums are then taken in one order, on every machine and beside any other test.
