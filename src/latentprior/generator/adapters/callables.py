@@ -34,6 +34,7 @@ def from_callables(
 
     Examples
     --------
+    >>> import torch
     >>> flat, square = torch.nn.Flatten(), torch.nn.Unflatten(1, (1, 2, 2))
     >>> from_callables(flat, square, event_shape=(4,), image_range=(0, 1)).image_shape
     torch.Size([1, 2, 2])
