@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import latentprior as lp
-from latentprior import cli, learning
+from latentprior import cli, fit_run, fit_start, learning
 from latentprior.cli import main
 from latentprior.errors import LearningDivergedError, StageSaturatedWarning
 from latentprior.summary import record, strict_json, text
@@ -426,7 +426,7 @@ def test_a_full_disk_while_learning_exits_1(run, work, tmp_path, monkeypatch):
     def full(*_, **__):
         raise lp.CheckpointError("cannot save (No space left on device)")
 
-    monkeypatch.setattr(learning, "save_state", full)
+    monkeypatch.setattr(fit_run, "save_state", full)
     call = ("fit", work / "z.npy", "--out", tmp_path, "--base", "normal")
     assert_refused(run(*call), "No space left", code=1)
 
@@ -509,7 +509,7 @@ def test_a_fit_stopped_while_its_base_is_fitted_says_so(run, work, tmp_path, mon
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
-    monkeypatch.setattr(learning, "fit_base", slow)
+    monkeypatch.setattr(fit_start, "fit_base", slow)
     began = time.monotonic()
     code, out, err = run("fit", work / "z.npy", "--out", tmp_path)
     assert (code, out, err) == (1, "", "stopped: nothing was saved\n")

@@ -12,10 +12,10 @@ from torch.distributions import MultivariateNormal
 
 import latentprior as lp
 from latentprior.bases import CopulaBase, GaussianMixtureBase, NormalBase
-from latentprior.generator.model import identity_whitening
 from latentprior.generator.networks import build_generator, network_spec
 from latentprior.metrics import two_sample_auc
 from latentprior.ratios import build_ratio
+from latentprior.whitening import identity_whitening
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -13,7 +13,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import latentprior as lp
 from latentprior import CheckpointError, InvalidLatentsError, LatentPriorError
-from latentprior.prior import SAMPLERS
+from latentprior.draws import SAMPLERS
 from latentprior.targets import Banana
 from quadrature import grid, integral, moments
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .checkpoint import tensors_under
+
 __all__ = ["PICTURE", "model_card"]
 
 PICTURE = "samples.png"
@@ -60,7 +62,7 @@ def model_card(
     model = config if "generator" in config else None
     prior = config if model is None else config["prior"]
     prefix = "" if model is None else "prior."
-    tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    tensors = tensors_under(tensors, prefix)
     learned: Any = getattr(prior_or_model, "prior", prior_or_model)
     integral = learned.check_normalizer() if check else None
     parts = [

@@ -23,7 +23,17 @@ from torch import Tensor
 from ._version import __version__
 from .errors import CheckpointError
 
-__all__ = ["FORMAT_VERSION", "UNFIT", "UNREADABLE", "load_state", "locked", "read_config", "save_state", "write_whole"]
+__all__ = [
+    "FORMAT_VERSION",
+    "UNFIT",
+    "UNREADABLE",
+    "load_state",
+    "locked",
+    "read_config",
+    "save_state",
+    "tensors_under",
+    "write_whole",
+]
 
 FORMAT = "latentprior"
 FORMAT_VERSION = 1
@@ -246,6 +256,11 @@ def load_state(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
         return config, load(blob)
     except (SafetensorError, *UNFIT) as error:
         raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())[:200]})") from None
+
+
+def tensors_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those tensors whose names begin with ``prefix``, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _short(value: object) -> str:

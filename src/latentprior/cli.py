@@ -20,11 +20,12 @@ from typer.main import get_command
 
 from . import __version__, explore_command, image_commands, learning, push_command, report_command, training_command
 from .checkpoint import locked
+from .draws import SAMPLE_BLOCK, SAMPLERS
 from .errors import CheckpointError, HubError, InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .latents import read_latents
 from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
 from .outputs import array_file, check_file, check_folder
-from .prior import SAMPLE_BLOCK, SAMPLERS, LatentPrior
+from .prior import LatentPrior
 from .progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
 from .summary import record, strict_json, text
 

@@ -14,6 +14,7 @@ import typer
 from torch import Tensor
 
 from . import metrics
+from .draws import SAMPLE_BLOCK, SAMPLERS
 from .errors import InvalidImagesError, LatentPriorError
 from .feature_networks import feature_network, list_feature_networks
 from .generator.model import ROWS, LatentVariableModel
@@ -22,7 +23,6 @@ from .images import Images, read_images
 from .model_folders import image_size, load_model, sampler_options
 from .options import AsJson, Device, ImagesSource, Key, Seed
 from .outputs import array_file, check_file, check_images_out, images_out
-from .prior import SAMPLE_BLOCK, SAMPLERS
 from .progress import row_bar
 from .summary import strict_json
 

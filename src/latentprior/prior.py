@@ -15,30 +15,24 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from . import normalizers
-from .bases import Base, DistributionBase, GaussianMixtureBase, base_from_state
-from .blueprint import built_for
-from .checkpoint import UNFIT, load_state
-from .errors import CheckpointError, LatentPriorError, MissingExtraError
+from .bases import Base, DistributionBase, GaussianMixtureBase
+from .checkpoint import load_state
+from .draws import SAMPLE_BLOCK, SAMPLERS, draw
+from .errors import LatentPriorError
 from .hub import find_folder
-from .ladder import MIN_ESS, Ladder, Stage
+from .ladder import Ladder, Stage
 from .latents import check_tensor
 from .normalizers import Bracket, Normalizer, NormalizerCheck
-from .ratios import BoundedRatio, build_ratio
-from .sampling import hmc, langevin, mala, smc
-from .sampling.resampling import LogMean, effective_sample_size, systematic
+from .sampling import smc
+from .sampling.resampling import LogMean, effective_sample_size
+from .saved_priors import PriorParts
 from .sharing import Shareable
 from .whitening import Whitening
 
 __all__ = ["LatentPrior", "Stage"]
 
-SAMPLERS = ("smc", "mala", "hmc", "langevin", "sir")
-SAMPLE_BLOCK = 32_768
 FAR = 1e6
 """Standard deviations beyond which a density that is not a number is none at all."""
-FIGURES = {"ess", "acceptance", "seconds", "total_seconds", "log_prob_base", "log_prob_held_out"}
-PROBE = 4096
-DRAW_NUMBERS = 1 << 26
-"""Most numbers (256 MiB of float32) in the base draws that are held together."""
 
 
 class LatentPrior(Distribution, Shareable):
@@ -200,45 +194,13 @@ class LatentPrior(Distribution, Shareable):
         if step_size is not None and not 0 < step_size < math.inf:
             raise LatentPriorError(f"step_size must be positive and finite, got {step_size}")
         n = math.prod(sample_shape)
-        parts = [self._draw(min(SAMPLE_BLOCK, n - i), generator, sampler, options) for i in range(0, n, SAMPLE_BLOCK)]
+        parts = [
+            draw(self.ladder, min(SAMPLE_BLOCK, n - i), generator, sampler, options) for i in range(0, n, SAMPLE_BLOCK)
+        ]
         u = torch.cat(parts) if parts else self.base.sample(0, generator)
         if not u.isfinite().all():
             raise LatentPriorError(f"draws by {sampler} ran away: lower step_size, or choose another sampler")
         return self.whitening.unwhiten(u).reshape(*sample_shape, *self.event_shape)
-
-    def _draw(self, n: int, generator: torch.Generator | None, sampler: str, options: Mapping[str, Any]) -> Tensor:
-        if not self.stages and sampler != "langevin":
-            return self.base.sample(n, generator)
-        density = self.ladder.density(self.ladder.length)
-        if sampler == "smc":
-            return self._smc(n, generator, **options)
-        if sampler == "langevin":
-            return langevin.sample(self.base.sample(n, generator), density, generator=generator, **options)
-        resampling = dict(options)
-        candidates = max(int(resampling.pop("candidates", 16)) * n, 4096)
-        u, log_weights = self.ladder.importance(candidates, generator)
-        u = u[systematic(log_weights, n, generator)]
-        if sampler == "sir":
-            return u
-        chain = mala.sample if sampler == "mala" else hmc.sample
-        return chain(u, density, generator=generator, **resampling)[0]
-
-    def _smc(self, n: int, generator: torch.Generator | None, ess: float = 0.5, moves: int = 6) -> Tensor:
-        """Carry base draws down the ladder, or jump it at once where importance weights allow that."""
-        share = effective_sample_size(self.ladder.importance(PROBE, generator)[1])
-        if share >= MIN_ESS:
-            rows = max(1, min(n, int(share * DRAW_NUMBERS / len(self.whitening.loc))))
-            parts = []
-            for done in range(0, n, rows):
-                m = min(rows, n - done)
-                u, log_weights = self.ladder.importance(math.ceil(max(m, PROBE) / share), generator)
-                parts.append(u[systematic(log_weights, m, generator)])
-            density = self.ladder.density(self.ladder.length)
-            return mala.sample(torch.cat(parts), density, steps=moves, generator=generator)[0]
-        # Twice the particles, of which the draws are a random half, keep families small.
-        start = self.ladder.start.sample(max(2 * n, PROBE), generator)
-        result = smc.run(start, self.ladder.path_from(self.ladder.start), ess=ess, moves=moves, generator=generator)
-        return result.position[_permutation(len(start), generator, self.device)[:n]]
 
     @torch.no_grad()
     def tilt(
@@ -263,7 +225,7 @@ class LatentPrior(Distribution, Shareable):
         tilted = Ladder(self.base, [*self.ladder.ratios, stage.network])
         islands = 16
         parts = max(1, particles // islands) * islands
-        start = torch.cat([self._draw(parts // islands, generator, "smc", {}) for _ in range(islands)])
+        start = torch.cat([draw(self.ladder, parts // islands, generator, "smc", {}) for _ in range(islands)])
         potential = stage.network(start)
         if potential.isnan().any() or potential.max() in (math.inf, -math.inf):
             raise LatentPriorError("the tilt is NaN, infinite, or -inf at every draw: it has no normaliser")
@@ -319,7 +281,7 @@ class LatentPrior(Distribution, Shareable):
 
     def _reference(self, generator: torch.Generator) -> Base:
         d = len(self.whitening.loc)
-        u = self._draw(max(20_000, min(60_000, 10 * d * d)), generator, "smc", {})
+        u = draw(self.ladder, max(20_000, min(60_000, 10 * d * d)), generator, "smc", {})
         # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
         k = max(1, min(32, len(u) // max(10 * d, 5 * d * d // 8)))
         fitted = GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator)
@@ -341,38 +303,9 @@ class LatentPrior(Distribution, Shareable):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds this prior."""
-        stages = []
-        tensors = {f"whitening.{k}": v for k, v in self.whitening.state_dict().items()}
-        if not isinstance(self.base, DistributionBase):
-            tensors.update({f"base.{k}": v for k, v in self.base.state_dict().items()})
-        if self.cover is not None:
-            tensors.update({f"cover.{k}": v for k, v in self.cover.state_dict().items()})
-        for i, stage in enumerate(self.stages):
-            if not isinstance(stage.network, BoundedRatio) or not stage.network.spec:
-                raise CheckpointError("a tilted prior holds a function of yours and cannot be saved: save the prior")
-            spec = stage.network.spec
-            tensors.update({f"stages.{i}.{k}": v for k, v in stage.network.weights().items()})
-            stages.append(
-                {
-                    "spec": spec,
-                    "log_normalizer": stage.log_normalizer,
-                    "log_normalizer_stderr": stage.log_normalizer_stderr,
-                    "gain": stage.gain,
-                    "gain_stderr": stage.gain_stderr,
-                    "diagnostics": dict(stage.diagnostics),
-                }
-            )
-        config = {
-            "event_shape": list(self.event_shape),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "whitening": self.whitening.kind,
-            "base": self.base.config(),
-            "cover": self.cover and self.cover.config(),
-            "stages": stages,
-            "normalizer": _normalizer_to_json(self.normalizer),
-            "info": self.info,
-        }
-        return config, tensors
+        return PriorParts(
+            self.base, self.stages, self.whitening, self.event_shape, self.normalizer, self.info, self.cover
+        ).state()
 
     @classmethod
     def from_pretrained(
@@ -409,73 +342,11 @@ class LatentPrior(Distribution, Shareable):
         where: str = "prior",
     ) -> LatentPrior:
         """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
-        try:
-            for name, value in tensors.items():
-                if value.is_floating_point() and value.isnan().any():
-                    raise ValueError(f"{name} holds NaN")
-            whitening = Whitening.from_state(_part(tensors, "whitening."), config["whitening"])
-            shape = [int(size) for size in config["event_shape"]]
-            if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
-                raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
-            start: Base = (
-                DistributionBase(base, whitening)
-                if base is not None
-                else base_from_state(config["base"], _part(tensors, "base."))
-            )
-            cover = base_from_state(config["cover"], _part(tensors, "cover.")) if config["cover"] else None
-            if not isinstance(cover, (GaussianMixtureBase, type(None))):
-                raise CheckpointError(f"{where}: its cover is not a mixture")
-            mixture = start if isinstance(start, GaussianMixtureBase) else cover
-            stages = []
-            for i, entry in enumerate(config["stages"]):
-                network = _rebuilt(entry["spec"], shape, _part(tensors, f"stages.{i}."), mixture)
-                network.to(whitening.loc.dtype)
-                figures = {
-                    k: float(entry[k]) for k in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
-                }
-                diagnostics = _figures(entry["diagnostics"])
-                stages.append(Stage(network.eval().requires_grad_(False), **figures, diagnostics=diagnostics))
-            normalizer = _normalizer_from_json(config["normalizer"])
-            if not math.isfinite(normalizer.value):
-                raise ValueError("the log normaliser is not finite")
-            info = _figures(config.get("info") or {})
-            prior = cls(start, stages, whitening, shape, normalizer, info, cover=cover)
-            if base is None:
-                # Parts may each be whole and not fit one another.
-                with torch.no_grad():
-                    centre = whitening.loc.new_zeros(2, len(whitening.loc))
-                    weights = [part.log_prob(centre) for part in (start, prior.ladder.start)]
-                    if torch.stack([prior.log_prob_whitened(centre), *weights]).isnan().any():
-                        raise ValueError("its density is not a number")
-            return prior
-        except (CheckpointError, MissingExtraError):
-            raise
-        except (LatentPriorError, *UNFIT) as error:
-            line = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{where}: configuration and tensors do not fit together ({line})") from None
-
-
-def _rebuilt(
-    spec: Mapping[str, Any],
-    shape: Sequence[int],
-    weights: Mapping[str, Tensor],
-    mixture: GaussianMixtureBase | None,
-) -> BoundedRatio:
-    """The ratio network of a saved stage, with its weights; raises :class:`ValueError` where they are not of it."""
-    if list(spec["event_shape"]) != list(shape) or not 0 <= int(spec["depth"]) <= len(weights):
-        raise ValueError(f"a stage for rows of shape {spec['event_shape']}, {spec['depth']} deep")
-    network = built_for(weights, lambda: build_ratio(spec, torch.Generator(), mixture), ignored="features.")
-    network.load_weights(weights)
-    return network
-
-
-def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Notes beside a density; those that are printed as numbers must be numbers."""
-    found = dict(entry)
-    for name in FIGURES & found.keys():
-        if found[name] is not None:
-            found[name] = float(found[name])
-    return found
+        parts = PriorParts.from_state(config, tensors, base=base, where=where)
+        return cls(
+            parts.base, parts.stages, parts.whitening, parts.event_shape, parts.normalizer, parts.info,
+            cover=parts.cover,
+        )  # fmt: skip
 
 
 class _Potential(nn.Module):
@@ -491,29 +362,3 @@ class _Potential(nn.Module):
                 f"the tilt returned shape {tuple(value.shape)} for {len(u)} rows: return one log potential a row"
             )
         return value.to(u)
-
-
-def _permutation(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    where = torch.device("cpu") if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=where).to(device)
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _normalizer_to_json(normalizer: Normalizer) -> dict[str, Any]:
-    ends = normalizer.bracket
-    return {**normalizer._asdict(), "bracket": ends and {k: list(v) for k, v in ends._asdict().items()}}
-
-
-def _normalizer_from_json(entry: Mapping[str, Any]) -> Normalizer:
-    ends = entry["bracket"]
-    bracket = ends and Bracket(LogMean(*map(float, ends["forward"])), LogMean(*map(float, ends["reverse"])))
-    return Normalizer(
-        float(entry["value"]),
-        float(entry["stderr"]),
-        float(entry["ess"]),
-        str(entry["source"]),
-        bracket or None,
-    )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidLatentsError
 
-__all__ = ["Whitening"]
+__all__ = ["Whitening", "identity_whitening"]
 
 Kind = Literal["full", "diagonal", "none"]
 
@@ -133,3 +133,9 @@ def _oas_intensity(correlation: Tensor, n: int) -> float:
     numerator = (1 - 2 / p) * square + trace2
     denominator = (n + 1 - 2 / p) * (square - trace2 / p)
     return 1.0 if denominator <= 0 else min(1.0, numerator / denominator)
+
+
+def identity_whitening(dim: int) -> Whitening:
+    """Coordinates left as they are."""
+    eye = torch.eye(dim)
+    return Whitening(torch.zeros(dim), eye, eye.clone(), torch.zeros(()), "none")

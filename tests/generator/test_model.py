@@ -9,10 +9,11 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from latentprior import CheckpointError, InvalidImagesError, LatentPriorError
 from latentprior.bases import NormalBase
-from latentprior.generator.model import LatentVariableModel, identity_whitening, standard_normal_prior
+from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
 from latentprior.prior import LatentPrior, Stage
 from latentprior.targets import Banana, Rings
+from latentprior.whitening import identity_whitening
 from linear_gaussian import (
     PIXELS,
     LinearDecoder,

@@ -10,9 +10,9 @@ import torch
 import latentprior as lp
 from latentprior.bases import NormalBase
 from latentprior.cli import main
-from latentprior.generator.model import identity_whitening
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
 from latentprior.report.figures import number
+from latentprior.whitening import identity_whitening
 
 VOID = {"meta", "img", "input", "br"}
 EVIL = "<script>alert(1)</script>\"'&"

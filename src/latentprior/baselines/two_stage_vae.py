@@ -16,13 +16,14 @@ from torch.distributions import Distribution, constraints
 from ..bases import DistributionBase
 from ..blueprint import blank
 from ..errors import LatentPriorError, LearningDivergedError
-from ..generator.model import LatentVariableModel, identity_whitening
+from ..generator.model import LatentVariableModel
 from ..generator.training import TrainingEvent
 from ..generator.two_phase import aggregate_posterior
 from ..images import Images
 from ..latents import Latents
 from ..prior import LatentPrior
 from ..stage import derived_generator
+from ..whitening import identity_whitening
 from .vae import VAEConfig, learn_vae
 
 __all__ = ["TwoStageDistribution", "TwoStageVAEConfig", "train_two_stage_vae"]

@@ -86,11 +86,21 @@ class TrainingConfig:
         if self.precondition and self.posterior_start != "encoder":
             raise LatentPriorError("precondition takes its scales from the encoder: set posterior_start to 'encoder'")
 
-    def check(self, images: int) -> None:
-        """Raise :class:`LatentPriorError` where ``images`` are too few to hold some out and learn from others."""
+    def check(self, images: int, *, encoder: bool = True, processes: int = 1) -> None:
+        """Raise :class:`LatentPriorError` where there is too little to learn from or with.
+
+        ``images`` must be enough to hold some out and learn from others, ``encoder`` there to start chains from,
+        and ``processes`` able to share a batch.
+        """
         if images < self.held_out + 2:
             raise LatentPriorError(
                 f"{images} images are too few beside {self.held_out} held out: lower held_out, or bring more"
+            )
+        if self.posterior_start == "encoder" and not encoder:
+            raise LatentPriorError("posterior_start='encoder' needs a model with an encoder")
+        if self.batch_size % processes:
+            raise LatentPriorError(
+                f"a batch of {self.batch_size} is no multiple of {processes} processes: change batch_size"
             )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import LatentPriorError
 from ..sampling import mala
 from .inference import log_gaussian, maximize, posterior_density
 
-__all__ = ["LogLikelihood", "annealed_log_likelihood", "importance_log_likelihood", "log_mean"]
+__all__ = ["LogLikelihood", "annealed_log_likelihood", "importance_log_likelihood", "log_likelihood", "log_mean"]
 
 
 class LogLikelihood(NamedTuple):
@@ -113,6 +114,53 @@ def annealed_log_likelihood(
         accepted = torch.nan_to_num(log_ratio, nan=-math.inf).clamp_max(0).exp().view(n, chains).mean(1, keepdim=True)
         size = size * torch.exp(0.3 * (accepted - mala.TARGET_ACCEPTANCE))
     return log_mean(log_weights.view(n, chains))
+
+
+@torch.no_grad()
+def log_likelihood(
+    x: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    log_prior: Callable[[Tensor], Tensor],
+    sigma: float,
+    *,
+    starts: Callable[[Tensor], Tensor],
+    prior_draws: Callable[[int], Tensor],
+    method: Literal["importance", "annealed"],
+    samples: int,
+    temperatures: int,
+    generator: torch.Generator | None = None,
+) -> LogLikelihood:
+    """Either estimate, of any number of images, a block of them at a time.
+
+    Arguments
+    ---------
+    starts : maps images to where the search for the posterior's mode begins, ``(n, d)``.
+    prior_draws : maps n to ``(n, d)`` exact draws of the prior.
+    """
+    if method not in ("importance", "annealed"):
+        raise LatentPriorError(f"unknown method {method!r}: choose importance or annealed")
+    if samples < 2:
+        raise LatentPriorError(f"samples must be 2 or more, got {samples}")
+    images = max(1, (1 << 14) // samples)
+    parts = []
+    for block in x.split(images) if len(x) else ():
+        if method == "annealed":
+            parts.append(
+                annealed_log_likelihood(
+                    prior_draws(len(block) * samples), decode, log_prior, block, sigma,
+                    chains=samples, temperatures=temperatures, generator=generator,
+                )
+            )  # fmt: skip
+        else:
+            parts.append(
+                importance_log_likelihood(
+                    starts(block), decode, log_prior, block, sigma, samples=samples, generator=generator
+                )
+            )
+    empty = x.new_zeros(0, dtype=torch.float64)
+    return LogLikelihood(
+        torch.cat([empty, *(part.value for part in parts)]), torch.cat([empty, *(part.stderr for part in parts)])
+    )
 
 
 def log_mean(log_weights: Tensor) -> LogLikelihood:

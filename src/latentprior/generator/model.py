@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..bases import DistributionBase, NormalBase
-from ..blueprint import built_for
-from ..checkpoint import UNFIT, load_state
-from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
+from ..checkpoint import UNFIT, load_state, tensors_under
+from ..errors import CheckpointError, LatentPriorError
 from ..hub import find_folder
 from ..prior import LatentPrior
 from ..sampling import LogDensity, langevin, mala
 from ..sharing import Shareable
-from ..whitening import Whitening
+from ..whitening import identity_whitening
+from .given import check_images, check_mask
 from .inference import log_gaussian, maximize, posterior_density, short_run
-from .likelihood import LogLikelihood, annealed_log_likelihood, importance_log_likelihood
-from .networks import build_encoder, build_generator
+from .likelihood import LogLikelihood, log_likelihood
+from .networks import build_encoder, build_generator, loaded_network
 from .paths import latent_path
 
 __all__ = ["LatentVariableModel", "standard_normal_prior"]
@@ -39,12 +39,6 @@ def standard_normal_prior(event_shape: Sequence[int]) -> LatentPrior:
     return LatentPrior(
         NormalBase(math.prod(event_shape)).float(), (), identity_whitening(math.prod(event_shape)), event_shape
     )
-
-
-def identity_whitening(dim: int) -> Whitening:
-    """Coordinates left as they are."""
-    eye = torch.eye(dim)
-    return Whitening(torch.zeros(dim), eye, eye.clone(), torch.zeros(()), "none")
 
 
 class LatentVariableModel(nn.Module, Shareable):
@@ -193,7 +187,7 @@ class LatentVariableModel(nn.Module, Shareable):
         if steps is None:
             steps = 20 if method == "langevin" else 100
         x = self._images(x)
-        mask = None if mask is None else _mask(mask, x)
+        mask = None if mask is None else check_mask(mask, x)
         if method == "encoder":
             return self.encode(x)[0]
         if method == "tilt":
@@ -293,33 +287,12 @@ class LatentVariableModel(nn.Module, Shareable):
         large. Source: Burda, Grosse and Salakhutdinov (2016); Wu et al. (2017).
         """
         x = self._images(x)
-        if method not in ("importance", "annealed"):
-            raise LatentPriorError(f"unknown method {method!r}: choose importance or annealed")
-        if samples < 2:
-            raise LatentPriorError(f"samples must be 2 or more, got {samples}")
-        images = max(1, (1 << 14) // samples)
-        parts = []
-        for block in x.split(images) if len(x) else ():
-            if method == "annealed":
-                start = self.prior.sample((len(block) * samples,), generator)
-                u = self.prior.whitening.whiten(start.flatten(1))
-                parts.append(
-                    annealed_log_likelihood(
-                        u, self._decode_whitened, self.prior.log_prob_whitened, block, self.sigma,
-                        chains=samples, temperatures=temperatures, generator=generator,
-                    )
-                )  # fmt: skip
-            else:
-                parts.append(
-                    importance_log_likelihood(
-                        self._start(block, None, True, generator), self._decode_whitened,
-                        self.prior.log_prob_whitened, block, self.sigma, samples=samples, generator=generator,
-                    )
-                )  # fmt: skip
-        empty = x.new_zeros(0, dtype=torch.float64)
-        return LogLikelihood(
-            torch.cat([empty, *(part.value for part in parts)]), torch.cat([empty, *(part.stderr for part in parts)])
-        )
+        return log_likelihood(
+            x, self._decode_whitened, self.prior.log_prob_whitened, self.sigma,
+            starts=lambda block: self._start(block, None, True, generator),
+            prior_draws=lambda n: self.prior.whitening.whiten(self.prior.sample((n,), generator).flatten(1)),
+            method=method, samples=samples, temperatures=temperatures, generator=generator,
+        )  # fmt: skip
 
     @torch.no_grad()
     def inpaint(self, x: Tensor, mask: Tensor, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
@@ -348,18 +321,8 @@ class LatentVariableModel(nn.Module, Shareable):
         return posterior_density(self._decode_whitened, self.prior.log_prob_whitened, x, self.sigma, mask)
 
     def _images(self, x: Tensor) -> Tensor:
-        x = torch.as_tensor(x).to(device=self.device)
-        if x.ndim != 4 or not x.is_floating_point():
-            raise InvalidImagesError(
-                f"images must be floating point (n, C, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}; "
-                "read files with latentprior.read_images"
-            )
         shape = getattr(self.generator, "image_shape", None)
-        if shape is not None and tuple(x.shape[1:]) != tuple(shape):
-            raise InvalidImagesError(f"images have shape {tuple(x.shape[1:])}, the generator makes {tuple(shape)}")
-        if not torch.isfinite(x).all():
-            raise InvalidImagesError("images hold NaN or infinite values: remove or mend them")
-        return x.to(self.prior.dtype)
+        return check_images(x, shape, self.device).to(self.prior.dtype)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors of the whole model."""
@@ -419,9 +382,9 @@ class LatentVariableModel(nn.Module, Shareable):
     ) -> LatentVariableModel:
         """Rebuild from :meth:`state`."""
         try:
-            made = _network(config["generator"], generator, build_generator, "generator", tensors)
-            coded = config["encoder"] and _network(config["encoder"], encoder, build_encoder, "encoder", tensors)
-            learned = LatentPrior.from_state(config["prior"], _part(tensors, "prior."), base=prior)
+            made = loaded_network(config["generator"], generator, build_generator, "generator", tensors)
+            coded = config["encoder"] and loaded_network(config["encoder"], encoder, build_encoder, "encoder", tensors)
+            learned = LatentPrior.from_state(config["prior"], tensors_under(tensors, "prior."), base=prior)
             return cls(made, learned, float(config["sigma"]), coded or None)
         except LatentPriorError:
             raise
@@ -435,29 +398,3 @@ class LatentVariableModel(nn.Module, Shareable):
             self.to(device)
             self.prior = self.prior.to(device)
         return self
-
-
-def _network(
-    entry: Mapping[str, Any],
-    given: nn.Module | None,
-    build: Callable[..., nn.Module],
-    name: str,
-    tensors: Mapping[str, Tensor],
-) -> nn.Module:
-    if given is None and not entry["spec"]:
-        raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")
-    weights = _part(tensors, f"{name}.")
-    network = given if given is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)
-
-
-def _mask(mask: Tensor, x: Tensor) -> Tensor:
-    try:
-        return mask.to(x).expand_as(x)
-    except RuntimeError:
-        raise InvalidImagesError(f"a mask {tuple(mask.shape)} does not fit images {tuple(x.shape)}") from None
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

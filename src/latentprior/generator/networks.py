@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..blueprint import blank
+from ..blueprint import blank, built_for
+from ..checkpoint import tensors_under
 from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 
-__all__ = ["EncoderNetwork", "GeneratorNetwork", "build_encoder", "build_generator", "network_spec"]
+__all__ = [
+    "EncoderNetwork",
+    "GeneratorNetwork",
+    "build_encoder",
+    "build_generator",
+    "loaded_network",
+    "network_spec",
+]
 
 SLOPE = 0.2
 LOG_SCALE_RANGE = (-7.0, 2.0)
@@ -234,3 +242,19 @@ def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
             "choose another family (mlp makes any size) or resize the images"
         )
     return {"family": family, "latent_dim": spec["latent_dim"], "width": spec["width"], "image_shape": sizes}
+
+
+def loaded_network(
+    entry: Mapping[str, Any],
+    given: nn.Module | None,
+    build: Callable[..., nn.Module],
+    name: str,
+    tensors: Mapping[str, Tensor],
+) -> nn.Module:
+    """The network ``name`` of a saved model with its weights: the one ``given``, else built from its specification."""
+    if given is None and not entry["spec"]:
+        raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")
+    weights = tensors_under(tensors, f"{name}.")
+    network = given if given is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)

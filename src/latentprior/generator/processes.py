@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LatentPriorError, MissingExtraError
 
-__all__ = ["AccelerateProcesses", "Processes", "SingleProcess", "launched_processes"]
+__all__ = ["AccelerateProcesses", "Processes", "SingleProcess", "agreed", "gathered", "launched_processes"]
 
 
 class Processes(Protocol):
@@ -96,3 +96,24 @@ def launched_processes(device: torch.device | str | None = None) -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         return AccelerateProcesses(device)
     return SingleProcess(device)
+
+
+def agreed(processes: Processes, value: float, device: torch.device) -> float:
+    """The mean of ``value`` over all processes, which then decide the same."""
+    if processes.count == 1:
+        return value
+    mean = torch.tensor([value], dtype=torch.float64, device=device)
+    processes.average([mean])
+    return float(mean)
+
+
+def gathered(processes: Processes, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and rows ``(b, d)`` of every process: the next epoch may deal them to another."""
+    rank, count = processes.rank, processes.count
+    if count == 1:
+        return index, rows
+    table = torch.zeros(count * len(rows), 1 + rows.shape[1], dtype=torch.float64, device=rows.device)
+    table[rank::count, 0], table[rank::count, 1:] = index.to(table), rows.to(table)
+    processes.average([table])
+    table = count * table.cpu()
+    return table[:, 0].round().long(), table[:, 1:]

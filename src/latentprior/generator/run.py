@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bases import DistributionBase
-from ..checkpoint import UNFIT, load_state, save_state
+from ..checkpoint import UNFIT, load_state, save_state, tensors_under
 from ..errors import CheckpointError
 from ..images import Images
 from ..prior import LatentPrior
@@ -129,7 +129,7 @@ def _state(learner: JointLearner) -> tuple[dict[str, Any], dict[str, Tensor]]:
 @torch.no_grad()
 def _restore(learner: JointLearner, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     device = learner.device
-    saved = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
+    saved = tensors_under(tensors, "prior.")
     base = learner.model.prior.base
     given = base.distribution if isinstance(base, DistributionBase) else None
     learner.model.prior = LatentPrior.from_state(document["prior"], saved, base=given).to(device)

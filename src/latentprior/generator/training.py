@@ -25,7 +25,7 @@ from ..stage import derived_generator
 from .config import UNKNOWN, TrainingConfig, TrainingEvent
 from .inference import log_gaussian, posterior_density, short_run
 from .model import LatentVariableModel
-from .processes import Processes, SingleProcess
+from .processes import Processes, SingleProcess, agreed, gathered
 from .run import TrainingRun, epoch_rows
 
 __all__ = ["TrainingConfig", "TrainingEvent", "train"]
@@ -123,13 +123,7 @@ class JointLearner:
     def __init__(
         self, model: LatentVariableModel, images: Images, config: TrainingConfig, seed: int, processes: Processes
     ) -> None:
-        config.check(len(images))
-        if config.posterior_start == "encoder" and model.encoder is None:
-            raise LatentPriorError("posterior_start='encoder' needs a model with an encoder")
-        if config.batch_size % processes.count:
-            raise LatentPriorError(
-                f"a batch of {config.batch_size} is no multiple of {processes.count} processes: change batch_size"
-            )
+        config.check(len(images), encoder=model.encoder is not None, processes=processes.count)
         self.model, self.images, self.config, self.seed = model, images, config, seed
         self.processes = processes
         self.device = model.device
@@ -228,7 +222,8 @@ class JointLearner:
         z = short_run(start, density, coordinates, **how, generator=draws)
         self._check_near(z, "posterior")
         if self.latents is not None and index is not None:
-            self._keep(index, z)
+            rows, kept = gathered(self.processes, index, z)
+            self.latents[rows] = kept.to(self.latents)
         return z
 
     def prior_samples(self, n: int) -> Tensor:
@@ -339,19 +334,6 @@ class JointLearner:
         parts = enumerate(x.split(self.config.batch_size))
         return torch.cat([self.posterior_samples(part, use=f"held-out posterior {i}") for i, part in parts])
 
-    def _keep(self, index: Tensor, z: Tensor) -> None:
-        """Remember the latents of a share of the batch in every process: the next epoch may deal it to another."""
-        assert self.latents is not None
-        rank, count = self.processes.rank, self.processes.count
-        if count == 1:
-            self.latents[index] = z.to(self.latents)
-            return
-        rows = torch.zeros(count * len(z), 1 + z.shape[1], dtype=torch.float64, device=self.device)
-        rows[rank::count, 0], rows[rank::count, 1:] = index.to(rows), z.to(rows)
-        self.processes.average([rows])
-        rows = count * rows.cpu()
-        self.latents[rows[:, 0].round().long()] = rows[:, 1:].to(self.latents)
-
     # Pieces --------------------------------------------------------------------------------------------------
 
     def _decode(self, u: Tensor) -> Tensor:
@@ -409,7 +391,7 @@ class JointLearner:
 
     def _finite(self, loss: Tensor, name: str) -> float:
         value = float(loss.detach())
-        if not math.isfinite(self._agreed(value)):
+        if not math.isfinite(agreed(self.processes, value, self.device)):
             raise self._diverged(f"the {name}'s loss is not finite")
         return value
 
@@ -417,16 +399,8 @@ class JointLearner:
         """Raise :class:`LearningDivergedError` where more than one chain in a hundred has left for nowhere."""
         # Of 10^8 standardised rows none lies further out; single ones of a heavy tail may.
         gone = float((~(z.detach().abs() < 1e4)).any(1).float().mean())
-        if self._agreed(gone) > 0.01:
+        if agreed(self.processes, gone, self.device) > 0.01:
             raise self._diverged(f"{gone:.0%} of the {name} chains have run away")
-
-    def _agreed(self, value: float) -> float:
-        """The mean over all processes, which then raise together or not at all."""
-        if self.processes.count == 1:
-            return value
-        mean = torch.tensor([value], dtype=torch.float64, device=self.device)
-        self.processes.average([mean])
-        return float(mean)
 
     def _diverged(self, what: str) -> LearningDivergedError:
         return LearningDivergedError(

@@ -1,0 +1,87 @@
+"""Bases by name: fitted to rows, and rebuilt from what was saved."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, LatentPriorError
+from ..whitening import Whitening
+from .base import Base
+from .copula import CopulaBase
+from .distribution import DistributionBase
+from .flow import FlowBase
+from .mixture import GaussianMixtureBase
+from .normal import NormalBase
+
+__all__ = ["base_from_state", "fit_base"]
+
+
+def fit_base(
+    kind: str | torch.distributions.Distribution | Base,
+    train: Tensor,
+    validation: Tensor,
+    whitening: Whitening,
+    generator: torch.Generator | None = None,
+) -> Base:
+    """Make the base ``kind`` from standardised rows; ``"gmm:20"`` fixes the number of components.
+
+    Raises :class:`LatentPriorError` for an unknown name, :class:`MissingExtraError` where an extra is absent.
+    """
+    if isinstance(kind, Base):
+        base: Base = copy.deepcopy(kind)
+    elif isinstance(kind, torch.distributions.Distribution):
+        base = DistributionBase(kind, whitening)
+    elif kind == "normal":
+        base = NormalBase(train.shape[1])
+    elif kind == "copula":
+        base = CopulaBase.fit(train)
+    elif kind == "flow":
+        base = FlowBase.fit(train, validation, generator=generator)
+    elif kind == "gmm" or (kind.startswith("gmm:") and kind[4:].isdecimal() and int(kind[4:]) > 0):
+        k = int(kind[4:]) if kind != "gmm" else None
+        base = GaussianMixtureBase.fit(train, validation, n_components=k, generator=generator)
+    else:
+        raise LatentPriorError(
+            f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow or give a torch Distribution"
+        )
+    return base.to(device=train.device, dtype=train.dtype).requires_grad_(False)
+
+
+def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Base:
+    """Rebuild a saved base from its :meth:`Base.config` and state; raises :class:`CheckpointError`."""
+    name = config.get("name")
+    if name == "normal":
+        return NormalBase(len(tensors["zero"])).to(tensors["zero"].dtype)
+    if name == "gmm":
+        k, d = tensors["means"].shape
+        if tensors["cholesky"].shape != (k, d, d) or tensors["log_weights"].shape != (k,):
+            raise ValueError("the mixture's shapes differ")
+        mixture = GaussianMixtureBase(tensors["log_weights"].exp(), tensors["means"], tensors["cholesky"])
+        # The derived buffers too, lest they differ in their last bits.
+        mixture.load_state_dict(dict(tensors))
+        return mixture
+    if name == "copula":
+        if tensors["centers"].shape != tensors["widths"].shape:
+            raise ValueError("the copula's shapes differ")
+        return CopulaBase(tensors["centers"], tensors["widths"])
+    if name == "flow":
+        dim, transforms, hidden = int(config["dim"]), int(config["transforms"]), tuple(map(int, config["hidden"]))
+        # A line of JSON must not ask for more memory than the weights beside it fill.
+        most = sum(v.numel() for v in tensors.values())
+        if not 0 < transforms <= len(tensors) or any(a * b > most for a, b in itertools.pairwise((dim, *hidden, dim))):
+            raise ValueError("a flow larger than its weights")
+        flow = FlowBase(dim, transforms, hidden)
+        dtype = next((v.dtype for v in tensors.values() if v.is_floating_point()), None)
+        flow.to(dtype).load_state_dict(dict(tensors))
+        return flow.requires_grad_(False)
+    if name == "distribution":
+        raise CheckpointError(
+            "this prior stands on a torch Distribution of yours: pass it again, from_pretrained(dir, base=...)"
+        )
+    raise CheckpointError(f"unknown base {name!r}: saved by another release")

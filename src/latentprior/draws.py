@@ -1,0 +1,62 @@
+"""Draws of a ladder in standardised coordinates: sequential Monte Carlo, resampling, chains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases.base import device_of
+from .ladder import MIN_ESS, Ladder
+from .sampling import hmc, langevin, mala, smc
+from .sampling.resampling import effective_sample_size, systematic
+
+__all__ = ["SAMPLERS", "SAMPLE_BLOCK", "draw"]
+
+SAMPLERS = ("smc", "mala", "hmc", "langevin", "sir")
+SAMPLE_BLOCK = 32_768
+PROBE = 4096
+DRAW_NUMBERS = 1 << 26
+"""Most numbers (256 MiB of float32) in the base draws that are held together."""
+
+
+def draw(ladder: Ladder, n: int, generator: torch.Generator | None, sampler: str, options: Mapping[str, Any]) -> Tensor:
+    """Rows ``(n, d)`` of the ladder by one of :data:`SAMPLERS`, as :meth:`latentprior.LatentPrior.sample` describes."""
+    if not ladder.ratios and sampler != "langevin":
+        return ladder.base.sample(n, generator)
+    density = ladder.density(ladder.length)
+    if sampler == "smc":
+        return _smc(ladder, n, generator, **options)
+    if sampler == "langevin":
+        return langevin.sample(ladder.base.sample(n, generator), density, generator=generator, **options)
+    resampling = dict(options)
+    candidates = max(int(resampling.pop("candidates", 16)) * n, 4096)
+    u, log_weights = ladder.importance(candidates, generator)
+    u = u[systematic(log_weights, n, generator)]
+    if sampler == "sir":
+        return u
+    chain = mala.sample if sampler == "mala" else hmc.sample
+    return chain(u, density, generator=generator, **resampling)[0]
+
+
+def _smc(ladder: Ladder, n: int, generator: torch.Generator | None, ess: float = 0.5, moves: int = 6) -> Tensor:
+    """Carry base draws down the ladder, or jump it at once where importance weights allow that."""
+    probe, log_weights = ladder.importance(PROBE, generator)
+    share = effective_sample_size(log_weights)
+    if share >= MIN_ESS:
+        rows = max(1, min(n, int(share * DRAW_NUMBERS / probe.shape[1])))
+        parts = []
+        for done in range(0, n, rows):
+            m = min(rows, n - done)
+            u, log_weights = ladder.importance(math.ceil(max(m, PROBE) / share), generator)
+            parts.append(u[systematic(log_weights, m, generator)])
+        density = ladder.density(ladder.length)
+        return mala.sample(torch.cat(parts), density, steps=moves, generator=generator)[0]
+    # Twice the particles, of which the draws are a random half, keep families small.
+    start = ladder.start.sample(max(2 * n, PROBE), generator)
+    result = smc.run(start, ladder.path_from(ladder.start), ess=ess, moves=moves, generator=generator)
+    order = torch.randperm(len(start), generator=generator, device=device_of(generator)).to(start.device)
+    return result.position[order[:n]]

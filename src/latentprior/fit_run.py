@@ -1,0 +1,141 @@
+"""Clock, callbacks and checkpoints of one call of fit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .checkpoint import UNFIT, load_state, save_state, tensors_under
+from .errors import CheckpointError
+from .ladder import Stage
+from .prior import LatentPrior
+from .ratios import Gain
+from .stage import StageLearner
+
+__all__ = ["Callback", "Event", "FitRun", "SavedFit"]
+
+SHORTEST_STAGE = 0.5
+"""Share of the last stage's seconds that must be left for another."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a callback hears.
+
+    ``kind`` is ``base`` (the base is being fitted), ``stage`` (a stage begins), ``step``, ``evaluate`` (a held-out
+    gain is known and, with a ``checkpoint_dir``, saved), ``learned`` (a stage joined the ladder),
+    ``normalizer`` (log Z is being bracketed) or ``end``. ``gain`` is in nats; ``seconds`` since the call.
+    """
+
+    kind: Literal["base", "stage", "step", "evaluate", "learned", "normalizer", "end"]
+    stage: int = 0
+    step: int = 0
+    steps: int = 0
+    gain: float = math.nan
+    gain_stderr: float = math.nan
+    seconds: float = 0.0
+    message: str = ""
+
+
+Callback = Callable[[Event], None]
+
+
+class FitRun:
+    """Clock, callbacks and checkpoints of one call."""
+
+    def __init__(self, time_budget: float | None, callbacks: tuple[Callback, ...], folder: Path | None) -> None:
+        self.begun = time.monotonic()
+        self.before = 0.0
+        self.time_budget = time_budget
+        self.end = None if time_budget is None else self.begun + time_budget
+        # The rest is kept for the normaliser.
+        self.deadline = None if time_budget is None else self.begun + 0.8 * time_budget
+        self.callbacks, self.folder = callbacks, folder
+        self.identity = ""
+
+    def seconds(self) -> float:
+        """Seconds spent on the run, earlier calls that it resumed included."""
+        return self.before + time.monotonic() - self.begun
+
+    def tell(
+        self,
+        kind: Literal["base", "stage", "step", "evaluate", "learned", "normalizer", "end"],
+        stage: int = 0,
+        step: int = 0,
+        steps: int = 0,
+        gain: Gain | None = None,
+        message: str = "",
+    ) -> None:
+        """Tell every callback."""
+        value, stderr = gain or Gain(math.nan, math.nan)
+        for callback in self.callbacks:
+            callback(Event(kind, stage, step, steps, value, stderr, self.seconds(), message))
+
+    def time_for(self, stages: tuple[Stage, ...]) -> bool:
+        """Whether there is time for a stage after these."""
+        if self.deadline is None:
+            return True
+        left = self.deadline - time.monotonic()
+        last = stages[-1].diagnostics.get("seconds", 0.0) if stages else 0.0
+        return left > SHORTEST_STAGE * last and left > 0
+
+    def save(self, prior: LatentPrior, learner: StageLearner | None) -> None:
+        """Write everything that the next step depends on, atomically, if there is a folder."""
+        if self.folder is None:
+            return
+        config, tensors = prior.state()
+        document: dict[str, Any] = {"identity": self.identity, "seconds": self.seconds(), "prior": config}
+        everything = {f"prior.{k}": v for k, v in tensors.items()}
+        if learner is not None:
+            document["learner"], part = learner.state()
+            everything.update({f"learner.{k}": v for k, v in part.items()})
+        save_state(self.folder, "fit", document, everything)
+
+    def load(self) -> SavedFit | None:
+        """Read where the run stood, if it was saved; raises :class:`CheckpointError` for another run's folder."""
+        if self.folder is None:
+            raise CheckpointError("resume=True needs the checkpoint_dir of the run to go on with")
+        if not (self.folder / "config.json").exists():
+            return None
+        document, tensors = load_state(self.folder, "fit")
+        if document.get("identity") != self.identity:
+            raise CheckpointError(
+                f"{self.folder}: holds a run on other latents or settings; choose another folder, or do not resume"
+            )
+        try:
+            self.before = float(document["seconds"])
+        except UNFIT:
+            raise CheckpointError(f"{self.folder}: its checkpoint is damaged; start afresh in another folder") from None
+        return SavedFit(document, tensors)
+
+
+@dataclass(frozen=True)
+class SavedFit:
+    """Where a run stood."""
+
+    document: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def prior(self, base: torch.distributions.Distribution | None, device: torch.device) -> LatentPrior:
+        """The ladder so far; ``base`` gives back a Distribution that it stands on."""
+        config = self.document.get("prior")
+        if not isinstance(config, dict):
+            raise CheckpointError("the checkpoint holds no prior")
+        return LatentPrior.from_state(
+            config, tensors_under(self.tensors, "prior."), base=base, where="the checkpoint"
+        ).to(device)
+
+    def restore(self, learner: StageLearner) -> None:
+        """Let a learner go on where the saved one stopped, if one was saved amid a stage."""
+        if "learner" in self.document:
+            try:
+                learner.restore(self.document["learner"], tensors_under(self.tensors, "learner."))
+            except UNFIT as error:
+                raise CheckpointError(f"the checkpoint's learner is damaged ({type(error).__name__})") from None

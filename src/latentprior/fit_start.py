@@ -1,0 +1,132 @@
+"""What fit starts from: rows to learn from and to hold out, standardised, and the base that is fitted to them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import Base, GaussianMixtureBase, fit_base
+from .errors import InvalidLatentsError, LatentPriorError
+from .latents import Latents, as_latents
+from .prior import LatentPrior
+from .stage import StageSettings, derived_generator
+from .whitening import Kind, Whitening
+
+__all__ = ["Rows", "checked_device", "fit_identity", "split_rows", "standardised_rows", "start_ladder"]
+
+HELD_OUT_LIMIT = 10_000
+BASE_ROWS = 200_000
+
+Rows = tuple[Latents, Tensor]
+"""Latents, and the indices of those rows of them that are meant."""
+
+
+def checked_device(device: torch.device | str | None, dtype: torch.dtype) -> torch.device:
+    """The device to compute on; raises :class:`LatentPriorError` where nothing of this type can be."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LatentPriorError(f"dtype must be a floating type such as torch.float32, got {dtype}")
+    try:
+        where = torch.device(device or "cpu")
+        torch.zeros(1, device=where, dtype=dtype).cpu()
+        return where
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise LatentPriorError(f"cannot compute on device {device}: {str(error).partition(chr(10))[0]}") from None
+
+
+def split_rows(latents: Latents, validation: Any, seed: int) -> tuple[Rows, Rows]:
+    """Rows to learn from and rows to hold out."""
+    n = len(latents)
+    if not isinstance(validation, (int, float)):
+        held_out = as_latents(validation)
+        if held_out.event_shape != latents.event_shape:
+            raise InvalidLatentsError(
+                f"held-out latents have shape {tuple(held_out.event_shape)} a row, latents {tuple(latents.event_shape)}"
+            )
+        return (latents, torch.arange(n)), (held_out, torch.arange(len(held_out)))
+    if n < 2:
+        raise InvalidLatentsError(f"need at least 2 rows to learn a prior, got {n}")
+    if not 0 < validation < 1:
+        raise InvalidLatentsError(f"validation must be a share between 0 and 1, got {validation}")
+    m = max(1, min(HELD_OUT_LIMIT, round(validation * n), n - 1))
+    order = torch.randperm(n, generator=derived_generator(torch.device("cpu"), seed, "split"))
+    return (latents, order[m:]), (latents, order[:m])
+
+
+def standardised_rows(latents: Latents, index: Tensor, seed: int, whitening: Whitening) -> Tensor:
+    """Draw rows once and standardise them."""
+    loc = whitening.loc
+    z = latents.draw(index, derived_generator(loc.device, seed, "held-out"), device=loc.device, dtype=loc.dtype)
+    return whitening.whiten(z)
+
+
+def start_ladder(
+    target: Rows,
+    held_out: Rows,
+    base: str | torch.distributions.Distribution | Base,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Kind | None,
+    climb: bool,
+) -> tuple[LatentPrior, Tensor]:
+    """Standardise, and fit the base: a ladder of no stages.
+
+    A base that is no mixture gets one beside it, as cover for importance sampling on the way up.
+    """
+    latents, train = target
+    kind = kind or ("diagonal" if base == "copula" else "full")
+    streams = derived_generator(torch.device("cpu"), seed, "whitening")
+    whitening = Whitening.fit(latents.blocks(streams), kind).to(device=device, dtype=dtype)
+    _check_precision(whitening)
+    rows = standardised_rows(*held_out, seed, whitening)
+    generator = derived_generator(device, seed, "base")
+    pick = torch.randperm(len(train), generator=derived_generator(torch.device("cpu"), seed, "base rows"))
+    some = train[pick[:BASE_ROWS]]
+    u = whitening.whiten(latents.draw(some, generator, device=device, dtype=dtype))
+    fitted = fit_base(base, u, rows, whitening, generator)
+    cover = None
+    if climb and fitted.name != "gmm":
+        near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"))
+        cover = near if isinstance(near, GaussianMixtureBase) else None
+    return LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover), rows
+
+
+def _check_precision(whitening: Whitening) -> None:
+    """Raise where rounding in the prior's floating type is coarser than a hundredth of a standard deviation."""
+    info = torch.finfo(whitening.loc.dtype)
+    spread, centre = whitening.inverse.double().norm(dim=1), whitening.loc.double().abs()
+    lost = ~((spread > 100 * info.tiny) & (spread < 0.001 * info.max) & (info.eps * centre < 0.01 * spread))
+    if lost.any():
+        raise InvalidLatentsError(
+            f"latent coordinate(s) {lost.nonzero().flatten().tolist()[:5]} are too large, small or far from zero for "
+            f"{whitening.loc.dtype}: shift and rescale them, or pass dtype=torch.float64"
+        )
+
+
+def fit_identity(
+    target: Rows,
+    held_out: Rows,
+    base: str | torch.distributions.Distribution | Base,
+    seed: int,
+    dtype: torch.dtype,
+    whitening: Kind | None,
+    settings: StageSettings,
+) -> str:
+    """A digest of everything that decides the outcome: settings, and a sample of the rows."""
+    digest = hashlib.sha256()
+    name = base if isinstance(base, str) else type(base).__name__
+    if isinstance(base, torch.distributions.Distribution):
+        plain = Whitening.fit(target[0].blocks(torch.Generator().manual_seed(0)), "none")
+        rows = target[0].draw(target[1][:16], torch.Generator().manual_seed(0), dtype=torch.float64)
+        digest.update(fit_base(base, rows, rows, plain).log_prob(rows).detach().numpy().tobytes())
+    digest.update(repr((name, seed, str(dtype), whitening, asdict(settings))).encode())
+    for latents, index in (target, held_out):
+        digest.update(repr((tuple(latents.event_shape), len(index), latents.is_posterior)).encode())
+        some = index[torch.linspace(0, len(index) - 1, min(64, len(index))).long()]
+        rows = latents.draw(some, torch.Generator().manual_seed(0), dtype=torch.float64)
+        digest.update(rows.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,18 @@
+"""Autoencoders from elsewhere as one thing: an encoder and a generator that speak images in [-1, 1]."""
+
+from .autoencoder import Autoencoder
+from .callables import from_callables
+from .diffusers import from_diffusers
+from .halves import AdaptedEncoder, AdaptedGenerator
+from .known import from_any
+from .pythae import from_pythae
+
+__all__ = [
+    "AdaptedEncoder",
+    "AdaptedGenerator",
+    "Autoencoder",
+    "from_any",
+    "from_callables",
+    "from_diffusers",
+    "from_pythae",
+]
