@@ -55,7 +55,7 @@ def cases() -> dict[str, tuple[targets.Target, dict[str, Any]]]:
 def true_log_normalizer(
     prior: lp.LatentPrior, target: targets.Target, generator: torch.Generator, wanted: float
 ) -> LogMean:
-    r""":math:`\log\int e^{\log p_0 + \sum f_k}` in whitened coordinates, its standard error ``wanted`` or ``MOST`` rows."""
+    r""":math:`\log\int e^{\log p_0 + \sum f_k}` in whitened coordinates, to a standard error or for ``MOST`` draws."""
     whitening, start = prior.whitening, prior.ladder.start
     weights: list[list[torch.Tensor]] = [[], []]
     while True:
