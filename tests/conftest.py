@@ -76,8 +76,7 @@ def learned(crescent: Tensor) -> lp.LatentPrior:
     """A prior of two stages on :func:`crescent`, the base a normal."""
     # A low bound: no single stage arrives.
     settings = lp.StageSettings(width=32, depth=1, steps=200, batch_size=256, average=0.98, bound=1.5)
-    # By chance some seeds hold out a row so far from the cover that the data's end of the bracket fails.
-    prior = lp.fit(crescent, base="normal", max_stages=2, seed=3, settings=settings)
+    prior = lp.fit(crescent, base="normal", max_stages=2, settings=settings)
     assert len(prior.stages) == 2
     return prior
 

@@ -495,7 +495,10 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
             raise ValueError("a flow larger than its weights")
         flow = FlowBase(dim, transforms, hidden)
         dtype = next((v.dtype for v in tensors.values() if v.is_floating_point()), None)
-        flow.to(dtype).load_state_dict(dict(tensors))
+        # Releases of zuko give the constants of N(0, I), the flow's own base, names that differ.
+        constants = {k: v for k, v in flow.to(dtype).state_dict().items() if k.startswith("flow.base.")}
+        learned = {k: v for k, v in tensors.items() if not k.startswith("flow.base.")}
+        flow.load_state_dict({**learned, **constants})
         return flow.requires_grad_(False)
     if name == "distribution":
         raise CheckpointError(
