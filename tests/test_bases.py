@@ -313,3 +313,17 @@ def test_base_is_abstract() -> None:
         Base().log_prob(torch.zeros(1, 1))
     with pytest.raises(LatentPriorError, match="cannot be sampled"):
         Base().sample(1)
+
+
+def test_a_flow_of_other_splines_is_refused(bases: dict[str, Base]) -> None:
+    flow = bases["flow"]
+    config, tensors = flow.config(), dict(flow.state_dict())
+    # Constants of N(0, I) that another release of zuko has named otherwise do no harm.
+    renamed = {
+        k.replace("flow.base.loc", "flow.base._0").replace("flow.base.scale", "flow.base._1"): v
+        for k, v in tensors.items()
+    }
+    again = base_from_state(config, renamed)
+    assert torch.equal(again.log_prob(torch.ones(3, 2)), flow.log_prob(torch.ones(3, 2)))
+    with pytest.raises(CheckpointError, match="splines are those of another release of zuko"):
+        base_from_state({**config, "log_prob_at_zero": config["log_prob_at_zero"] + 0.04}, tensors)

@@ -331,7 +331,13 @@ class FlowBase(Base):
             "dim": self.dim,
             "transforms": self.transforms,
             "hidden": list(self.hidden),
+            "log_prob_at_zero": self.at_zero(),
         }
+
+    @torch.no_grad()
+    def at_zero(self) -> float:
+        """Log density of the origin: by it a saved flow is known again, since splines differ between zukos."""
+        return float(self.log_prob(next(self.flow.parameters()).new_zeros(1, self.dim)))
 
     @classmethod
     @torch.enable_grad()
@@ -499,6 +505,12 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         constants = {k: v for k, v in flow.to(dtype).state_dict().items() if k.startswith("flow.base.")}
         learned = {k: v for k, v in tensors.items() if not k.startswith("flow.base.")}
         flow.load_state_dict({**learned, **constants})
+        then, now = float(config.get("log_prob_at_zero", flow.at_zero())), flow.at_zero()
+        if not abs(then - now) < 1e-3 * (1 + abs(then)):
+            raise CheckpointError(
+                f"a flow of log density {then:.4f} at zero has {now:.4f} here: its splines are those of another release "
+                "of zuko; install the one that it was saved with"
+            )
         return flow.requires_grad_(False)
     if name == "distribution":
         raise CheckpointError(
