@@ -508,8 +508,8 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         then, now = float(config.get("log_prob_at_zero", flow.at_zero())), flow.at_zero()
         if not abs(then - now) < 1e-3 * (1 + abs(then)):
             raise CheckpointError(
-                f"a flow of log density {then:.4f} at zero has {now:.4f} here: its splines are those of another release "
-                "of zuko; install the one that it was saved with"
+                f"flow of log density {then:.4f} at zero has {now:.4f} here: its splines are those of another release "
+                " of zuko; install the one that it was saved with"
             )
         return flow.requires_grad_(False)
     if name == "distribution":
