@@ -19,7 +19,16 @@ def calibration_table(document: dict[str, Any]) -> str:
         everything += kept
         rows.append([name, str(len(runs)), *_coverage(kept)])
     rows.append(["**all**", str(sum(len(runs) for runs in document["targets"].values())), *_coverage(everything)])
-    head = ["target", "seeds", "with a stage", "held by 2 SE", "share", "rms error / SE", "SE, nats", "bracket warnings"]
+    head = [
+        "target",
+        "seeds",
+        "with a stage",
+        "held by 2 SE",
+        "share",
+        "rms error / SE",
+        "SE, nats",
+        "bracket warnings",
+    ]
     return table(head, rows)
 
 
