@@ -54,9 +54,10 @@ def calibration_section(document: dict[str, Any]) -> list[str]:
         "",
         f"`python benchmarks/calibration.py`. {produced(document)}",
         "",
-        f"Each seed learns a small ladder of at most two stages from {document['settings']['rows']:,} fresh draws and a "
-        "normal base; its stated log Z is compared with an importance-sampling estimate from the exact target and the "
-        f"base (standard error a quarter of the stated one where draws suffice, {worst:.2f} of it at worst). Nominal "
+        f"Each seed learns a small ladder of at most two stages from {document['settings']['rows']:,} fresh draws "
+        "and a normal base; its stated log Z is compared with an importance-sampling estimate from the exact target "
+        f"and the base (standard error a quarter of the stated one where draws suffice, {worst:.2f} "
+        "of it at worst). Nominal "
         "coverage is 0.954; a fit without a stage has log Z = 0 exactly and is not counted.",
         "",
         calibration_table(document),
@@ -83,9 +84,11 @@ def load_section(document: dict[str, Any]) -> list[str]:
         "",
         f"`python benchmarks/load.py`. {produced(document)}",
         "",
-        f"{document['settings']['dim']} columns of float32, two stages of width 32, each call a process of its own with "
-        "its start; the core had other work, so read seconds loosely. Anonymous: what the process asked for. Resident: "
-        "with the pages of the memory-mapped file, which the system takes back when it needs them. `log_prob` of a "
+        f"{document['settings']['dim']} columns of float32, two stages of width 32, each call a "
+        "process of its own with "
+        "its start; the core had other work, so read seconds loosely. Anonymous: what the process asked for. "
+        "Resident: with the pages of the memory-mapped file, which the system takes back when it "
+        "needs them. `log_prob` of a "
         "mapped array, called in Python, holds its results, one number a row.",
         "",
         load_table(document),
@@ -101,8 +104,9 @@ def soak_section(document: dict[str, Any]) -> list[str]:
         "",
         f"`python benchmarks/soak.py`. {produced(document)}",
         "",
-        f"{document['minutes']:.0f} minutes at {100 * document['cpu_share']:.0f}% of a core: {document['rounds']:,} rounds "
-        f"and {document['rows']:,} rows of drawing by every sampler, scoring, tilting and reloading. Resident memory "
+        f"{document['minutes']:.0f} minutes at {100 * document['cpu_share']:.0f}% of a core: {document['rounds']:,} "
+        f"rounds and {document['rows']:,} rows of drawing by every sampler, scoring, tilting and "
+        "reloading. Resident memory "
         f"{first:.1f} MiB at first and {last:.1f} MiB at last; the largest reading of the last quarter is "
         f"{document['rise_mib']:+.1f} MiB from the largest between the first fifth and half-time "
         f"(allowed: {document['allowed_mib']} MiB).",
