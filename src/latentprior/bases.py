@@ -509,7 +509,7 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         if not abs(then - now) < 1e-3 * (1 + abs(then)):
             raise CheckpointError(
                 f"flow of log density {then:.4f} at zero has {now:.4f} here: its splines are those of another release "
-                " of zuko; install the one that it was saved with"
+                "of zuko; install the one that it was saved with"
             )
         return flow.requires_grad_(False)
     if name == "distribution":
