@@ -10,6 +10,8 @@ TORCH := $(VENV)/.torch-installed
 DEV := $(VENV)/.dev-installed
 DEMO := $(VENV)/.demo-installed
 DOCS := $(VENV)/.docs-installed
+OLDEST := .venv-oldest
+AUDIT := .venv-audit
 
 OUT ?= demo-out
 # Scripts that measure; narrow them with `make benchmarks BENCHMARKS=benchmarks/NAME.py`.
@@ -17,7 +19,7 @@ BENCHMARKS ?= $(filter-out benchmarks/report.py benchmarks/_% benchmarks/conftes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all doctest lint format docs benchmarks build clean
+.PHONY: help venv demo test test-all test-oldest audit lock doctest lint format docs benchmarks build clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +69,20 @@ test: lint ## lint, then the fast tests and the docstring examples
 test-all: lint ## lint, then all tests but those that need a GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
+test-oldest: ## the fast tests on the oldest releases supported; give a Python 3.10: make PYTHON=python3.10 test-oldest
+	@"$(PYTHON)" -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt \
+	  -e ".[flow,metrics,report,images,features,tracking,distributed,pyod,hub]" pytest pytest-timeout pytest-xdist hypothesis
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests --ignore=tests/e2e
+
+audit: ## look the pinned releases up in the database of vulnerabilities; code 3 where it cannot be reached
+	@"$(PYTHON)" -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install --quiet pip-audit
+	@$(AUDIT)/bin/python .ci/audit.py constraints.txt
+
+lock: $(DEV) ## rewrite requirements.lock: hashes of the core and of what the demo needs
+	$(BIN)/python .ci/lock.py
+
 doctest: $(DEV) ## the examples in docstrings and in docs, and the scripts in examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" src tests/test_docs.py tests/test_examples.py
 
@@ -91,5 +107,5 @@ build: $(DEV) ## source distribution and wheel, in dist
 	$(BIN)/python -m build
 
 clean: ## remove .venv, caches and everything built
-	rm -rf $(VENV) demo-out dist build docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(AUDIT) demo-out dist build docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

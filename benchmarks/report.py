@@ -12,6 +12,14 @@ from _image_sections import ablations_section, anomaly_section, cost_section, im
 from _markdown import EARLIER_RULE, produced, spread, table
 from _results import read_results
 from _table_sections import adbench_section
+from _trust_sections import (
+    calibration_section,
+    calibration_table,
+    draw_soak,
+    load_section,
+    load_table,
+    soak_section,
+)
 
 HERE = Path(__file__).resolve().parent
 SETS = {
@@ -197,7 +205,13 @@ def main() -> None:
     latents = [document for document in found if document is not None]
     for document in latents:
         out += latents_section(document)
-    for name, section in (("known_truth", known_truth_section), ("scale", scale_section)):
+    for name, section in (
+        ("known_truth", known_truth_section),
+        ("calibration", calibration_section),
+        ("scale", scale_section),
+        ("load", load_section),
+        ("soak", soak_section),
+    ):
         document = read_results(name)
         if document is not None:
             out += section(document)
@@ -215,13 +229,28 @@ def main() -> None:
     if document is not None:
         out += adbench_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
-    readme = HERE.parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, block in (("headline", headline(latents)), ("images", images_headline())):
+    fill(HERE.parent / "README.md", {"headline": headline(latents), "images": images_headline()})
+    measured = {name: read_results(name) for name in ("calibration", "load", "soak")}
+    if all(measured.values()):
+        soak = measured["soak"]
+        draw_soak(soak, HERE / "results" / "soak.png")
+        draw_soak(soak, HERE.parent / "docs" / "images" / "soak.png")
+        tables = {
+            "coverage": calibration_table(measured["calibration"]),
+            "load": load_table(measured["load"]),
+            "soak": soak_section(soak)[4],
+        }
+        fill(HERE.parent / "docs" / "explanation" / "trust.md", tables)
+
+
+def fill(page: Path, blocks: dict[str, str]) -> None:
+    """Write each block between its two marks on a page."""
+    text = page.read_text(encoding="utf-8")
+    for name, block in blocks.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{block}\n\n{end}{rest.split(end)[1]}"
-    readme.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

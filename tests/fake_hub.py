@@ -133,7 +133,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 return [{"type": "file", "path": k, "size": len(v), "oid": "0" * 40} for k, v in files.items()]
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 repository = self._known(found[1])
-                return {"id": found[1], "sha": self._revision(repository, found[2] or "main"), "siblings": []}
+                commit = self._revision(repository, found[2] or "main")
+                siblings = [{"rfilename": name} for name in repository.commits[commit]]
+                return {"id": found[1], "sha": commit, "siblings": siblings}
             if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 repository = self._known(found[1])
                 commit = self._revision(repository, found[2])

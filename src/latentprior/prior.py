@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -143,13 +144,16 @@ class LatentPrior(Distribution, Shareable):
         stages = [replace(stage, network=network) for stage, network in zip(self.stages, networks, strict=True)]
         return LatentPrior(base, stages, whitening, self.event_shape, self.normalizer, self.info, cover=cover)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor | NDArray[Any]) -> Tensor:
         r"""Normalised log density, ``(n, *event_shape) -> (n,)`` nats; also one unbatched event, to a scalar.
 
         Every value carries the same unknown shift of size :attr:`log_prob_stderr`. Raises
         :class:`~latentprior.errors.InvalidLatentsError` for another shape or type. NaN in gives NaN out, and rows too
-        far out for the floating type ``-inf``.
+        far out for the floating type ``-inf``. An array is read block by block, a memory-mapped one too, so that memory
+        grows by the ``n`` results alone.
         """
+        if isinstance(value, np.ndarray) and value.ndim == 1 + len(self.event_shape) and len(value) > SAMPLE_BLOCK:
+            return torch.cat([self.log_prob(value[i : i + SAMPLE_BLOCK]) for i in range(0, len(value), SAMPLE_BLOCK)])
         single = np.shape(value) == tuple(self.event_shape) if hasattr(value, "shape") else False
         z = check_tensor(value[None] if single else value, self.event_shape, self.device, self.dtype)
         u = self.whitening.whiten(z)
@@ -161,7 +165,9 @@ class LatentPrior(Distribution, Shareable):
 
     def log_prob_whitened(self, u: Tensor) -> Tensor:
         """Normalised log density in the standardised coordinates themselves, ``(n, d) -> (n,)`` nats."""
-        return self.base.log_prob(u) + self.ladder.log_potential(u) - self.normalizer.value
+        # A mixture holds a number for each row and component: so many rows at a time.
+        base = torch.cat([self.base.log_prob(block) for block in u.split(SAMPLE_BLOCK)])
+        return base + self.ladder.log_potential(u) - self.normalizer.value
 
     @torch.no_grad()
     def sample(
@@ -194,13 +200,13 @@ class LatentPrior(Distribution, Shareable):
         if step_size is not None and not 0 < step_size < math.inf:
             raise LatentPriorError(f"step_size must be positive and finite, got {step_size}")
         n = math.prod(sample_shape)
-        parts = [
-            draw(self.ladder, min(SAMPLE_BLOCK, n - i), generator, sampler, options) for i in range(0, n, SAMPLE_BLOCK)
-        ]
-        u = torch.cat(parts) if parts else self.base.sample(0, generator)
-        if not u.isfinite().all():
-            raise LatentPriorError(f"draws by {sampler} ran away: lower step_size, or choose another sampler")
-        return self.whitening.unwhiten(u).reshape(*sample_shape, *self.event_shape)
+        z = self.whitening.loc.new_empty(n, len(self.whitening.loc))
+        for rows in z.split(SAMPLE_BLOCK) if n else ():
+            u = draw(self.ladder, len(rows), generator, sampler, options)
+            if not u.isfinite().all():
+                raise LatentPriorError(f"draws by {sampler} ran away: lower step_size, or choose another sampler")
+            rows.copy_(self.whitening.unwhiten(u))
+        return z.reshape(*sample_shape, *self.event_shape)
 
     @torch.no_grad()
     def tilt(

@@ -78,7 +78,16 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
             raise ValueError("a flow larger than its weights")
         flow = FlowBase(dim, transforms, hidden)
         dtype = next((v.dtype for v in tensors.values() if v.is_floating_point()), None)
-        flow.to(dtype).load_state_dict(dict(tensors))
+        # Releases of zuko give the constants of N(0, I), the flow's own base, names that differ.
+        constants = {k: v for k, v in flow.to(dtype).state_dict().items() if k.startswith("flow.base.")}
+        learned = {k: v for k, v in tensors.items() if not k.startswith("flow.base.")}
+        flow.load_state_dict({**learned, **constants})
+        then, now = float(config.get("log_prob_at_zero", flow.at_zero())), flow.at_zero()
+        if not abs(then - now) < 1e-3 * (1 + abs(then)):
+            raise CheckpointError(
+                f"flow of log density {then:.4f} at zero has {now:.4f} here: its splines are those of another release "
+                "of zuko; install the one that it was saved with"
+            )
         return flow.requires_grad_(False)
     if name == "distribution":
         raise CheckpointError(

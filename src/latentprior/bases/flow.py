@@ -40,7 +40,13 @@ class FlowBase(Base):
             "dim": self.dim,
             "transforms": self.transforms,
             "hidden": list(self.hidden),
+            "log_prob_at_zero": self.at_zero(),
         }
+
+    @torch.no_grad()
+    def at_zero(self) -> float:
+        """Log density of the origin: by it a saved flow is known again, since splines differ between zukos."""
+        return float(self.log_prob(next(self.flow.parameters()).new_zeros(1, self.dim)))
 
     @classmethod
     @torch.enable_grad()

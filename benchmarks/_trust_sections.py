@@ -1,0 +1,129 @@
+"""The sections of RESULTS.md on coverage, memory under load and memory over hours."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from _markdown import produced, spread, table
+
+__all__ = ["calibration_section", "calibration_table", "draw_soak", "load_section", "load_table", "soak_section"]
+
+
+def calibration_table(document: dict[str, Any]) -> str:
+    """Coverage of each target, and of all together."""
+    rows, everything = [], []
+    for name, runs in document["targets"].items():
+        kept = [run for run in runs.values() if run["stages"]]
+        everything += kept
+        rows.append([name, str(len(runs)), *_coverage(kept)])
+    rows.append(["**all**", str(sum(len(runs) for runs in document["targets"].values())), *_coverage(everything)])
+    head = [
+        "target",
+        "seeds",
+        "with a stage",
+        "held by 2 SE",
+        "share",
+        "rms error / SE",
+        "SE, nats",
+        "bracket warnings",
+    ]
+    return table(head, rows)
+
+
+def _coverage(runs: list[dict[str, Any]]) -> list[str]:
+    held = sum(run["covered"] for run in runs)
+    scores = [(run["value"] - run["truth"]) / run["stderr"] for run in runs]
+    return [
+        str(len(runs)),
+        str(held),
+        f"{held / len(runs):.3f}",
+        f"{math.sqrt(sum(score**2 for score in scores) / len(scores)):.2f}",
+        spread((run["stderr"] for run in runs), ".4f"),
+        str(sum(run["bracket_warning"] for run in runs)),
+    ]
+
+
+def calibration_section(document: dict[str, Any]) -> list[str]:
+    """E1: intervals of log Z."""
+    runs = [run for runs in document["targets"].values() for run in runs.values() if run["stages"]]
+    worst = max(run["truth_stderr"] / run["stderr"] for run in runs)
+    return [
+        "## Coverage of the normaliser's interval",
+        "",
+        f"`python benchmarks/calibration.py`. {produced(document)}",
+        "",
+        f"Each seed learns a small ladder of at most two stages from {document['settings']['rows']:,} fresh draws "
+        "and a normal base; its stated log Z is compared with an importance-sampling estimate from the exact target "
+        f"and the base (standard error a quarter of the stated one where draws suffice, {worst:.2f} "
+        "of it at worst). Nominal "
+        "coverage is 0.954; a fit without a stage has log Z = 0 exactly and is not counted.",
+        "",
+        calibration_table(document),
+        "",
+    ]
+
+
+def load_table(document: dict[str, Any]) -> str:
+    """Peak memory of every call at every n."""
+    rows = []
+    for row in document["rows"]:
+        for name, call in row["calls"].items():
+            if name != "imports":
+                figures = [row["calls"]["imports"]["anonymous_mib"], call["anonymous_mib"], call["resident_mib"]]
+                rows.append([name, f"{row['n']:,}", *(f"{v:.0f}" for v in figures), f"{call['seconds']:.0f}"])
+    head = ["call", "rows", "imports alone, MiB", "anonymous, MiB", "resident, MiB", "s"]
+    return table(head, sorted(rows, key=lambda row: row[0]))
+
+
+def load_section(document: dict[str, Any]) -> list[str]:
+    """Streams of rows."""
+    return [
+        "## Memory of scoring and sampling against n",
+        "",
+        f"`python benchmarks/load.py`. {produced(document)}",
+        "",
+        f"{document['settings']['dim']} columns of float32, two stages of width 32, each call a "
+        "process of its own with "
+        "its start; the core had other work, so read seconds loosely. Anonymous: what the process asked for. "
+        "Resident: with the pages of the memory-mapped file, which the system takes back when it "
+        "needs them. `log_prob` of a "
+        "mapped array, called in Python, holds its results, one number a row.",
+        "",
+        load_table(document),
+        "",
+    ]
+
+
+def soak_section(document: dict[str, Any]) -> list[str]:
+    """Hours of work."""
+    first, last = document["curve_mib"][0][1], document["curve_mib"][-1][1]
+    return [
+        "## Memory over hours",
+        "",
+        f"`python benchmarks/soak.py`. {produced(document)}",
+        "",
+        f"{document['minutes']:.0f} minutes at {100 * document['cpu_share']:.0f}% of a core: {document['rounds']:,} "
+        f"rounds and {document['rows']:,} rows of drawing by every sampler, scoring, tilting and "
+        "reloading. Resident memory "
+        f"{first:.1f} MiB at first and {last:.1f} MiB at last; the largest reading of the last quarter is "
+        f"{document['rise_mib']:+.1f} MiB from the largest between the first fifth and half-time "
+        f"(allowed: {document['allowed_mib']} MiB).",
+        "",
+        "![Resident memory each minute](results/soak.png)",
+        "",
+    ]
+
+
+def draw_soak(document: dict[str, Any], path: Path) -> None:
+    """Resident memory against minutes, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    minutes, mib = zip(*document["curve_mib"], strict=True)
+    axes.plot(minutes, mib, color="#2563eb")
+    axes.set(xlabel="minutes", ylabel="resident, MiB", ylim=(0, 1.25 * max(mib)))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Software": None})
