@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .bases import Base, GaussianMixtureBase, fit_base
+from .bases.base import FIT_ROWS
 from .errors import InvalidLatentsError, LatentPriorError
 from .latents import Latents, as_latents
 from .prior import LatentPrior
@@ -87,10 +88,16 @@ def start_ladder(
     pick = torch.randperm(len(train), generator=derived_generator(torch.device("cpu"), seed, "base rows"))
     some = train[pick[:BASE_ROWS]]
     u = whitening.whiten(latents.draw(some, generator, device=device, dtype=dtype))
-    fitted = fit_base(base, u, rows, whitening, generator)
+
+    def redraw() -> Tensor:
+        """New draws of as many rows as a mixture takes."""
+        return whitening.whiten(latents.draw(some[:FIT_ROWS], generator, device=device, dtype=dtype))
+
+    fresh = redraw if latents.is_posterior else None
+    fitted = fit_base(base, u, rows, whitening, generator, fresh)
     cover = None
     if climb and fitted.name != "gmm":
-        near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"))
+        near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"), fresh)
         cover = near if isinstance(near, GaussianMixtureBase) else None
     return LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover), rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,11 @@ def fit_base(
     validation: Tensor,
     whitening: Whitening,
     generator: torch.Generator | None = None,
+    redraw: Callable[[], Tensor] | None = None,
 ) -> Base:
     """Make the base ``kind`` from standardised rows; ``"gmm:20"`` fixes the number of components.
+
+    ``redraw`` gives new draws of the rows, where the latents are posteriors.
 
     Raises :class:`LatentPriorError` for an unknown name, :class:`MissingExtraError` where an extra is absent.
     """
@@ -45,7 +48,7 @@ def fit_base(
         base = FlowBase.fit(train, validation, generator=generator)
     elif kind == "gmm" or (kind.startswith("gmm:") and kind[4:].isdecimal() and int(kind[4:]) > 0):
         k = int(kind[4:]) if kind != "gmm" else None
-        base = GaussianMixtureBase.fit(train, validation, n_components=k, generator=generator)
+        base = GaussianMixtureBase.fit(train, validation, n_components=k, generator=generator, redraw=redraw)
     else:
         raise LatentPriorError(
             f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow or give a torch Distribution"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,12 +75,12 @@ class GaussianMixtureBase(Base):
     ) -> GaussianMixtureBase:
         r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
 
-        The search doubles K until the held-out log density has twice not risen by 0.01 nats, K is 64, a component
-        would have fewer than 16 (d + 1) rows, or an iteration of EM would pass a fixed amount of work. Mixtures of that
-        size from other starts then join in equal shares, :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log
-        density rises by 0.05 nats: as in bagging (Breiman 1996; Ormoneit and Tresp 1998, for mixtures) an average
-        varies less with the rows than its members do. EM itself stops at 0.004 nats an iteration, since averaging and
-        the ladder mend what a rough mixture leaves.
+        The search doubles K until the held-out log density has twice not risen by 0.01 nats and two standard errors,
+        K is 64, a component would have fewer than 16 (d + 1) rows, or an iteration of EM would pass a fixed amount of
+        work. Mixtures of that size from other starts then join in equal shares, :math:`\frac1R \sum_r p^{(r)}(u)`,
+        while the held-out log density rises by 0.05 nats and two standard errors: an average varies less with the
+        rows than its members do (Ormoneit and Tresp 1998). EM itself stops at 0.004 nats an iteration, since averaging
+        and the ladder mend what a rough mixture leaves.
 
         ``redraw`` gives new draws of the rows, where the latents are posteriors; each iteration of EM sees others.
 
@@ -99,17 +99,16 @@ class GaussianMixtureBase(Base):
             def log_terms(mixture: Mixture) -> Callable[[Tensor], Tensor]:
                 return cls(*mixture).to(train.dtype).log_terms
 
-            before = -math.inf
-            for mixture, density in expectation_maximisation(  # noqa: B007
-                rows, k, log_terms, iterations=ITERATIONS, generator=generator
-            ):
-                if density - before < LEAST_RISE:
+            steps = expectation_maximisation(rows, k, log_terms, iterations=ITERATIONS, generator=generator)
+            mixture, before = next(steps)[0], -math.inf
+            for mixture, density in steps:  # noqa: B007
+                if density < before + LEAST_RISE:
                     break
-                before = density if density == density else before
+                before = density
             return cls(*mixture)
 
-        def score(mixture: GaussianMixtureBase) -> float:
-            return float(mixture.log_prob(held_out).mean())
+        def level(mixture: GaussianMixtureBase) -> Tensor:
+            return mixture.log_prob(held_out)
 
         if n_components is not None:
             return fitted(n_components)
@@ -117,37 +116,30 @@ class GaussianMixtureBase(Base):
             one = torch.ones(1, dtype=torch.float64, device=train.device)
             return cls(one, one.new_zeros(1, d), torch.eye(d, dtype=one.dtype, device=one.device)[None])
         k, failed, best = 1, 0, fitted(1)
-        level = score(best)
+        here = level(best)
         limit = min(MOST_COMPONENTS, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d)))
         while failed < 2 and 2 * k <= limit:
-            k *= 2
+            k, failed = 2 * k, failed + 1
             candidate = fitted(k)
-            found = score(candidate)
-            failed = 0 if found > level + 0.01 else failed + 1
-            if found > level:
-                best, level = candidate, found
-        return best._bagged(fitted, score, level) if best.n_components > 1 else best
-
-    def _bagged(
-        self,
-        fitted: Callable[[int], GaussianMixtureBase],
-        score: Callable[[GaussianMixtureBase], float],
-        level: float,
-    ) -> GaussianMixtureBase:
-        """The average of this mixture, whose score is ``level``, and further ones while its score rises."""
-        members, bag = [self], self
-        while len(members) < MEMBERS:
-            members.append(fitted(self.n_components))
-            weights, means, cholesky = (
-                torch.cat(parts)
-                for parts in zip(*((m.log_weights.exp(), m.means, m.cholesky) for m in members), strict=True)
-            )
-            larger = GaussianMixtureBase(weights, means, cholesky)
-            found = score(larger)
-            if found < level + 0.05:
+            there = level(candidate)
+            if _rises(here, there, 0.01):
+                best, here, failed = candidate, there, 0
+        members, bag = [best], best
+        while best.n_components > 1 and len(members) < MEMBERS:
+            members.append(fitted(best.n_components))
+            candidate = cls._average(members)
+            there = level(candidate)
+            if not _rises(here, there, 0.05):
                 break
-            bag, level = larger, found
+            bag, here = candidate, there
         return bag
+
+    @classmethod
+    def _average(cls, members: Sequence[GaussianMixtureBase]) -> GaussianMixtureBase:
+        """Equal shares of several mixtures, as one."""
+        parts = zip(*((m.log_weights.exp(), m.means, m.cholesky) for m in members), strict=True)
+        weights, means, cholesky = map(torch.cat, parts)
+        return cls(weights, means, cholesky)
 
     def widened(self, factors: tuple[float, ...]) -> GaussianMixtureBase:
         """Equal shares of this mixture with its components' scales multiplied by each factor: halos around modes."""
@@ -194,3 +186,9 @@ class GaussianMixtureBase(Base):
         parts = noise[order].split(torch.bincount(which, minlength=self.n_components).tolist())
         rows = torch.cat([m + e @ c.T for m, c, e in zip(self.means, self.cholesky, parts, strict=True)])
         return torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+def _rises(before: Tensor, after: Tensor, least: float) -> bool:
+    """Whether log densities of the same rows rise by ``least`` nats, and by two standard errors of their difference."""
+    rise = after - before
+    return float(rise.mean()) > max(least, 2 * float(rise.std(correction=0)) / math.sqrt(len(rise)))
