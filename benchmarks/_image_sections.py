@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _markdown import produced, spread, table
+from _markdown import EARLIER_BASE, produced, spread, table
 
 __all__ = ["ablations_section", "anomaly_section", "cost_section", "images_section"]
 
@@ -25,7 +25,12 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
     runs = list(seeds.values())
     settings = document["settings"]
     out = [f"## Images: {dataset}, scale {settings['scale']}", ""]
-    out += [f"`python benchmarks/images.py --sets {dataset} --scale {settings['scale']}`. {produced(document)}", ""]
+    out += [
+        f"`python benchmarks/images.py --sets {dataset} --scale {settings['scale']}`. {produced(document)}",
+        "",
+        EARLIER_BASE,
+        "",
+    ]
     out += [
         f"One generator for all methods; medians over seeds {', '.join(seeds)}, range in brackets. Fréchet distance of "
         f"samples against as many test images (real against real {runs[0]['floors']['real']:.1f}), and of the "
@@ -69,7 +74,14 @@ def images_section(dataset: str, document: dict[str, Any]) -> list[str]:
 
 def cost_section(dataset: str, document: dict[str, Any]) -> list[str]:
     """E3d."""
-    out = [f"## Cost: {dataset}", "", f"`python benchmarks/cost.py --set {dataset}`. {produced(document)}", ""]
+    out = [
+        f"## Cost: {dataset}",
+        "",
+        f"`python benchmarks/cost.py --set {dataset}`. {produced(document)}",
+        "",
+        EARLIER_BASE,
+        "",
+    ]
     out += [
         "Seconds of training until the Fréchet distance is LEBM's final one (`-`: never); points of two-phase "
         "learning are whole runs, points of LEBM runs of a part of its steps. How short the shortest run may be was "
@@ -100,7 +112,12 @@ def ablations_section(dataset: str, document: dict[str, Any]) -> list[str]:
     """E3c."""
     scale = document["settings"]["scale"]
     out = [f"## Ablations: {dataset}, scale {scale}", ""]
-    out += [f"`python benchmarks/ablations.py --set {dataset} --scale {scale}`. {produced(document)}", ""]
+    out += [
+        f"`python benchmarks/ablations.py --set {dataset} --scale {scale}`. {produced(document)}",
+        "",
+        EARLIER_BASE,
+        "",
+    ]
     curves: dict[str, list[list[float]]] = {}
     for seed, parts in document["seeds"].items():
         for part in ("stages", "width"):
@@ -170,7 +187,7 @@ def anomaly_section(document: dict[str, Any]) -> list[str]:
     """E3b."""
     scale, digits = document["settings"]["scale"], document["digits"]
     out = [f"## Anomaly detection on MNIST, scale {scale}", ""]
-    out += [f"`python benchmarks/mnist_anomaly.py --scale {scale}`. {produced(document)}", ""]
+    out += [f"`python benchmarks/mnist_anomaly.py --scale {scale}`. {produced(document)}", "", EARLIER_BASE, ""]
     out += [
         "Average precision (area under the precision-recall curve) with one digit as the anomaly, median and range "
         "over seeds. All settings were chosen on digits 3 and 8 held out at seed 0; scores of a VAE, but none on these "

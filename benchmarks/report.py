@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
-from _markdown import EARLIER_RULE, produced, spread, table
+from _markdown import EARLIER_BASE, EARLIER_RULE, produced, spread, table
 from _results import read_results
 from _table_sections import adbench_section
 from _trust_sections import (
@@ -42,7 +42,7 @@ def latents_section(document: dict[str, Any]) -> list[str]:
         "base was let have more components and its networks the mixture's features after runs on cifar64: both sets "
         "are slightly selected. vae20 was first read when all defaults stood.",
         "",
-        EARLIER_RULE,
+        f"{EARLIER_RULE} {EARLIER_BASE}",
         "",
     ]
     for name, runs in document["sets"].items():
@@ -107,7 +107,7 @@ def latents_section(document: dict[str, Any]) -> list[str]:
 
 def known_truth_section(document: dict[str, Any]) -> list[str]:
     """E1."""
-    out = ["## Known truth", "", f"`python benchmarks/known_truth.py`. {produced(document)}", ""]
+    out = ["## Known truth", "", f"`python benchmarks/known_truth.py`. {produced(document)}", "", EARLIER_BASE, ""]
     rows = []
     for name, runs in document["targets"].items():
         rows.append(
@@ -128,7 +128,14 @@ def known_truth_section(document: dict[str, Any]) -> list[str]:
 
 def scale_section(document: dict[str, Any]) -> list[str]:
     """Time and memory against n."""
-    out = ["## Time and memory of fit against n", "", f"`python benchmarks/scale.py`. {produced(document)}", ""]
+    out = [
+        "## Time and memory of fit against n",
+        "",
+        f"`python benchmarks/scale.py`. {produced(document)}",
+        "",
+        EARLIER_BASE,
+        "",
+    ]
     rows = [
         [
             f"{r['n']:,}",
