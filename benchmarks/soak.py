@@ -64,8 +64,8 @@ def rounds(folder: Path, generator: torch.Generator) -> Iterator[int]:
         yield n
 
 
-def soak(minutes: float, share: float, every: float, log: Path | None) -> dict[str, Any]:
-    """Run rounds and note ``(minute, MiB)``; a log file takes every reading at once."""
+def soak(minutes: float, share: float, every: float, log: Path | None, most: int | None = None) -> dict[str, Any]:
+    """Run rounds, at ``most`` so many, and note ``(minute, MiB)``; a log file takes every reading at once."""
     curve: list[tuple[float, float]] = []
     rows = count = 0
     with tempfile.TemporaryDirectory() as place:
@@ -82,7 +82,7 @@ def soak(minutes: float, share: float, every: float, log: Path | None) -> dict[s
                     if log is not None:
                         with log.open("a") as file:
                             print(f"{curve[-1][0]:.2f} {curve[-1][1]:.1f} {rows} {count}", file=file)
-                if elapsed >= 60 * minutes:
+                if elapsed >= 60 * minutes or count == most:
                     break
                 # What is owed to the share, paid at once.
                 owed = (time.process_time() - cpu) / share - elapsed
@@ -112,12 +112,13 @@ def main() -> None:
     ask.add_argument("--minutes", type=float, default=120)
     ask.add_argument("--share", type=float, default=0.12, help="of one core, rests included")
     ask.add_argument("--every", type=float, default=60, help="seconds between readings")
+    ask.add_argument("--rounds", type=int, help="stop after so many, whatever the time")
     ask.add_argument("--log", type=Path, help="a file that takes every reading at once")
     ask.add_argument("--json", action="store_true", help="print the figures and write no results")
     call = ask.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
-    found = soak(call.minutes, call.share, call.every, call.log)
+    found = soak(call.minutes, call.share, call.every, call.log, call.rounds)
     print(json.dumps(found))
     if not call.json:
         settings = {"minutes": call.minutes, "share": call.share, "every": call.every, "dim": DIM}
