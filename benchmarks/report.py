@@ -43,7 +43,8 @@ def latents_section(document: dict[str, Any]) -> list[str]:
         "Integral: importance-sampling estimate of the ladder's integral, which must be 1, from a mixture fitted to "
         "its samples and from its base. The ladder's defaults were chosen on mnist16 with its test rows in view, its "
         "base was let have more components, be an average of mixtures, and its networks read the mixture's features "
-        "after runs on cifar64, its test rows in view: both sets are slightly selected. vae20 was first read when all defaults stood.",
+        "after runs on cifar64, its test rows in view: both sets are slightly selected. vae20 was first read when all "
+        "defaults stood.",
         "",
         *([f"{EARLIER_RULE} {EARLIER_BASE}", ""] if EARLIER & set(document["sets"]) else []),
     ]
