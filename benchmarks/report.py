@@ -11,7 +11,7 @@ from typing import Any
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _markdown import EARLIER_BASE, EARLIER_RULE, produced, spread, table
 from _results import read_results
-from _table_sections import adbench_section
+from _table_sections import adbench_section, ceilings_section, other_tables_section
 from _trust_sections import (
     calibration_section,
     calibration_table,
@@ -238,6 +238,9 @@ def main() -> None:
     document = read_results("adbench")
     if document is not None:
         out += adbench_section(document)
+        choice, other = read_results("detector_choice"), read_results("other_tables")
+        out += [] if choice is None else ceilings_section(choice, document)
+        out += [] if other is None else other_tables_section(other)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     fill(HERE.parent / "README.md", {"headline": headline(latents), "images": images_headline()})
     measured = {name: read_results(name) for name in ("calibration", "load", "soak")}
