@@ -241,6 +241,9 @@ def main() -> None:
         choice, other = read_results("detector_choice"), read_results("other_tables")
         out += [] if choice is None else ceilings_section(choice, document)
         out += [] if other is None else other_tables_section(other)
+    document = read_results("import_time")
+    if document is not None:
+        out += import_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     fill(HERE.parent / "README.md", {"headline": headline(latents), "images": images_headline()})
     measured = {name: read_results(name) for name in ("calibration", "load", "soak")}
@@ -254,6 +257,21 @@ def main() -> None:
             "soak": soak_section(soak)[4],
         }
         fill(HERE.parent / "docs" / "explanation" / "trust.md", tables)
+
+
+def import_section(document: dict[str, Any]) -> list[str]:
+    """What the import takes."""
+    parts = ("latentprior", "torch", "processor")
+    rows = [[which, *(f"{document['seconds'][part][which]:.2f}" for part in parts)] for which in ("least", "median")]
+    return [
+        "## Import",
+        "",
+        f"`python benchmarks/import_time.py`: {document['settings']['runs']} fresh interpreters, by `-X importtime`. "
+        f"{produced(document)}",
+        "",
+        table(["seconds", "import latentprior", "of it PyTorch", "processor, whole interpreter"], rows),
+        "",
+    ]
 
 
 def fill(page: Path, blocks: dict[str, str]) -> None:

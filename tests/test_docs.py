@@ -72,7 +72,7 @@ def test_better_samples_from_a_diffusers_autoencoder(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("PIL")
     run((DOCS / "howto" / "tiny_vae.py").read_text(encoding="utf-8"), tmp_path)
-    (code,) = blocks("howto/diffusers.md")
+    code, _ = blocks("howto/diffusers.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     judged = """
 import torch
@@ -88,6 +88,15 @@ print(tuple(samples.shape), *(two_sample_auc(other, rows[0]).auc for other in ro
     assert found
     # Standard errors are about 0.01: trees tell draws of N(0, I) from data with 0.88, those of the prior with 0.57.
     assert float(found[2]) < 0.7 < 0.8 < float(found[1])
+
+
+@pytest.mark.slow
+def test_better_samples_from_a_pythae_autoencoder(tmp_path: Path) -> None:
+    pytest.importorskip("pythae.models")
+    _, code = blocks("howto/diffusers.md")
+    printed = run(code, tmp_path)
+    assert printed.startswith("LatentPrior(event_shape=(6,)")
+    assert "torch.Size([16, 1, 8, 8])" in printed
 
 
 @pytest.mark.slow
