@@ -243,19 +243,21 @@ class Bench:
 
 def save_grids(record: str, pictures: dict[str, Tensor], real: Tensor, order: list[str]) -> None:
     """One row of samples a method, as a PNG beside the results; rows of earlier runs are kept in the image cache."""
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     kept = image_cache() / f"{record}.npz"
     if kept.exists():
         pictures = {**{name: torch.from_numpy(x) for name, x in np.load(kept).items()}, **pictures}
     np.savez(kept, **{name: x.numpy() for name, x in pictures.items()})
-    rows = []
-    for x in [real, *(pictures[name] for name in order if name in pictures)]:
+    shown, rows = [name for name in order if name in pictures], []
+    for x in [real, *(pictures[name] for name in shown)]:
         row = torch.cat(list(x[:16]), 2)
         rows.append(((row + 1) * 127.5).round().clamp(0, 255).byte())
     grid = torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy()
+    names = PngImagePlugin.PngInfo()
+    names.add_text("rows", json.dumps(["data", *shown]))
     Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.NEAREST).save(
-        FOLDER / f"{record}.png", optimize=True
+        FOLDER / f"{record}.png", optimize=True, pnginfo=names
     )
 
 
