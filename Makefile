@@ -100,6 +100,7 @@ docs: $(DOCS) ## the documentation as HTML, in docs/_build/html; a warning is an
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 
 benchmarks: $(DEV) ## run the benchmark scripts, then rewrite benchmarks/RESULTS.md
+	@$(PIP) install --quiet -c constraints.txt -e ".[benchmark]"
 	@set -e; for script in $(BENCHMARKS); do echo "==> $$script"; $(BIN)/python "$$script"; done
 	$(BIN)/python benchmarks/report.py
 
