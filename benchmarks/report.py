@@ -11,6 +11,7 @@ from typing import Any
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _markdown import EARLIER_BASE, EARLIER_RULE, produced, spread, table
 from _results import read_results
+from _speed_section import draw_speed, speed_section
 from _table_sections import adbench_section, ceilings_section, other_tables_section
 from _trust_sections import (
     calibration_section,
@@ -219,6 +220,7 @@ def main() -> None:
         ("known_truth", known_truth_section),
         ("calibration", calibration_section),
         ("scale", scale_section),
+        ("speed", speed_section),
         ("load", load_section),
         ("soak", soak_section),
     ):
@@ -246,6 +248,8 @@ def main() -> None:
         out += import_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     fill(HERE.parent / "README.md", {"headline": headline(latents), "images": images_headline()})
+    if speed := read_results("speed"):
+        draw_speed(speed, HERE / "results" / "speed.png")
     measured = {name: read_results(name) for name in ("calibration", "load", "soak")}
     if all(measured.values()):
         soak = measured["soak"]
