@@ -105,7 +105,7 @@ def draw_speed(document: dict[str, Any], path: Path) -> None:
         shares.barh(list(profile), widths, left=left, color=color, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     shares.set(xlabel="share of time", ylim=(-0.5, 2.9))
-    shares.legend(fontsize=7, loc="upper left", ncols=2)
+    shares.legend(fontsize=6, loc="upper left")
     for axes, part, label in ((stages, "stages", "stages"), (particles, "particles", "particles")):
         counts = [int(k) for k in engine[part]]
         spent = list(engine[part].values())
@@ -113,6 +113,8 @@ def draw_speed(document: dict[str, Any], path: Path) -> None:
         slope = spent[-1] / counts[-1]
         axes.plot(counts, [slope * k for k in counts], "--", color=COLORS[3], label="proportional")
         axes.set(xlabel=label, ylabel="seconds", xscale="log", yscale="log")
+        axes.set_xticks(counts, [f"{k:,}" for k in counts])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, metadata={"Software": None})
