@@ -141,7 +141,7 @@ def _forward_and_back(
         assert features is not None
         h.addmm_(features, beside.weight.t()).add_(beside.bias)
     if isinstance(network, ResidualMLP):
-        last, blocks = network.last, [(b.inner, b.outer) for b in network.blocks]
+        last, blocks = network.last, network.pairs()
         for i, (inner, outer) in enumerate(blocks):
             scratch.silu(h, 2 * i, a)
             torch.addmm(inner.bias, a, inner.weight.t(), out=t)

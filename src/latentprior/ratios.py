@@ -158,6 +158,10 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.Sequential(*[_ResidualBlock(width, generator) for _ in range(depth)])
         self.last = _linear(width, 1, 1 / math.sqrt(width), 0.0, generator)
 
+    def pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """The inner and the outer layer of each block."""
+        return [(block.inner, block.outer) for block in self.blocks if isinstance(block, _ResidualBlock)]
+
     def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
         h = self.first(u)
         if self.beside is not None:
