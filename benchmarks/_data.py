@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["LatentSet", "cifar64", "data_folder", "image_cache", "load_set", "mnist16", "vae20"]
+__all__ = ["SETS", "LatentSet", "cifar64", "cifar128", "data_folder", "image_cache", "load_set", "mnist16", "vae20"]
 
 
 def data_folder() -> Path:
@@ -69,6 +69,11 @@ def cifar64(dim: int = 64, epochs: int = 8) -> LatentSet:
     return _posterior_set(f"cifar{dim}", pairs[0], pairs[1], 5_000)
 
 
+def cifar128() -> LatentSet:
+    """As :func:`cifar64`, with 128 dimensions."""
+    return cifar64(128)
+
+
 def _posterior_set(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], held_out: int) -> LatentSet:
     mean, scale = (v.numpy() for v in train)
     noise = torch.randn(test[0].shape, generator=torch.Generator().manual_seed(0))
@@ -107,10 +112,10 @@ def _train_cifar_vae(path: Path, dim: int, epochs: int) -> None:
     images = np.load(image_cache() / "cifar10.npz")
 
     def scaled(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory
 
     torch.manual_seed(0)
-    model = CifarVAE(dim)
+    model = CifarVAE(dim).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     train, sigma = torch.from_numpy(images["x_train"]), 0.15
     for epoch in range(epochs):
@@ -132,16 +137,22 @@ def _train_cifar_vae(path: Path, dim: int, epochs: int) -> None:
             arrays[f"{part}_mean"] = torch.cat([m for m, _ in pairs]).numpy()
             arrays[f"{part}_scale"] = torch.cat([s for _, s in pairs]).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    save_file({k: v.contiguous() for k, v in model.decoder.state_dict().items()}, path.with_suffix(".safetensors"))
+    partial = path.with_name(f".{os.getpid()}_{path.name}")
+    np.savez(partial, **arrays)
+    os.replace(partial, path)
+
+
+SETS = {"mnist16": mnist16, "vae20": vae20, "cifar64": cifar64, "cifar128": cifar128}
 
 
 def load_set(name: str) -> LatentSet:
-    """One of ``mnist16``, ``vae20``, ``cifar64``."""
-    return {"mnist16": mnist16, "vae20": vae20, "cifar64": cifar64}[name]()
+    """A set of :data:`SETS`."""
+    return SETS[name]()
 
 
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description="Make and cache a set of latents.")
-    ask.add_argument("name", choices=["mnist16", "vae20", "cifar64"])
+    ask.add_argument("name", choices=list(SETS))
     made = load_set(ask.parse_args().name)
     print(made.name, made.train.shape, made.validation.shape, made.test.shape)
