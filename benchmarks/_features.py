@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from _data import CifarVAE, data_folder, image_cache
+from _data import CifarVAE, data_folder, image_cache, taef2
 from latentprior.feature_networks import FeatureNetwork, feature_network
 from latentprior.metrics import features
 
@@ -71,27 +71,40 @@ def decode_cifar(z: Tensor) -> Tensor:
     return torch.cat([decoder(block.float()) for block in z.split(500)]) / 2 + 0.5
 
 
+@torch.no_grad()
+def decode_taef2(z: Tensor) -> Tensor:
+    """Decode flat TAEF2 codes of 32 x 32 images to ``(n, 3, 32, 32)`` in [0, 1], in bfloat16 as they were encoded."""
+    generator = taef2().generator.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [generator(block.float().view(-1, 32, 4, 4)).float() for block in z.split(100)]
+    return torch.cat(parts) / 2 + 0.5
+
+
 DECODERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "mnist16": ("mnist", "lenet", decode_mnist16),
     "vae20": ("mnist", "lenet", decode_vae20),
     "cifar64": ("cifar10", "efficientnet_lite0", decode_cifar),
     "cifar128": ("cifar10", "efficientnet_lite0", decode_cifar),
+    "taef512": ("cifar10", "efficientnet_lite0", decode_taef2),
 }
 """The images, the feature network and the decoder of a set of latents, where there is one."""
+IMAGES = {"mnist": 10_000, "cifar10": 5_000}
+"""How many are compared: EfficientNet-Lite0 takes many times as long as LeNet-5."""
 
 
 def decoded_features(name: str, z: Tensor) -> Tensor:
-    """Features of decoded latents ``(n, d)``, in the latents' own coordinates."""
-    _, network, decode = DECODERS[name]
-    return torch.cat([features(network_named(network), decode(block) * 2 - 1) for block in z.split(2000)])
+    """Features of decoded latents ``(n, d)``, in the latents' own coordinates; on CIFAR-10 of the first only."""
+    dataset, network, decode = DECODERS[name]
+    blocks = z[: IMAGES[dataset]].split(1000)
+    return torch.cat([features(network_named(network), decode(block) * 2 - 1) for block in blocks])
 
 
-def floor_features(name: str, test: np.ndarray, n: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features of ``n`` test images, of as many train images, and of the reconstructions of ``test`` latents."""
+def floor_features(name: str, test: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+    """Features of test images, of as many train images, and of the reconstructions of ``test`` latents."""
     dataset, network, _ = DECODERS[name]
-    real = real_features(dataset, "test", network, n)
+    n = IMAGES[dataset]
     rows = torch.as_tensor(test).flatten(1).float()
-    return real, {
+    return real_features(dataset, "test", network, n), {
         "reconstructions": decoded_features(name, rows),
         "real": real_features(dataset, "train", network, n),
     }

@@ -22,6 +22,7 @@ from torch import Tensor
 import latentprior as lp
 from _data import SETS, LatentSet, load_set
 from _features import DECODERS, decoded_features, floor_features
+from _latent_pictures import add_picture
 from _latent_rivals import RIVALS, Rows
 from _results import join_results
 from latentprior.metrics import frechet_distance, two_sample_auc
@@ -39,8 +40,8 @@ CPU = torch.device("cpu")
 class Bench:
     """One set and seed: its rows in standardised coordinates, and how a method is scored."""
 
-    def __init__(self, latents: LatentSet, seed: int, seconds: float) -> None:
-        self.latents, self.seed, self.seconds = latents, seed, seconds
+    def __init__(self, latents: LatentSet, seed: int, seconds: float, record: str) -> None:
+        self.latents, self.seed, self.seconds, self.record = latents, seed, seconds, record
         self.train = lp.Latents(latents.train, latents.train_scale)
         self.validation = lp.Latents(latents.validation, latents.validation_scale)
         # As the ladder's fit does it, from the same stream.
@@ -51,7 +52,7 @@ class Bench:
         self.held_out = self.whitening.whiten(self.validation.draw(rows, derived_generator(CPU, seed, "validation")))
         self.real = self.floors = None
         if latents.name in DECODERS:
-            self.real, floors = floor_features(latents.name, latents.test, SAMPLES)
+            self.real, floors = floor_features(latents.name, latents.test)
             self.floors = {name: frechet_distance(self.real, f) for name, f in floors.items()}
 
     def measure(self, name: str) -> dict[str, Any]:
@@ -84,8 +85,10 @@ class Bench:
         if len(finite) < len(samples):
             figures["not_finite"] = len(samples) - len(finite)
         if self.real is not None:
-            decoded = decoded_features(self.latents.name, self.whitening.unwhiten(finite))
-            figures["frechet"] = frechet_distance(self.real, decoded)
+            z = self.whitening.unwhiten(finite)
+            figures["frechet"] = frechet_distance(self.real, decoded_features(self.latents.name, z))
+            if self.seed == 0:
+                add_picture(self.latents, self.record, name, z, [*RIVALS, LADDER])
         told = ", ".join(f"{k} {v}" for k, v in figures.items())
         print(f"{self.latents.name} seed {self.seed} {name}: {told}", flush=True)
         return figures
@@ -147,12 +150,13 @@ def main() -> None:
     for name in call.sets:
         latents = load_set(name)
         for seed in call.seeds:
-            bench = Bench(latents, seed, call.seconds)
+            record = f"{call.record}_{name}"
+            bench = Bench(latents, seed, call.seconds, record)
             for method in call.methods:
                 figures = {method: bench.measure(method)}
                 if bench.floors:
                     figures["floors"] = bench.floors
-                join_results(f"{call.record}_{name}", seed, figures, threads=call.threads, settings=vars(call))
+                join_results(record, seed, figures, threads=call.threads, settings=vars(call))
 
 
 if __name__ == "__main__":
