@@ -18,6 +18,8 @@ from _trust_sections import (
     calibration_section,
     calibration_table,
     draw_soak,
+    faults_section,
+    faults_table,
     load_section,
     load_table,
     soak_section,
@@ -107,6 +109,7 @@ def main() -> None:
     out += latents_sections()
     for name, section in (
         ("known_truth", known_truth_section),
+        ("faults", faults_section),
         ("calibration", calibration_section),
         ("scale", scale_section),
         ("speed", speed_section),
@@ -139,12 +142,13 @@ def main() -> None:
     fill(HERE.parent / "README.md", {"headline": latents_headline(), "images": images_headline()})
     if speed := read_results("speed"):
         draw_speed(speed, HERE / "results" / "speed.png")
-    measured = {name: read_results(name) for name in ("calibration", "load", "soak")}
+    measured = {name: read_results(name) for name in ("faults", "calibration", "load", "soak")}
     if all(measured.values()):
         soak = measured["soak"]
         draw_soak(soak, HERE / "results" / "soak.png")
         draw_soak(soak, HERE.parent / "docs" / "images" / "soak.png")
         tables = {
+            "kills": faults_table(measured["faults"]),
             "coverage": calibration_table(measured["calibration"]),
             "load": load_table(measured["load"]),
             "soak": soak_section(soak)[4],
