@@ -19,7 +19,7 @@ BENCHMARKS ?= $(filter-out benchmarks/report.py benchmarks/_% benchmarks/conftes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-oldest audit lock doctest lint format docs benchmarks build clean
+.PHONY: help venv demo test test-all test-oldest audit lock doctest lint format docs pictures benchmarks build clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,7 +46,7 @@ $(TORCH): constraints.txt | $(VENV)/pyvenv.cfg
 
 $(DEV): pyproject.toml constraints.txt $(TORCH)
 	@echo "==> installing latentprior and the tools to work on it"
-	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report,images,datasets,features,tracking,distributed,pyod,hub,onnx]"
+	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report,images,datasets,features,tracking,distributed,pyod,hub,onnx,browser]"
 	@touch $(DEMO) $(DEV)
 
 $(DEMO): pyproject.toml constraints.txt $(TORCH)
@@ -64,7 +64,7 @@ demo: $(DEMO) ## learn a prior on bundled data; pictures and a report in demo-ou
 
 # Two workers of one thread each: on networks this small a second thread costs more than it gives.
 test: lint ## lint, then the fast tests and the docstring examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs
 
 test-all: lint ## lint, then all tests but those that need a GPU
 	$(BIN)/python -m pytest -m "not gpu"
@@ -84,7 +84,7 @@ lock: $(DEV) ## rewrite requirements.lock: hashes of the core and of what the de
 	$(BIN)/python .ci/lock.py
 
 doctest: $(DEV) ## the examples in docstrings and in docs, and the scripts in examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" src tests/test_docs.py tests/test_examples.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs -m "not gpu" src tests/test_docs.py tests/test_examples.py
 
 lint: $(DEV) ## ruff, mypy and the downward-imports rule
 	$(BIN)/ruff check .
@@ -99,7 +99,13 @@ format: $(DEV) ## sort imports, mend what ruff can mend, reformat
 docs: $(DOCS) ## the documentation as HTML, in docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 
+pictures: $(DEV) ## draw the pictures of the documentation anew, screenshots by the tests of pages (Chromium)
+	$(BIN)/python docs/pictures.py
+	LATENTPRIOR_SCREENSHOTS="$(CURDIR)/docs/images" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow \
+	  tests/report/test_browser.py tests/explorer/test_browser.py
+
 benchmarks: $(DEV) ## run the benchmark scripts, then rewrite benchmarks/RESULTS.md
+	@$(PIP) install --quiet -c constraints.txt -e ".[benchmark]"
 	@set -e; for script in $(BENCHMARKS); do echo "==> $$script"; $(BIN)/python "$$script"; done
 	$(BIN)/python benchmarks/report.py
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,17 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from _data import data_folder, image_cache
+from _data import CifarVAE, data_folder, image_cache, taef2
 from latentprior.feature_networks import FeatureNetwork, feature_network
 from latentprior.metrics import features
 
-__all__ = ["decode_mnist16", "lenet_features", "mnist_images", "network_named", "real_features", "real_images"]
-
-
-def mnist_images(part: str) -> Tensor:
-    """MNIST ``train`` or ``test`` as ``(n, 1, 28, 28)`` in [0, 1]."""
-    images = np.load(image_cache() / "mnist.npz")[f"x_{part}"]
-    return torch.from_numpy(images).float().div(255)[:, None]
+__all__ = ["DECODERS", "decoded_features", "floor_features", "network_named", "real_features", "real_images"]
 
 
 def real_images(dataset: str, part: str, n: int | None = None) -> Tensor:
@@ -60,6 +55,56 @@ def decode_mnist16(z: Tensor) -> Tensor:
     return h.view(-1, 1, 28, 28)
 
 
-def lenet_features(images: Tensor) -> Tensor:
-    """The 84 features before LeNet-5's last layer (98.6% test accuracy): ``(n, 1, 28, 28)`` in [0, 1]."""
-    return features(network_named("lenet"), images * 2 - 1, batch_size=2000)
+@torch.no_grad()
+def decode_vae20(z: Tensor) -> Tensor:
+    """Decode latents of the classic MNIST VAE to ``(n, 1, 28, 28)`` in [0, 1]: fc3, ReLU, fc4, sigmoid."""
+    weights = load_file(data_folder() / "pretrained" / "vae20_mnist.safetensors")
+    h = F.relu(F.linear(z.float(), weights["fc3.weight"], weights["fc3.bias"]))
+    return F.linear(h, weights["fc4.weight"], weights["fc4.bias"]).sigmoid().view(-1, 1, 28, 28)
+
+
+@torch.no_grad()
+def decode_cifar(z: Tensor) -> Tensor:
+    """Decode latents of the benchmarks' own CIFAR-10 VAE to ``(n, 3, 32, 32)`` in [0, 1]."""
+    decoder = CifarVAE(z.shape[1]).decoder
+    decoder.load_state_dict(load_file(image_cache() / f"cifar_vae{z.shape[1]}.safetensors"))
+    return torch.cat([decoder(block.float()) for block in z.split(500)]) / 2 + 0.5
+
+
+@torch.no_grad()
+def decode_taef2(z: Tensor) -> Tensor:
+    """Decode flat TAEF2 codes of 32 x 32 images to ``(n, 3, 32, 32)`` in [0, 1], in bfloat16 as they were encoded."""
+    generator = taef2().generator.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [generator(block.float().view(-1, 32, 4, 4)).float() for block in z.split(100)]
+    return torch.cat(parts) / 2 + 0.5
+
+
+DECODERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "mnist16": ("mnist", "lenet", decode_mnist16),
+    "vae20": ("mnist", "lenet", decode_vae20),
+    "cifar64": ("cifar10", "efficientnet_lite0", decode_cifar),
+    "cifar128": ("cifar10", "efficientnet_lite0", decode_cifar),
+    "taef512": ("cifar10", "efficientnet_lite0", decode_taef2),
+}
+"""The images, the feature network and the decoder of a set of latents, where there is one."""
+IMAGES = {"mnist": 10_000, "cifar10": 5_000}
+"""How many are compared: EfficientNet-Lite0 takes many times as long as LeNet-5."""
+
+
+def decoded_features(name: str, z: Tensor) -> Tensor:
+    """Features of decoded latents ``(n, d)``, in the latents' own coordinates; on CIFAR-10 of the first only."""
+    dataset, network, decode = DECODERS[name]
+    blocks = z[: IMAGES[dataset]].split(1000)
+    return torch.cat([features(network_named(network), decode(block) * 2 - 1) for block in blocks])
+
+
+def floor_features(name: str, test: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+    """Features of test images, of as many train images, and of the reconstructions of ``test`` latents."""
+    dataset, network, _ = DECODERS[name]
+    n = IMAGES[dataset]
+    rows = torch.as_tensor(test).flatten(1).float()
+    return real_features(dataset, "test", network, n), {
+        "reconstructions": decoded_features(name, rows),
+        "real": real_features(dataset, "train", network, n),
+    }

@@ -1,4 +1,4 @@
-"""The sections of RESULTS.md on coverage, memory under load and memory over hours."""
+"""The sections of RESULTS.md on kills, coverage, memory under load and memory over hours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 from _markdown import produced, spread, table
 
-__all__ = ["calibration_section", "calibration_table", "draw_soak", "load_section", "load_table", "soak_section"]
+__all__ = [
+    "calibration_section",
+    "calibration_table",
+    "draw_soak",
+    "faults_section",
+    "faults_table",
+    "load_section",
+    "load_table",
+    "soak_section",
+]
 
 
 def calibration_table(document: dict[str, Any]) -> str:
@@ -61,6 +70,40 @@ def calibration_section(document: dict[str, Any]) -> list[str]:
         "coverage is 0.954; a fit without a stage has log Z = 0 exactly and is not counted.",
         "",
         calibration_table(document),
+        "",
+    ]
+
+
+def faults_table(document: dict[str, Any]) -> str:
+    """Kills and what became of the runs."""
+    rows = []
+    for kind, found in document["runs"].items():
+        kill = found["kill"]
+        same = "failed" not in kill and kill["identical"]
+        counts = [kill.get(name, "-") for name in ("stops", "while_saving", "runs", "states_found")]
+        rows.append([f"`{kind}`", *map(str, counts), "all" if same else "**not all**"])
+    head = [
+        "command",
+        "kills",
+        "of these amid a save",
+        "runs",
+        "saved states loaded",
+        "runs that ended with the same bytes",
+    ]
+    return table(head, rows)
+
+
+def faults_section(document: dict[str, Any]) -> list[str]:
+    """E6: kills."""
+    return [
+        "## Killed and resumed",
+        "",
+        f"`python benchmarks/faults.py`. {produced(document)}",
+        "",
+        "Small runs of the commands, killed by SIGKILL at random moments and resumed until they end; every state that "
+        "a kill left behind was loaded.",
+        "",
+        faults_table(document),
         "",
     ]
 

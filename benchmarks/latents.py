@@ -1,11 +1,12 @@
 """E2: held-out log density, sample quality and time on latents of real generators, all methods in one run.
 
-    python benchmarks/latents.py --sets mnist16 cifar64 --seeds 3
+    python benchmarks/latents.py --sets mnist16 cifar64 --seeds 0 1 2 --seconds 180
 
 Every method sees the same rows, threads and machine in turn. Log densities are in the coordinates that
-the ladder's whitening standardises (the same for all), test rows, nats. The flow is zuko's neural spline flow,
-trained for ``--flow-seconds`` under a cosine schedule with early stopping on validation rows; the ladder has half
-of that as its budget. The ladder's density is integrated by importance sampling from two other densities.
+the ladder's whitening standardises (the same for all), test rows, nats. Rivals that learn by gradients have
+``--seconds`` each with early stopping on validation rows; the ladder has half of that as its budget. The ladder's
+density is integrated by importance sampling from two other densities. Runs of single seeds and ``--methods`` join the
+figures of earlier ones.
 """
 
 from __future__ import annotations
@@ -16,208 +17,146 @@ import warnings
 from typing import Any
 
 import torch
-import zuko
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
-from torch.distributions import MultivariateNormal, Normal
-from tqdm import tqdm
 
 import latentprior as lp
-from _data import LatentSet, load_set
-from _features import decode_mnist16, lenet_features, mnist_images
-from _results import write_results
+from _data import SETS, LatentSet, load_set
+from _features import DECODERS, decoded_features, floor_features
+from _latent_pictures import add_picture
+from _latent_rivals import RIVALS, Rows
+from _results import join_results
 from latentprior.metrics import frechet_distance, two_sample_auc
 from latentprior.normalizers import check
+from latentprior.prior import LatentPrior
 from latentprior.progress import FitProgress
+from latentprior.stage import derived_generator
+from latentprior.whitening import Whitening
 
 SAMPLES = 10_000
+LADDER = "ladder"
+CPU = torch.device("cpu")
 
 
-class FlowRival:
-    """zuko NSF by maximum likelihood: AdamW 2e-3, cosine over the time it is given, best validation kept.
+class Bench:
+    """One set and seed: its rows in standardised coordinates, and how a method is scored."""
 
-    Three transforms, 256 x 2, batches of 1,024: the best on validation rows of three settings tried on mnist16.
-    """
+    def __init__(self, latents: LatentSet, seed: int, seconds: float, record: str) -> None:
+        self.latents, self.seed, self.seconds, self.record = latents, seed, seconds, record
+        self.train = lp.Latents(latents.train, latents.train_scale)
+        self.validation = lp.Latents(latents.validation, latents.validation_scale)
+        # As the ladder's fit does it, from the same stream.
+        self.whitening = Whitening.fit(self.train.blocks(derived_generator(CPU, seed, "whitening"))).float()
+        flat = torch.as_tensor(latents.test, dtype=torch.float32).flatten(1)
+        self.test = self.whitening.whiten(flat)
+        rows = torch.arange(len(self.validation))
+        self.held_out = self.whitening.whiten(self.validation.draw(rows, derived_generator(CPU, seed, "validation")))
+        self.real = self.floors = None
+        if latents.name in DECODERS:
+            self.real, floors = floor_features(latents.name, latents.test)
+            self.floors = {name: frechet_distance(self.real, f) for name, f in floors.items()}
 
-    def __init__(self, dim: int) -> None:
-        self.flow = zuko.flows.NSF(dim, transforms=3, hidden_features=(256, 256), bins=8)
+    def measure(self, name: str) -> dict[str, Any]:
+        """Fit a method and score it."""
+        torch.manual_seed(self.seed)
+        return self._ladder() if name == LADDER else self._rival(name)
 
-    def fit(self, data: Any, validation: Tensor, seconds: float) -> float:
-        optimizer = torch.optim.AdamW(self.flow.parameters(), lr=2e-3, weight_decay=1e-4)
-        begun, best, best_at, best_state = time.monotonic(), -float("inf"), 0.0, self.flow.state_dict()
-        step = 0
-        with tqdm(total=round(seconds), desc="flow", unit="s") as bar:
-            while (spent := time.monotonic() - begun) < seconds:
-                for group in optimizer.param_groups:
-                    group["lr"] = 1e-3 * (1 + torch.cos(torch.tensor(torch.pi * spent / seconds)).item())
-                loss = -self.flow().log_prob(data(1024)).mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.flow.parameters(), 5.0)
-                optimizer.step()
-                step += 1
-                if step % 100 == 0:
-                    score = self.log_prob(validation).mean().item()
-                    if score > best:
-                        best, best_at = score, time.monotonic() - begun
-                        best_state = {k: v.clone() for k, v in self.flow.state_dict().items()}
-                    bar.n = round(spent)
-                    bar.set_postfix(validation=f"{score:.3f}", best=f"{best:.3f}")
-        self.flow.load_state_dict(best_state)
-        return best_at
+    def _rival(self, name: str) -> dict[str, Any]:
+        rival, begun = RIVALS[name](), time.monotonic()
+        notes = rival.fit(Rows(self.train, self.whitening, self.seed), self.held_out, self.seconds)
+        fitting, begun = time.monotonic() - begun, time.monotonic()
+        drawn = rival.sample(SAMPLES)
+        return self._score(name, rival.log_prob, drawn, fitting, time.monotonic() - begun, **notes)
 
-    @torch.no_grad()
-    def log_prob(self, u: Tensor) -> Tensor:
-        return torch.cat([self.flow().log_prob(block) for block in u.split(4096)])
-
-    @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
-        return torch.cat([self.flow().sample((min(4096, n - i),)) for i in range(0, n, 4096)])
-
-
-def measure(latents: LatentSet, seed: int, flow_seconds: float) -> dict[str, dict[str, Any]]:
-    """Fit and score every method once; returns figures by method."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    train = lp.Latents(latents.train, latents.train_scale)
-    validation = lp.Latents(latents.validation, latents.validation_scale)
-    rows: dict[str, dict[str, Any]] = {}
-
-    begun = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ladder = lp.fit(
-            train,
-            validation=validation,
-            seed=seed,
-            time_budget=flow_seconds / 2,
-            callbacks=[FitProgress()],
-        )
-    ladder_seconds = time.monotonic() - begun
-    whiten, unwhiten = ladder.whitening.whiten, ladder.whitening.unwhiten
-    test = whiten(torch.as_tensor(latents.test, dtype=torch.float32))
-    held_out = whiten(validation.draw(torch.arange(len(validation)), generator))
-
-    def draw(n: int) -> Tensor:
-        index = torch.randint(len(train), (n,), generator=generator)
-        return whiten(train.draw(index, generator))
-
-    everything = whiten(train.draw(torch.arange(len(train)), generator))
-
-    def report(name: str, log_prob: Any, samples: Tensor, seconds: float, sampling: float, **more: Any) -> None:
-        values = log_prob(test).double()
+    def _score(
+        self, name: str, log_prob: Any, samples: Tensor, fitting: float, sampling: float, **more: Any
+    ) -> dict[str, Any]:
+        values = log_prob(self.test).double()
+        samples = samples.float()
+        finite = samples[samples.isfinite().all(1)]
         figures = {
             "log_prob": values.mean().item(),
             "log_prob_stderr": (values.std() / len(values) ** 0.5).item(),
-            "auc": two_sample_auc(samples[: len(test)], test, seed=seed).auc,
-            "seconds": seconds,
+            "auc": two_sample_auc(finite[: len(self.test)], self.test, seed=self.seed).auc,
+            "seconds": fitting,
+            "budget": self.seconds,
             "seconds_per_10k_samples": sampling * 10_000 / len(samples),
             **more,
         }
-        if latents.name == "mnist16":
-            figures["frechet"] = frechet_distance(REAL, lenet_features(decode_mnist16(unwhiten(samples))))
-        rows[name] = figures
-        print(
-            f"{latents.name} seed {seed} {name}: " + ", ".join(f"{k} {v}" for k, v in figures.items()),
-            flush=True,
-        )
+        if len(finite) < len(samples):
+            figures["not_finite"] = len(samples) - len(finite)
+        if self.real is not None:
+            z = self.whitening.unwhiten(finite)
+            figures["frechet"] = frechet_distance(self.real, decoded_features(self.latents.name, z))
+            if self.seed == 0:
+                add_picture(self.latents, self.record, name, z, [*RIVALS, LADDER])
+        told = ", ".join(f"{k} {v}" for k, v in figures.items())
+        print(f"{self.latents.name} seed {self.seed} {name}: {told}", flush=True)
+        return figures
 
-    if latents.name == "mnist16":
-        real = mnist_images("test")
-        global REAL
-        REAL = lenet_features(real)
-        floors = {
-            "reconstructions": lenet_features(decode_mnist16(torch.as_tensor(latents.test))),
-            "real": lenet_features(mnist_images("train")[:SAMPLES]),
-        }
-        rows["floors"] = {k: frechet_distance(REAL, v) for k, v in floors.items()}
+    def _ladder(self) -> dict[str, Any]:
+        begun = time.monotonic()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ladder = lp.fit(
+                self.train,
+                validation=self.validation,
+                seed=self.seed,
+                time_budget=self.seconds / 2,
+                callbacks=[FitProgress()],
+            )
+        fitting = time.monotonic() - begun
+        assert torch.equal(ladder.whitening.matrix, self.whitening.matrix)
+        generator = derived_generator(CPU, self.seed, "ladder")
+        begun = time.monotonic()
+        drawn = self.whitening.whiten(ladder.sample((SAMPLES,), generator=generator).flatten(1))
+        sampling = time.monotonic() - begun
+        more = self._normalizer(ladder, generator)
+        more["warnings"] = [str(w.message) for w in caught]
+        return self._score(LADDER, ladder.log_prob_whitened, drawn, fitting, sampling, **more)
 
-    d = test.shape[1]
-    shift = -ladder.whitening.log_abs_det
-    standard = Normal(torch.zeros(d), torch.ones(d))
-    noise = torch.randn(SAMPLES, d, generator=generator)
-    report("N(0,I)", lambda u: standard.log_prob(unwhiten(u)).sum(1) + shift, whiten(noise), 0.0, 0.0)
-    mean, cov = everything.mean(0), torch.cov(everything.T)
-    gaussian = MultivariateNormal(mean, cov)
-    report("Gaussian", gaussian.log_prob, gaussian.sample((SAMPLES,)), 0.0, 0.0)
-
-    # The number of components is searched once a set, by validation, and kept for further seeds.
-    begun = time.monotonic()
-    mixture = best = None
-    for k in [COMPONENTS[latents.name]] if latents.name in COMPONENTS else SEARCH[latents.name]:
-        mixture = GaussianMixture(k, random_state=seed, reg_covar=1e-4, max_iter=100).fit(everything.numpy())
-        score = mixture.score(held_out.numpy())
-        if best is not None and score < best[0]:
-            break
-        best = score, mixture
-    mixture = best[1]
-    COMPONENTS[latents.name] = mixture.n_components
-    mixture_seconds = time.monotonic() - begun
-    drawn = torch.from_numpy(mixture.sample(SAMPLES)[0]).float()
-
-    def mixture_log_prob(u: Tensor) -> Tensor:
-        return torch.from_numpy(mixture.score_samples(u.numpy()))
-
-    report(
-        "GMM", mixture_log_prob, drawn[torch.randperm(SAMPLES)], mixture_seconds, 0.0, components=mixture.n_components
-    )
-
-    flow = FlowRival(d)
-    best_at = flow.fit(draw, held_out, flow_seconds)
-    begun = time.monotonic()
-    drawn = flow.sample(SAMPLES)
-    report("flow (NSF)", flow.log_prob, drawn, flow_seconds, time.monotonic() - begun, best_at=best_at)
-
-    begun = time.monotonic()
-    drawn = whiten(ladder.sample((SAMPLES,), generator=generator))
-    sampling = time.monotonic() - begun
-    integral = ladder.check_normalizer(generator=generator)
-    base_draws = ladder.base.sample(200_000, generator)
-    from_base = check(ladder.log_prob_whitened, ladder.base.log_prob, base_draws, "base")
-    report(
-        "ladder",
-        ladder.log_prob_whitened,
-        drawn,
-        ladder_seconds,
-        sampling,
-        log_prob_base=ladder.base.log_prob(test).mean().item(),
-        log_prob_stderr_normalizer=ladder.log_prob_stderr,
-        integral=list(integral),
-        integral_from_base=list(from_base),
-        bracket=ladder.bracket and [list(ladder.bracket.forward), list(ladder.bracket.reverse)],
-        warnings=[str(w.message) for w in caught],
-        stopped=ladder.info["stopped"],
-        stages=[
-            {"gain": s.gain, "gain_stderr": s.gain_stderr, "log_normalizer": s.log_normalizer,
-             "log_normalizer_stderr": s.log_normalizer_stderr, "seconds": s.diagnostics["seconds"],
-             "ess": s.diagnostics["ess"], "saturated": s.diagnostics["saturated"],
-             "particles": s.diagnostics["particles"]}
-            for s in ladder.stages
-        ],
-    )  # fmt: skip
-    return rows
-
-
-REAL = torch.empty(0)
-COMPONENTS: dict[str, int] = {}
-SEARCH = {"mnist16": [80, 160], "vae20": [40, 80, 160], "cifar64": [16, 32, 64]}
+    def _normalizer(self, ladder: LatentPrior, generator: torch.Generator) -> dict[str, Any]:
+        """The ladder's integral from two other densities, and what its stages gained."""
+        integral = ladder.check_normalizer(generator=generator)
+        base_draws = ladder.base.sample(200_000, generator)
+        from_base = check(ladder.log_prob_whitened, ladder.base.log_prob, base_draws, "base")
+        return {
+            "log_prob_base": ladder.base.log_prob(self.test).mean().item(),
+            "log_prob_stderr_normalizer": ladder.log_prob_stderr,
+            "integral": list(integral),
+            "integral_from_base": list(from_base),
+            "bracket": ladder.bracket and [list(ladder.bracket.forward), list(ladder.bracket.reverse)],
+            "stopped": ladder.info["stopped"],
+            "stages": [
+                {"gain": s.gain, "gain_stderr": s.gain_stderr, "log_normalizer": s.log_normalizer,
+                 "log_normalizer_stderr": s.log_normalizer_stderr, "seconds": s.diagnostics["seconds"],
+                 "ess": s.diagnostics["ess"], "saturated": s.diagnostics["saturated"],
+                 "particles": s.diagnostics["particles"]}
+                for s in ladder.stages
+            ],
+        }  # fmt: skip
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--sets", nargs="+", default=["mnist16", "cifar64"])
-    ask.add_argument("--seeds", type=int, default=3)
-    ask.add_argument("--flow-seconds", type=float, default=180)
-    ask.add_argument("--threads", type=int, default=2)
+    ask.add_argument("--sets", nargs="+", default=["mnist16", "vae20", "cifar64"], choices=list(SETS))
+    ask.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    ask.add_argument("--seconds", type=float, default=180, help="of each rival; the ladder has half")
+    ask.add_argument("--methods", nargs="+", choices=[*RIVALS, LADDER], default=[*RIVALS, LADDER])
+    ask.add_argument("--record", default="latents", help="results go to results/RECORD_SET.json")
+    ask.add_argument("--threads", type=int, default=1)
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
+    warnings.simplefilter("ignore")  # scikit-learn's, of EM stopped early
     for name in call.sets:
-        results: dict[str, Any] = {}
         latents = load_set(name)
-        for seed in range(call.seeds):
-            warnings.simplefilter("ignore")  # scikit-learn's, of EM stopped early
-            results.setdefault(name, []).append(measure(latents, seed, call.flow_seconds))
-            write_results(f"latents_{name}", {"sets": results}, threads=call.threads, settings=vars(call))
+        for seed in call.seeds:
+            record = f"{call.record}_{name}"
+            bench = Bench(latents, seed, call.seconds, record)
+            for method in call.methods:
+                figures = {method: bench.measure(method)}
+                if bench.floors:
+                    figures["floors"] = bench.floors
+                join_results(record, seed, figures, threads=call.threads, settings=vars(call))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     taskset -c 0 python benchmarks/speed.py
 
-All figures of a line are taken in turn within one run, the best of several rounds: ratios carry over to other machines,
-seconds do not. ``engine`` is the value and gradient of a ladder of five residual stages, 256 wide, on 8,192 particles
-in 64 dimensions (mixture features left out), against the peak of a 2,048-square product. ``steps`` are updates of one
-chain: LEBM's published loop and a plain loop by autograd, blackjax's MALA (compiled, all chains in one), and ours.
-``draws`` are effective draws a second of a ladder learned on digits: chains by blackjax's own estimate of effective
-size, importance resampling by its weights.
+Seconds are those of the process on its one core (``time.process_time``), so that other work on the machine counts as
+little as it can; all figures of a line are taken in turn within one run. Ratios carry over to other machines, seconds
+do not. ``engine`` is the value and gradient of a ladder of five residual stages, 256 wide, on 8,192 particles in 64
+dimensions (mixture features left out), beside MALA and the same sum by automatic differentiation, against the peak of a
+2,048-square product. ``profile`` is the share of time by kind of operation, by autograd and by the engine. ``steps``
+are updates of one chain. ``draws`` are draws a second of a ladder learned on digits, beside how far they are from it:
+the error of the mean log density in nats, and the AUC of boosted trees against exact draws.
 """
 
 from __future__ import annotations
@@ -28,28 +29,38 @@ import latentprior as lp
 from _results import read_results, write_results
 from latentprior.bases import GaussianMixtureBase, NormalBase
 from latentprior.ladder import Ladder
+from latentprior.metrics import two_sample_auc
 from latentprior.ratios import build_ratio
-from latentprior.sampling import langevin, mala
+from latentprior.sampling import LogDensity, hmc, langevin, mala
 
 DIM, WIDTH, DEPTH, STAGES, PARTICLES = 64, 256, 2, 5, 8192
-ROUNDS = 5
+
+SETTINGS = {"dim": DIM, "width": WIDTH, "depth": DEPTH, "stages": STAGES, "particles": PARTICLES}
 
 
-def seconds(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """The fastest of several rounds, the first of which is not counted."""
-    call()
-    best = float("inf")
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - begun)
-    return best
+def seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[list[float]]:
+    """Seconds of each call, in turn, ``(rounds, calls)``; a first round is not counted."""
+    found = []
+    for _ in range(rounds + 1):
+        found.append([])
+        for call in calls:
+            begun = time.process_time()
+            call()
+            found[-1].append(time.process_time() - begun)
+    return found[1:]
+
+
+def median_seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[float]:
+    return [float(m) for m in np.median(seconds(*calls, rounds=rounds), axis=0)]
 
 
 def ladder(stages: int, seed: int = 0) -> Ladder:
     generator = torch.Generator().manual_seed(seed)
     spec = {"kind": "residual", "event_shape": [DIM], "width": WIDTH, "depth": DEPTH, "bound": 5.0, "features": False}
     ratios = [build_ratio(spec, generator).eval().requires_grad_(False) for _ in range(stages)]
+    for ratio in ratios:
+        for block in ratio.network.blocks:  # type: ignore[union-attr]
+            nn.init.normal_(block.outer.weight, std=WIDTH**-0.5, generator=generator)  # type: ignore[union-attr]
     return Ladder(NormalBase(DIM).float(), ratios)
 
 
@@ -58,24 +69,113 @@ def products(stages: int, rows: int) -> float:
     return 2.0 * 2 * rows * stages * (DIM * WIDTH + 2 * DEPTH * WIDTH * WIDTH + WIDTH)
 
 
+def by_autograd(rungs: Ladder) -> LogDensity:
+    """The same value and gradient by automatic differentiation, in blocks of 2,048 rows."""
+
+    def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+        values, grads = [], []
+        for block in u.split(2048):
+            value, grad = rungs.base.log_prob_and_grad(block)
+            x = block.detach().requires_grad_(True)
+            potential = torch.stack([ratio(x) for ratio in rungs.ratios]).sum(0)
+            (slope,) = torch.autograd.grad(potential.sum(), x)
+            values.append(value + potential.detach())
+            grads.append(grad + slope)
+        return torch.cat(values), torch.cat(grads)
+
+    return evaluate
+
+
 def engine() -> dict[str, Any]:
     """The share of the peak, and how seconds grow with stages and particles."""
     a, b = torch.randn(2, 2048, 2048)
-    found: dict[str, Any] = {"rounds": []}
-    u = torch.randn(PARTICLES, DIM)
-    density = ladder(STAGES).density(STAGES)
-    for _ in range(3):
-        peak = 2 * 2048**3 / seconds(lambda: a @ b)
-        own = products(STAGES, PARTICLES) / seconds(lambda: density(u))
-        found["rounds"].append({"peak": peak, "engine": own, "share": own / peak})
-    found["share"] = float(np.median([r["share"] for r in found["rounds"]]))
-    found["stages"] = {k: seconds(lambda k=k: ladder(k).density(k)(u), 2) for k in (1, 2, 4, 8)}  # type: ignore[misc]
-    found["particles"] = {
-        n: seconds(lambda n=n: density(torch.randn(n, DIM)), 2)
-        for n in (1024, 4096, 16_384, 65_536)  # type: ignore[misc]
+    u, rungs = torch.randn(PARTICLES, DIM), ladder(STAGES)
+    density = rungs.density(STAGES)
+    state = mala.init(u, density, 0.1)
+    calls = {
+        "peak": lambda: a @ b,
+        "autograd": lambda: by_autograd(rungs)(u),
+        "value and gradient": lambda: density(u),
+        "MALA": lambda: mala.step(state, density),
     }
-    print(found, flush=True)
+    work = [2.0 * 2048**3, *3 * [products(STAGES, PARTICLES)]]
+    rates = np.asarray(work) / np.asarray(seconds(*calls.values()))
+    found: dict[str, Any] = {"peak_gflops": float(np.median(rates[:, 0])) / 1e9}
+    found["share"] = {
+        name: [float(q) for q in np.quantile(rates[:, i] / rates[:, 0], (0.5, 0, 1))]
+        for i, name in enumerate(calls)
+        if i
+    }
+    counts = (1, 2, 4, 8)
+    densities = [ladder(k).density(k) for k in counts]
+    some = u[:2048]
+    stages = median_seconds(*(lambda f=f: f(some) for f in densities), rounds=5)  # type: ignore[misc]
+    found["stages"] = dict(zip(counts, stages, strict=True))
+    sizes = (1024, 4096, 16_384, 32_768)
+    rows = [torch.randn(n, DIM) for n in sizes]
+    two = ladder(2).density(2)
+    particles = median_seconds(*(lambda x=x: two(x) for x in rows), rounds=3)  # type: ignore[misc]
+    found["particles"] = dict(zip(sizes, particles, strict=True))
     return found
+
+
+KINDS = {
+    "matrix products": ("mm", "addmm", "addmm_", "addmv_", "mv", "linear"),
+    "SiLU and its derivative": ("sigmoid", "silu", "silu_backward", "lerp", "mul", "mul_", "addcmul_"),
+    "sums and copies": ("add", "add_", "copy_", "cat", "fill_", "zero_", "sum"),
+}
+
+
+def profile() -> dict[str, dict[str, float]]:
+    """Seconds and shares of time by kind of operation, before (autograd) and after."""
+    u, rungs = torch.randn(PARTICLES, DIM), ladder(STAGES)
+    found = {}
+    for name, density in (("autograd", by_autograd(rungs)), ("engine", rungs.density(STAGES))):
+        density(u)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            density(u)
+        spent = {event.key: float(event.self_cpu_time_total) for event in seen.key_averages()}
+        total = sum(spent.values())
+        shares = {kind: sum(spent.get(f"aten::{op}", 0.0) for op in ops) / total for kind, ops in KINDS.items()}
+        found[name] = {**shares, "the rest": 1 - sum(shares.values())}
+    return found
+
+
+def products_tried() -> dict[str, float]:
+    """Rates of other forms of the same matrix products, to the peak's."""
+    n, k = 1024, STAGES
+    a, b = torch.randn(2, 2048, 2048)
+    x, narrow, weight = torch.randn(n, WIDTH), torch.randn(n, DIM), torch.randn(WIDTH, WIDTH)
+    batch, weights = torch.randn(k, n, WIDTH), torch.randn(k, WIDTH, WIDTH)
+    first, wide = torch.randn(WIDTH, DIM), torch.randn(k * WIDTH, DIM)
+    half, half_weight = x.bfloat16(), weight.bfloat16()
+    out, out_wide, out_batch = torch.empty(n, WIDTH), torch.empty(n, k * WIDTH), torch.empty(k, n, WIDTH)
+    hidden, entry = 2.0 * n * WIDTH * WIDTH, 2.0 * n * DIM * WIDTH
+    forms: dict[str, tuple[float, Callable[[], Any]]] = {
+        "peak": (2.0 * 2048**3, lambda: a @ b),
+        "hidden layer, one stage": (hidden, lambda: torch.mm(x, weight.t(), out=out)),
+        "hidden layer, all stages in a batch": (k * hidden, lambda: torch.bmm(batch, weights, out=out_batch)),
+        "first layer, one stage": (entry, lambda: torch.mm(narrow, first.t(), out=out)),
+        "first layer, all stages in one": (k * entry, lambda: torch.mm(narrow, wide.t(), out=out_wide)),
+        "hidden layer in bfloat16, conversions included": (
+            hidden,
+            lambda: out.copy_(half.copy_(x) @ half_weight),
+        ),
+    }
+    repeats = [max(1, round(2e9 / work)) for work, _ in forms.values()]
+
+    def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                call()
+
+        return run
+
+    calls = [repeated(call, times) for (_, call), times in zip(forms.values(), repeats, strict=True)]
+    spent = np.asarray(seconds(*calls, rounds=9))
+    rates = np.asarray([work for work, _ in forms.values()]) * repeats / spent
+    shares = np.median(rates / rates[:, :1], axis=0)
+    return {name: float(share) for name, share in zip(forms, shares, strict=True) if name != "peak"}
 
 
 def lebm_loop(energy: nn.Module, z: Tensor, steps: int, size: float) -> Tensor:
@@ -162,17 +262,22 @@ def blackjax_chains(rungs: Ladder, start: Tensor, steps: int, size: float) -> Ca
     return lambda: np.asarray(run(jax.random.key(0), states))
 
 
-def steps(chains: int = 2048, n: int = 10, size: float = 0.1) -> dict[str, float]:
-    """Updates of one chain a second."""
+def steps(chains: int = 2048, n: int = 3, size: float = 0.1) -> dict[str, dict[str, float]]:
+    """Updates of one chain a second: median and best of the rounds; chains are begun outside the clock."""
     rungs = ladder(STAGES)
     density, energy = rungs.density(STAGES), Sum(rungs.ratios)
     start = torch.randn(chains, DIM)
     compiled = blackjax_chains(rungs, start, n, size)
 
+    begun, moving = mala.init(start, density, size), hmc.init(start, density, size)
+
     def ours() -> None:
-        state = mala.init(start, density, size)
+        state = begun
         for _ in range(n):
             state, _ = mala.step(state, density)
+
+    def hamiltonian() -> None:
+        hmc.step(moving, density, n)
 
     loops: dict[str, Callable[[], Any]] = {
         "LEBM's loop (Langevin)": lambda: lebm_loop(energy, start, n, size),
@@ -182,10 +287,13 @@ def steps(chains: int = 2048, n: int = 10, size: float = 0.1) -> dict[str, float
         "blackjax MALA": compiled,
         "latentprior Langevin": lambda: langevin.sample(start, density, steps=n, step_size=size),
         "latentprior MALA": ours,
+        "latentprior HMC (leapfrog steps)": hamiltonian,
     }
-    found = {name: chains * n / seconds(loop, 3) for name, loop in loops.items()}
-    print(found, flush=True)
-    return found
+    rates = chains * n / np.asarray(seconds(*loops.values(), rounds=7))
+    return {
+        name: {"median": float(np.median(rates[:, i])), "best": float(rates[:, i].max())}
+        for i, name in enumerate(loops)
+    }
 
 
 def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
@@ -203,18 +311,25 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
         half = positions[len(positions) // 2 :]
         return float(np.median(np.asarray(blackjax.ess(half, chain_axis=1, sample_axis=0))))
 
-    def rate(run: Callable[[], np.ndarray]) -> float:
-        run()
-        begun = time.perf_counter()
-        positions = run()
-        return effective(positions) / (time.perf_counter() - begun)
+    # Many more base draws than rows are kept: a row resampled twice would tell the samples apart.
+    pool = 1 << 18
+    exact = rungs.fresh_particles(2048, torch.Generator().manual_seed(3), draws=pool).position
+    level = prior.log_prob_whitened(exact)
 
-    def plain() -> np.ndarray:
-        u, kept = start, []
-        for _ in range(n):
-            u = autograd_loop(prior.log_prob_whitened, u, 1, size)
-            kept.append(u)
-        return torch.stack(kept).numpy()
+    def quality(rows: Tensor) -> dict[str, float]:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))[:2048]]
+        there = prior.log_prob_whitened(rows)
+        gap = float(there.mean() - level.mean())
+        stderr = float((there.var() / len(rows) + level.var() / len(exact)).sqrt())
+        return {"log_prob_error": gap, "stderr": stderr, "auc": two_sample_auc(rows[:1024], exact[:1024]).auc}
+
+    def chain(run: Callable[[], np.ndarray]) -> dict[str, float]:
+        run()
+        begun = time.process_time()
+        positions = run()
+        spent = time.process_time() - begun
+        thinned = torch.from_numpy(positions[len(positions) // 2 :: n // 16].copy()).flatten(0, 1)
+        return {"rate": effective(positions) / spent, **quality(thinned)}
 
     def ours() -> np.ndarray:
         state, kept = mala.init(start, density, size), []
@@ -223,38 +338,46 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
             kept.append(state.position)
         return torch.stack(kept).numpy()
 
-    found: dict[str, Any] = {
-        "stages": rungs.length,
-        "LEBM's loop (Langevin, biased)": rate(plain),
-        "blackjax MALA": rate(blackjax_chains(rungs, start, n, size)),
-        "latentprior MALA": rate(ours),
-    }
-    begun = time.perf_counter()
-    rows = rungs.fresh_particles(1 << 15, generator)
-    spent = time.perf_counter() - begun
-    found |= {"source": rows.source, "ess": rows.ess}
-    if rows.source == "importance":
-        found["latentprior, importance resampling"] = rows.ess * (1 << 16) / spent
-    print(found, flush=True)
+    found: dict[str, Any] = {"stages": rungs.length, "dim": 16}
+    begun = time.process_time()
+    rows = autograd_loop(prior.log_prob_whitened, prior.base.sample(2048, generator), 60, 0.4)
+    rate = len(rows) / (time.process_time() - begun)
+    found["LEBM's loop, 60 steps of 0.4"] = {"rate": rate, **quality(rows)}
+    found["blackjax MALA"] = chain(blackjax_chains(rungs, start, n, size))
+    found["latentprior MALA"] = chain(ours)
+    begun = time.process_time()
+    fresh = rungs.fresh_particles(2048, generator, draws=pool)
+    spent = time.process_time() - begun
+    found["source"], found["ess"] = fresh.source, fresh.ess
+    if fresh.source == "importance":
+        # A draw counts for what its weight leaves of it.
+        rate = fresh.ess * pool / spent
+        found["latentprior, importance resampling"] = {"rate": rate, **quality(fresh.position)}
     return found
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"engine": engine, "steps": steps, "draws": draws}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "engine": engine,
+    "profile": profile,
+    "products": products_tried,
+    "steps": steps,
+    "draws": draws,
+}
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    ask.add_argument("--threads", type=int, default=1)
     call = ask.parse_args()
-    torch.set_num_threads(call.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    kept = read_results("speed") or {}
-    figures = {part: kept[part] for part in PARTS if part in kept}
+    figures: dict[str, Any] = {}
     for part in call.parts:
         figures[part] = PARTS[part]()
-        write_results("speed", figures, threads=call.threads, settings=vars(call))
+        print(part, figures[part], flush=True)
+        kept = {**(read_results("speed") or {}), **figures}
+        write_results("speed", {part: kept[part] for part in PARTS if part in kept}, threads=1, settings=SETTINGS)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,38 @@ def test_fit_predict_is_fit_and_its_labels(detector: lp.RatioDetector) -> None:
     np.testing.assert_array_equal(found, detector.labels_)
 
 
+def test_ranks_among_training_rows_follow_the_score(detector: lp.RatioDetector) -> None:
+    scores = detector.decision_function(TEST)
+    for normalized, most in ((False, 400), (True, 1)):
+        found = detector._predict_rank(TEST, normalized=normalized)
+        assert ((found >= 0) & (found <= most)).all()
+        assert (np.diff(found[np.argsort(scores)]) >= 0).all()
+
+
+def test_fit_predict_score_measures_the_training_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    model = lp.RatioDetector(max_stages=0, random_state=0)
+    for scoring, least in (("roc_auc_score", 0.95), ("prc_n_score", 0.7)):
+        with pytest.warns(FutureWarning, match="fit_predict_score"):
+            assert model.fit_predict_score(TRAIN, LABELS, scoring=scoring) > least
+    with pytest.warns(FutureWarning, match="fit_predict_score"), pytest.raises(NotImplementedError):
+        model.fit_predict_score(TRAIN, LABELS, scoring="something")
+    assert "prc_n_score" in capsys.readouterr().out
+
+
+def test_it_finds_the_outliers_that_pyod_makes_for_its_own_tests() -> None:
+    data = pytest.importorskip("pyod.utils.data")
+    train, test, _, odd = data.generate_data(n_train=200, n_test=100, contamination=0.1, random_state=42)
+    # PyOD asks 0.8 of its own detectors there.
+    assert roc_auc_score(odd, lp.RatioDetector(random_state=42).fit(train).decision_function(test)) > 0.99
+
+
+def test_a_fitted_detector_survives_joblib(detector: lp.RatioDetector, tmp_path: Path) -> None:
+    joblib.dump(detector, tmp_path / "detector.joblib")
+    again = joblib.load(tmp_path / "detector.joblib")
+    np.testing.assert_array_equal(again.decision_function(TEST), detector.decision_function(TEST))
+    np.testing.assert_array_equal(again.p_value(TEST), detector.p_value(TEST))
+
+
 def test_a_clone_has_the_settings_and_nothing_learned() -> None:
     model = lp.RatioDetector(contamination=0.2, base="gmm:2", max_stages=0, random_state=7).fit(TRAIN)
     twin = clone(model)
@@ -136,10 +170,17 @@ def test_it_detects_on_embeddings() -> None:
         counts = np.array([[t.count("a"), t.count("b"), len(t), t.count("z")] for t in texts], dtype=float)
         return counts + 0.1 * np.sin(np.arange(len(texts)))[:, None]
 
-    model = embedding.EmbeddingOD(encode, detector=lp.RatioDetector(random_state=0), contamination=0.1).fit(words)
-    assert model.decision_scores_.shape == (100,)
-    scores = model.decision_function(["aaaabbb", "zzzzzzzzzzzzzzz"])
+    inner = lp.RatioDetector(contamination=0.1, random_state=0)
+    model = embedding.EmbeddingOD(encode, detector=inner, contamination=0.1, standardize=True).fit(words)
+    assert model.decision_scores_.shape == model.labels_.shape == (100,)
+    new = ["aaaabbb", "zzzzzzzzzzzzzzz"]
+    scores = model.decision_function(new)
     assert scores[1] > model.decision_scores_.max() > scores[0]
+    np.testing.assert_array_equal(model.predict(new), [0, 1])
+    # The detector that was given is cloned, the one inside keeps what PyOD's own lack.
+    assert not hasattr(inner, "prior_")
+    p = model.detector_.p_value(model.scaler_.transform(encode(new)).astype(np.float32))
+    assert p[1] == 1 / (1 + len(model.detector_.calibration_scores_)) < 0.05 < p[0]
 
 
 # What it learns
@@ -221,6 +262,17 @@ def test_small_tables_with_constant_copied_and_rounded_columns() -> None:
     assert np.isfinite(model.decision_function(1e30 * odd)).all()
 
 
+@pytest.mark.parametrize("odd", [0.05, 0.1, 0.2])
+def test_eighty_rows_that_hold_outliers_copies_and_mixed_scales_suffice(odd: float) -> None:
+    areas = []
+    for seed in range(5):
+        x, labels = table(60, seed, odd)
+        x, labels = np.concatenate([x, x[-20:]]), np.concatenate([labels, labels[-20:]])
+        scores = lp.RatioDetector(contamination=odd, random_state=seed).fit(x).decision_scores_
+        areas.append(roc_auc_score(labels, scores))
+    assert np.mean(areas) > 0.93
+
+
 @pytest.mark.parametrize("n", [4, 10])
 def test_a_handful_of_rows_is_enough(n: int) -> None:
     model = lp.RatioDetector(random_state=0).fit(TRAIN[-n:])
@@ -259,17 +311,20 @@ def test_a_thousand_rows_of_twenty_columns_take_seconds() -> None:
 # Conformal p-values
 
 
-def test_p_values_raise_false_alarms_at_their_level() -> None:
-    fits, rows, m = 60, 200, 99
+@pytest.mark.parametrize(("stages", "fits"), [(0, 60), (1, 16)])
+def test_p_values_raise_false_alarms_at_their_level(stages: int, fits: int) -> None:
+    rows, m = 200, 99
     levels = np.array([0.01, 0.05, 0.1])
-    rates = []
+    rates, learned = [], 0
     for seed in range(fits):
         x, _ = table(4 * m + rows, seed, odd=0.0)
-        model = lp.RatioDetector(max_stages=0, random_state=seed).fit(x[rows:])
+        model = lp.RatioDetector(max_stages=stages, steps=200, random_state=seed).fit(x[rows:])
+        learned += len(model.prior_.stages)
         assert len(model.calibration_scores_) == m
         p = model.p_value(x[:rows])
         assert (p >= 1 / (m + 1)).all()
         rates.append((p[:, None] <= levels).mean(0))
+    assert learned >= 0.75 * stages * fits
     # Given the calibration rows a rate is Beta distributed, and binomial on the test rows; both averaged over fits.
     stderr = np.sqrt(levels * (1 - levels) * (1 / (m + 2) + 1 / rows) / fits)
     # Four standard errors, three levels: a false alarm once in 5,000 seeds.

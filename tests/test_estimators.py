@@ -1,5 +1,8 @@
+import io
 import math
+import sys
 from typing import Any
+from unittest import SkipTest
 
 import numpy as np
 import pytest
@@ -30,6 +33,8 @@ def test_scikit_learn_accepts_it(estimator: Any, check: Any, monkeypatch: pytest
     state = np.random.get_state()  # noqa: NPY002
     try:
         check(estimator)
+    except SkipTest as skipped:
+        pytest.fail(f"scikit-learn skipped a check: {skipped}")
     finally:
         # One of scikit-learn's own checks shuffles by numpy's global state.
         np.random.set_state(state)  # noqa: NPY002
@@ -163,3 +168,12 @@ def test_names_of_columns_are_kept() -> None:
     assert list(model.feature_names_in_) == ["far", "near"]
     with pytest.raises(ValueError, match="feature names"):
         model.score_samples(table[["near", "far"]])
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_progress_is_drawn_on_request(verbose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    lp.LatentDensity(base="normal", random_state=0, verbose=verbose, **QUICK).fit(crescent_rows(300))
+    assert ("stage 0" in terminal.getvalue()) == verbose

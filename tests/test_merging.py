@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import latentprior as lp
 from latentprior import MergeError
@@ -42,6 +43,24 @@ def test_a_loss_of_density_is_refused(ladder: lp.LatentPrior) -> None:
         lp.merge(ladder, settings=hopeless, pool=256)
     loose = lp.merge(ladder, settings=hopeless, pool=256, tolerance=math.inf)
     assert loose.info["merged"]["drop"] > 0.02
+
+
+def test_cost_does_not_grow_with_the_stages(ladder: lp.LatentPrior) -> None:
+    assert len(ladder.stages) >= 2
+    short = lp.StageSettings(width=8, depth=1, steps=3, batch_size=16)
+
+    def cost(prior: lp.LatentPrior) -> int:
+        """Operations of the matrix products in a log density and in a value with its gradient."""
+        u = torch.zeros(10, 2)
+        with FlopCounterMode(display=False) as counter:
+            prior.log_prob(u)
+            prior.ladder.density(len(prior.stages))(u)
+        return counter.get_total_flops()
+
+    longer = ladder.replaced([*ladder.stages, *ladder.stages])
+    assert cost(longer) > 1.5 * cost(ladder)
+    one, two = (lp.merge(p, settings=short, pool=256, tolerance=math.inf) for p in (ladder, longer))
+    assert cost(one) == cost(two) > 0
 
 
 def test_short_ladders_stay_as_they_are(ladder: lp.LatentPrior) -> None:

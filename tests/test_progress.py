@@ -1,6 +1,8 @@
 import io
 import os
+import re
 import signal
+import time
 import warnings
 
 import pytest
@@ -14,6 +16,7 @@ from latentprior.progress import (
     StopSignals,
     TrainingProgress,
     note,
+    part_bar,
     row_bar,
     tidy_warnings,
 )
@@ -61,6 +64,44 @@ def test_a_file_sees_nothing():
     file = io.StringIO()
     with row_bar(10, "scoring", file) as bar:
         bar.update(10)
+    assert file.getvalue() == ""
+
+
+def test_parts_of_unlike_work_are_counted_with_the_time_left():
+    file = Terminal()
+    with part_bar(4, "report", file) as begin:
+        for name in ("reading", "samples", "planes"):
+            begin(name)
+    drawn = file.getvalue()
+    assert "report: reading   0% |" in drawn
+    assert re.search(r"report: planes +50% \|.* 2/4 \[00:00<00:00\]", drawn)
+    # It goes away.
+    assert drawn.endswith("\r")
+    assert drawn.split("\r")[-2].strip() == ""
+
+
+def test_work_without_parts_shows_a_clock_that_goes_on():
+    file = Terminal()
+    with part_bar(task="opening prior", file=file):
+        time.sleep(2.3)
+    # The thread draws once a second.
+    assert "opening prior ... [00:00]" in file.getvalue()
+    assert "opening prior ... [00:02]" in file.getvalue()
+    file = Terminal()
+    with FitProgress(file) as progress:
+        progress(Event("base", message="gmm"))
+        time.sleep(1.3)
+    assert "base gmm ... [00:01]" in file.getvalue()
+
+
+def test_a_notebook_counts_as_a_terminal():
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    with row_bar(10, "scoring", stream) as bar:
+        bar.update(10)
+    assert "scoring" in stream.getvalue()
+    file = io.StringIO()
+    with part_bar(3, "report", file) as begin:
+        begin("reading")
     assert file.getvalue() == ""
 
 

@@ -42,7 +42,8 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
     :math:`f(u) = \sum_k f_k(u)` is what the stages add to the log density of the base, and m its median over the
     training rows: a row may be condemned by how its columns hang together, but pardoned no further than the
     typical row is. Otherwise a clump of outliers among the training rows, far out under every margin and yet learned by
-    heart, would look normal.
+    heart, would look normal. Why the median: outliers are fewer than half of the rows, so it lies among the values of
+    normal rows whatever the outliers are, as no other quantile is sure to (`benchmarks/RESULTS.md` has all of them).
 
     u are the columns of x, shifted and scaled by quantiles and squashed by arsinh, so that neither units nor single
     wild values rule. The base is by default a product of smooth marginals, and a stage adds how the columns hang

@@ -10,6 +10,7 @@ from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .prior import LatentPrior
+from .progress import FitProgress
 from .stage import StageSettings
 from .tables import TableDensity, seed_from
 
@@ -41,6 +42,7 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     time_budget : seconds a fit may take, or None. With a budget, results depend on the machine.
     random_state : int, ``RandomState``, or None for a fit that differs every time.
     device : where to learn and score, ``"cpu"`` by default.
+    verbose : draw progress bars while fitting, on a terminal or in a notebook.
 
     Attributes
     ----------
@@ -63,6 +65,7 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         time_budget: float | None = None,
         random_state: Any = None,
         device: str | None = None,
+        verbose: bool = False,
     ) -> None:
         self.base = base
         self.max_stages = max_stages
@@ -77,6 +80,7 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.time_budget = time_budget
         self.random_state = random_state
         self.device = device
+        self.verbose = verbose
 
     @property
     def prior_(self) -> LatentPrior:
@@ -98,17 +102,19 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
         )
-        self._density = TableDensity.fit(
-            x,
-            seed=seed_from(self.random_state),
-            validation=self.validation,
-            base=self.base,
-            max_stages=self.max_stages if len(x) >= FEWEST_ROWS else 0,
-            whitening=self.whitening,
-            settings=settings,
-            time_budget=self.time_budget,
-            device=self.device,
-        )
+        with FitProgress() as progress:
+            self._density = TableDensity.fit(
+                x,
+                seed=seed_from(self.random_state),
+                validation=self.validation,
+                base=self.base,
+                max_stages=self.max_stages if len(x) >= FEWEST_ROWS else 0,
+                whitening=self.whitening,
+                settings=settings,
+                time_budget=self.time_budget,
+                device=self.device,
+                callbacks=(progress,) if self.verbose else (),
+            )
         return self
 
     def score_samples(self, X: Any) -> Array:

@@ -13,7 +13,7 @@ from .errors import LatentPriorError
 from .explorer.explorer import open_explorer
 from .explorer.server import Server, is_loopback
 from .options import Device, WorkFailed, check_device
-from .progress import Stopped, note
+from .progress import Stopped, note, part_bar
 
 __all__ = ["explore"]
 
@@ -61,9 +61,11 @@ def explore(
             )
         note("warning", f"the page on {host} has no password: whoever reaches it can use the model and this machine")
     check_device(device)
-    explorer = open_explorer(folder, calibration, device=device)
+    with part_bar(task=f"opening {folder}"):
+        explorer = open_explorer(folder, calibration, device=device)
     try:
-        server = Server(explorer, host, port)
+        with part_bar(task="calibrating"):
+            server = Server(explorer, host, port)
     except OSError as error:
         raise WorkFailed(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from None
     try:

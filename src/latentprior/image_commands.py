@@ -23,7 +23,7 @@ from .images import Images, read_images
 from .model_folders import image_size, load_model, sampler_options
 from .options import AsJson, Device, ImagesSource, Key, Seed
 from .outputs import array_file, check_file, check_images_out, images_out
-from .progress import row_bar
+from .progress import part_bar, row_bar
 from .summary import strict_json
 
 __all__ = ["COMMANDS", "detect", "evaluate", "generate", "reconstruct"]
@@ -239,10 +239,12 @@ def evaluate(
         for block in x.split(ROWS):
             again.append(model.reconstruct(block, method=method, generator=draws).cpu())
             bar.update(len(block))
-    generated = model.generate(n, generator=draws, **options).cpu()
-    report = metrics.image_report(
-        real.batch(torch.arange(n)), x, generated, torch.cat(again).float(), network, network_name=None, seed=seed
-    )
+    with part_bar(task="generating"):
+        generated = model.generate(n, generator=draws, **options).cpu()
+    with part_bar(task="features and distances"):
+        report = metrics.image_report(
+            real.batch(torch.arange(n)), x, generated, torch.cat(again).float(), network, network_name=None, seed=seed
+        )
     report |= {"sampler": options["sampler"], "method": method, "seed": seed}
     if as_json:
         print(strict_json(report))

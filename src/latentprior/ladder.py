@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Base, BlendBase, GaussianMixtureBase
+from .engine import ValueAndGrad
 from .ratios import BoundedRatio, Gain
 from .sampling import LogDensity, smc
 from .sampling.resampling import LogMean, effective_sample_size, log_mean_exp, systematic
@@ -138,23 +139,7 @@ class Ladder:
         """Value and gradient of the density at ``t`` on the path from base (0) to ladder (K)."""
         weights = [min(1.0, t - j) for j in range(self.length) if t > j]
         active = self.ratios[: len(weights)]
-
-        def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
-            values, grads = [], []
-            for block in u.split(BLOCK):
-                value, grad = self.base.log_prob_and_grad(block)
-                if active:
-                    with torch.enable_grad():
-                        x = block.detach().requires_grad_(True)
-                        terms = zip(weights, _values(active, x), strict=True)
-                        potential = sum((weight * f for weight, f in terms), x.new_zeros(()))
-                        (slope,) = torch.autograd.grad(potential.sum(), x)
-                    value, grad = value + potential.detach(), grad + slope
-                values.append(value)
-                grads.append(grad)
-            return torch.cat(values), torch.cat(grads)
-
-        return evaluate
+        return ValueAndGrad(self.base, active, weights)
 
     @torch.no_grad()
     def importance(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

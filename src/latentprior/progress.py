@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -18,9 +18,18 @@ from .errors import LatentPriorWarning
 from .generator.training import TrainingEvent
 from .learning import Event
 
-__all__ = ["FitProgress", "StopSignals", "Stopped", "TrainingProgress", "note", "row_bar", "tidy_warnings"]
+__all__ = ["FitProgress", "StopSignals", "Stopped", "TrainingProgress", "note", "part_bar", "row_bar", "tidy_warnings"]
 
 STAGE_BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+
+
+CLOCK = "{desc} ... [{elapsed}]"
+PARTS = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+
+
+def draws(file: TextIO) -> bool:
+    """Whether bars are drawn on ``file``: a terminal, or the output of a notebook's cell."""
+    return file.isatty() or type(file).__module__.startswith("ipykernel.")
 
 
 class Stopped(BaseException):
@@ -65,8 +74,8 @@ class StopSignals:
 class FitProgress:
     """A callback for :func:`latentprior.fit` that draws one bar a stage, with its held-out gain in nats.
 
-    Nothing is drawn unless ``file`` (standard error by default) is a terminal. Close it, or use it as a
-    context, before writing anything else to ``file``.
+    Nothing is drawn unless ``file`` (standard error by default) is a terminal or a notebook's. Close it, or use it
+    as a context, before writing anything else to ``file``. What has no steps to count shows its clock.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -74,6 +83,7 @@ class FitProgress:
         self.begun = False
         self._bar: tqdm[Any] | None = None
         self._task, self._since = "", 0.0
+        self._ticker: _Ticker | None = None
 
     def __enter__(self) -> FitProgress:
         return self
@@ -86,7 +96,7 @@ class FitProgress:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         self.begun = True
-        if not self.file.isatty():
+        if not draws(self.file):
             return
         if event.kind == "base":
             self._line(f"base {event.message}", event.seconds)
@@ -116,17 +126,21 @@ class FitProgress:
 
     def close(self) -> None:
         """Leave what has been drawn as it stands, with the cursor on a fresh line."""
+        if self._ticker is not None:
+            self._ticker.stop()
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._task = None, ""
+        self._bar, self._task, self._ticker = None, "", None
 
     def _line(self, task: str, seconds: float) -> None:
         self._finish(seconds)
         self._task, self._since = task, seconds
-        self._bar = tqdm(total=0, desc=f"{task} ...", bar_format="{desc}", file=self.file)
+        self._bar = tqdm(total=0, desc=task, bar_format=CLOCK, file=self.file)
+        self._ticker = _Ticker(self._bar)
 
     def _finish(self, seconds: float) -> None:
         if self._bar is not None and self._task:
+            self._bar.bar_format = "{desc}"
             self._bar.set_description_str(f"{self._task} {seconds - self._since:.1f} s", refresh=False)
         if self._bar is not None:
             self._bar.refresh()
@@ -137,7 +151,7 @@ class TrainingProgress:
     """A callback for the training of a generator: one bar a phase, with its losses and the stage's gain in nats.
 
     A phase is the autoencoder, a stage of the ladder, or the settling of the generator. Nothing is drawn unless
-    ``file`` (standard error by default) is a terminal; close it as :class:`FitProgress`.
+    ``file`` (standard error by default) is a terminal or a notebook's; close it as :class:`FitProgress`.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -157,7 +171,7 @@ class TrainingProgress:
     def __call__(self, event: TrainingEvent) -> None:
         """Show one event."""
         self.begun = True
-        if not self.file.isatty():
+        if not draws(self.file):
             return
         if event.kind in ("learned", "end"):
             self._leave()
@@ -196,7 +210,7 @@ class TrainingProgress:
 
 
 def row_bar(total: int, task: str, file: TextIO | None = None) -> tqdm[Any]:
-    """A bar that counts rows and goes away when done; nothing unless ``file`` is a terminal."""
+    """A bar that counts rows and goes away when done; nothing unless ``file`` is a terminal or a notebook's."""
     file = sys.stderr if file is None else file
     return tqdm(
         total=total,
@@ -205,8 +219,54 @@ def row_bar(total: int, task: str, file: TextIO | None = None) -> tqdm[Any]:
         unit_scale=True,
         file=file,
         leave=False,
-        disable=not file.isatty(),
+        disable=not draws(file),
     )
+
+
+@contextlib.contextmanager
+def part_bar(parts: int = 0, task: str = "", file: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """A bar over ``parts`` of unlike work, or with none a clock beside ``task``; it goes away when done.
+
+    Call what this gives with the name of each part as it begins. Nothing is drawn unless ``file`` (standard error by
+    default) is a terminal or a notebook's.
+    """
+    file = sys.stderr if file is None else file
+    with tqdm(
+        total=parts, desc=task, bar_format=PARTS if parts else CLOCK, file=file, leave=False, disable=not draws(file)
+    ) as bar:
+        begun = False
+
+        def begin(name: str) -> None:
+            nonlocal begun
+            bar.update(int(begun and parts > 0))
+            begun = True
+            bar.set_description_str(f"{task}: {name}" if task else name)
+
+        ticker = _Ticker(bar)
+        try:
+            yield begin
+        finally:
+            ticker.stop()
+
+
+class _Ticker:
+    """Draws a bar anew every second, so that its clock goes on while nothing else happens."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tick, args=(bar,), name="latentprior-clock", daemon=True)
+        if not bar.disable:
+            self._thread.start()
+
+    def _tick(self, bar: tqdm[Any]) -> None:
+        while not self._ended.wait(1.0):
+            bar.refresh()
+
+    def stop(self) -> None:
+        """End before the bar is closed: a late line would stand below it."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 def note(kind: str, message: str) -> None:

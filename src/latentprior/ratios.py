@@ -88,6 +88,16 @@ class MixtureFeatures(nn.Module):
         radius = (2 * (self.mixture.constant - terms) - dim) / math.sqrt(2 * dim)
         return torch.cat([share, share * radius, (log_prob - self.center) / self.spread], 1)
 
+    def pull_back(self, features: Tensor, slope: Tensor, terms: Tensor, dim: int) -> Tensor:
+        """Slopes in the log terms ``(n, K)`` of what has ``slope`` ``(n, 2 K + 1)`` in the features there."""
+        k = self.mixture.n_components
+        share, by_share, by_radius, by_level = features[:, :k], slope[:, :k], slope[:, k:-1], slope[:, -1:]
+        scale = 2 / math.sqrt(2 * dim)
+        radius = scale * (self.mixture.constant - terms) - dim / math.sqrt(2 * dim)
+        along = torch.addcmul(by_share, by_radius, radius)
+        mean = (share * along).sum(1, keepdim=True)
+        return share * (along - mean + by_level / self.spread - scale * by_radius)
+
 
 class MLP(nn.Module):
     """A plain perceptron ``(n, d) -> (n,)``: ``depth`` hidden layers of ``width`` SiLU units.
@@ -147,6 +157,10 @@ class ResidualMLP(nn.Module):
         self.beside = _beside(features, width, generator)
         self.blocks = nn.Sequential(*[_ResidualBlock(width, generator) for _ in range(depth)])
         self.last = _linear(width, 1, 1 / math.sqrt(width), 0.0, generator)
+
+    def pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """The inner and the outer layer of each block."""
+        return [(block.inner, block.outer) for block in self.blocks if isinstance(block, _ResidualBlock)]
 
     def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
         h = self.first(u)

@@ -49,7 +49,7 @@ def report(
     """
     check_device(device)
     target = folder / "report.html" if out is None and folder.is_dir() else out or Path("report.html")
-    done = write_report(folder, target, latents, images, held_out=held_out, seed=seed, device=device)
+    done = write_report(folder, target, latents, images, held_out=held_out, seed=seed, device=device, progress=True)
     if as_json:
         print(strict_json(done._asdict()))
         return

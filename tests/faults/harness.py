@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -209,6 +210,33 @@ def limited_after_streams(size: int) -> None:
     limited(size)
 
 
+def full(runs: Runs) -> dict[str, Any]:
+    """A file system that is full: code 1 or 2, the last good state kept, and the same bytes once there is room."""
+    failures = 0
+    for kibibytes in (4, 24, 64):
+        name = f"full-{kibibytes}"
+        folder = runs.root / name
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            return {"mounted": False}
+        try:
+            code, out, err = runs.run(name)
+            assert code in (1, 2), (code, err)
+            assert not out
+            assert os.strerror(errno.ENOSPC) in err, err
+            failures += 1
+            runs.check(name)
+            assert not list(folder.rglob(".*.partial")), list(folder.rglob("*"))
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+            code, _, err = runs.run(name)
+            assert code == 0, err
+            assert runs.result(name) == runs.whole
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    return {"mounted": True, "failures": failures, "identical": True}
+
+
 def collided(runs: Runs) -> dict[str, Any]:
     """A second run into a folder that is in use ends at once by name, whether it resumes or not; the first goes on."""
     first = runs.start("shared")
@@ -288,6 +316,7 @@ SCENARIOS: dict[str, Callable[[Runs, int], dict[str, Any]]] = {
     "sigterm": lambda runs, n: runs.interrupted(n, signal.SIGTERM),
     "ctrl-c": lambda runs, n: runs.interrupted(n, signal.SIGINT),
     "starved": lambda runs, n: starved(runs),
+    "full": lambda runs, n: full(runs),
     "collided": lambda runs, n: collided(runs),
     "clocked": lambda runs, n: clocked(runs),
     "read-only": lambda runs, n: read_only(runs),

@@ -52,6 +52,13 @@ def test_files_that_cannot_grow_leave_the_last_good_state(survived: dict[str, An
     assert survived["starved"] == {"failures": 4, "identical": True}
 
 
+def test_a_full_file_system_leaves_the_last_good_state(survived: dict[str, Any]) -> None:
+    found = survived["full"]
+    if not found["mounted"]:
+        pytest.skip("only root may mount a small file system")
+    assert found == {"mounted": True, "failures": 3, "identical": True}
+
+
 def test_two_runs_in_one_folder_do_not_meet(survived: dict[str, Any]) -> None:
     assert survived["collided"] == {"refused": 2, "identical": True}
 

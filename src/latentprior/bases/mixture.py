@@ -150,14 +150,18 @@ class GaussianMixtureBase(Base):
         cholesky = torch.cat([factor * self.cholesky for factor in factors])
         return GaussianMixtureBase(weights, self.means.repeat(m, 1), cholesky)
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised residuals ``(n, d, K)`` and log terms ``(n, K)``; components last, so that sums are fast."""
         y = torch.addmm(-self.offset, u, self.projection).view(len(u), u.shape[1], self.n_components)
         return y, self.constant - 0.5 * y.square().sum(1)
 
+    def pull_back(self, residuals: Tensor, by_term: Tensor) -> Tensor:
+        """Gradient in u ``(n, d)`` of what has the slopes ``by_term`` ``(n, K)`` in the log terms."""
+        return -(residuals * by_term[:, None]).flatten(1) @ self.projection.T
+
     def log_terms(self, u: Tensor) -> Tensor:
         r""":math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)` of every component, ``(n, d) -> (n, K)``."""
-        return torch.cat([self._project(block)[1] for block in u.split(self._rows())])
+        return torch.cat([self.project(block)[1] for block in u.split(self._rows())])
 
     def log_prob(self, u: Tensor) -> Tensor:
         return torch.logsumexp(self.log_terms(u), 1)
@@ -165,12 +169,12 @@ class GaussianMixtureBase(Base):
     def log_prob_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         values, grads = [], []
         for block in u.split(self._rows()):
-            y, terms = self._project(block)
+            y, terms = self.project(block)
             value = torch.logsumexp(terms, 1)
             # Denormal numbers would slow the matrix product down many times.
             weight = (terms - value[:, None]).clamp_min(-60).exp()
             values.append(value)
-            grads.append(-(y * weight[:, None]).flatten(1) @ self.projection.T)
+            grads.append(self.pull_back(y, weight))
         return torch.cat(values), torch.cat(grads)
 
     def _rows(self) -> int:

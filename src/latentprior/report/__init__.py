@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from ..checkpoint import write_whole
 from ..errors import LatentPriorError
 from ..outputs import check_folder
+from ..progress import part_bar
 
 __all__ = ["Report", "check_report_out", "write_report"]
 
@@ -33,6 +35,7 @@ def write_report(
     held_out: Any = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> Report:
     """Write one HTML file about a prior: samples by stage, gains, normalisers, model against data, settings.
 
@@ -51,6 +54,7 @@ def write_report(
     held_out : rows that trained nothing, latents or images as the rows above are. Images in parts have them in
         ``test``. Without them half of the training rows, at random, stands for them, and the page says so.
     seed : of every draw: equal calls write equal bytes.
+    progress : draw a bar on standard error, if that is a terminal or a notebook's.
 
     Raises
     ------
@@ -67,9 +71,11 @@ def write_report(
     began = time.monotonic()
     out = Path(out)
     check_report_out(out)
-    with torch.no_grad():
+    bar = part_bar(page.PARTS + 1, "report") if progress else contextlib.nullcontext(lambda name: None)
+    with torch.no_grad(), bar as begin:
+        begin("reading")
         subject, rows = sources.find(source, latents, images, held_out, seed=seed, device=device)
-        blob = page.build(subject, rows, seed).encode()
+        blob = page.build(subject, rows, seed, begin).encode()
     write_whole(out, blob)
     return Report(out, len(blob), len(subject.prior.stages), time.monotonic() - began)
 

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -31,14 +31,18 @@ STOPPED = {
     "stages": "the number of stages asked for was reached",
     "time_budget": "the time allowed ran out",
 }
+PARTS = 8
+"""Parts of the work that :func:`build` tells of."""
 WIDE_BRACKET, SATURATED, TOLD_APART = 0.1, 1.2, 0.6
 
 
-def build(subject: Subject, rows: Rows | None, seed: int) -> str:
+def build(subject: Subject, rows: Rows | None, seed: int, begin: Callable[[str], None] = lambda name: None) -> str:
     """The whole document; equal bytes for an equal subject and seed on one machine.
 
-    ``rows`` are all training rows at hand, among which the oddest are looked for.
+    ``rows`` are all training rows at hand, among which the oddest are looked for. ``begin`` hears of each part of the
+    work, one of :data:`PARTS`, as it begins.
     """
+    begin("samples and two-sample test")
     found, measured = record(subject.prior), sections.measure(subject, seed)
     cautions = list(_cautions(subject, found, measured))
     parts = [
@@ -46,14 +50,19 @@ def build(subject: Subject, rows: Rows | None, seed: int) -> str:
         tag("p", _sentence(subject.prior, found), class_="lead"),
         tag("dl", *_figures(subject, found, measured), class_="figures"),
         tag("ul", *(tag("li", line) for line in cautions), class_="warnings") if cautions else None,
-        sections.samples(subject, seed),
-        sections.stages(subject, found, measured),
-        sections.planes(subject, measured),
-        sections.calibration(subject, measured),
-        sections.copying(subject, measured),
-        sections.oddities(subject, rows),
-        _settings(subject, rows, found, seed),
     ]
+    sectioned: tuple[tuple[str, Callable[[], Markup]], ...] = (
+        ("samples by stage", lambda: sections.samples(subject, seed)),
+        ("stages", lambda: sections.stages(subject, found, measured)),
+        ("planes", lambda: sections.planes(subject, measured)),
+        ("calibration", lambda: sections.calibration(subject, measured)),
+        ("nearest rows", lambda: sections.copying(subject, measured)),
+        ("oddest rows", lambda: sections.oddities(subject, rows)),
+        ("settings", lambda: _settings(subject, rows, found, seed)),
+    )
+    for name, make in sectioned:
+        begin(name)
+        parts.append(make())
     return _document(f"Latent prior report: {subject.name}", tag("main", *parts))
 
 

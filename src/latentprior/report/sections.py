@@ -163,6 +163,7 @@ def stages(subject: Subject, found: dict[str, Any], measured: Measured) -> Marku
         )  # fmt: skip
         charts.append(figure(chart, "Log density.", f"Mean over {rows_name(subject)}; 0 is the base. Bars: two "
                              "standard errors of the rise above the base."))  # fmt: skip
+    # An acceptance of 1 stands for no chain at all: importance sampling drew the particles.
     heads = ("stage", "gain", "log normaliser", "rise of log density", "ESS", "acceptance", "steps", "seconds")
     body = []
     for k, (entry, stage) in enumerate(zip(entries, prior.stages, strict=True), 1):
@@ -171,7 +172,7 @@ def stages(subject: Subject, found: dict[str, Any], measured: Measured) -> Marku
         cells = (
             k, _error(entry["gain"], entry["gain_stderr"]),
             _error(entry["log_normalizer"], entry["log_normalizer_stderr"]), rise,
-            _percent(entry["ess"]), _percent(entry["acceptance"]),
+            _percent(entry["ess"]), _percent(None if entry["acceptance"] == 1.0 else entry["acceptance"]),
             number(notes.get("steps"), 0), number(entry["seconds"], 1),
         )  # fmt: skip
         body.append(tag("tr", *(tag("td", cell, class_="n") for cell in cells)))

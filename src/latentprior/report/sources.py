@@ -205,7 +205,9 @@ class _Reader:
         assert self.model is not None
         model = self.model
         pictures = self._pictures(source, split)
-        name = f"{source} ({split})" if isinstance(source, (str, Path)) else f"{use} images"
+        # A held-out file without parts is read whole, and "train" would misname it.
+        part = "" if split == "train" and use != "train" else f" ({split})"
+        name = f"{source}{part}" if isinstance(source, (str, Path)) else f"{use} images"
         most = IMAGE_ROWS if model.encoder is not None else CHAINED_ROWS
         numbers = self._some(len(pictures), min(most, PIXELS // max(1, pictures[0].numel())), use)
         x, draws = pictures.batch(numbers), self._draws(use)

@@ -1,0 +1,120 @@
+"""The section on speed, and its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from _markdown import produced, table
+
+__all__ = ["draw_speed", "speed_section"]
+
+COLORS = ("#2563eb", "#f59e0b", "#10b981", "#9ca3af")
+
+
+def speed_section(document: dict[str, Any]) -> list[str]:
+    """E5."""
+    engine, profile, steps = (document[part] for part in ("engine", "profile", "steps"))
+    out = ["## Speed: the engine, the matrix product, other loops", ""]
+    out += [f"`taskset -c 0 python benchmarks/speed.py`. {produced(document)}", ""]
+    out += [
+        "One core, seconds of the process on it; the core had other work, which costs caches if not seconds: read "
+        "ratios. Five residual stages, width 256, d = 64, 8,192 particles, no mixture features; peak: a 2,048-square "
+        f"product in float32, {engine['peak_gflops']:.0f} Gflop/s. Only matrix products are counted as work.",
+        "",
+    ]
+    rows = [[name, *(f"{q:.2f}" for q in share)] for name, share in engine["share"].items()]
+    out += [table(["share of the peak", "median", "least", "most"], rows), ""]
+    kinds = list(profile["engine"])
+    rows = [[name, *(f"{shares[kind]:.1%}" for kind in kinds)] for name, shares in profile.items()]
+    out += [table(["share of time", *kinds], rows), ""]
+    if "products" in document:
+        rates = document["products"]
+        out += [
+            "Other forms of the products, 1,024 rows. The engine keeps one product a stage and layer. bfloat16 is "
+            "left out: Metropolis needs the value in float32, half of the work, so that at twice the rate a step of "
+            "MALA would gain a third at most.",
+            "",
+            table(["product", "share of the peak"], [[name, f"{rate:.2f}"] for name, rate in rates.items()]),
+            "",
+        ]
+    ks = [int(k) for k in engine["stages"]]
+    per_stage = [1e3 * s / k for k, s in zip(ks, engine["stages"].values(), strict=True)]
+    ns = [int(n) for n in engine["particles"]]
+    per_row = [1e6 * s / n for n, s in zip(ns, engine["particles"].values(), strict=True)]
+    out += [
+        table(["stages", *map(str, ks)], [["ms a stage (2,048 particles)", *(f"{s:.0f}" for s in per_stage)]]),
+        "",
+        table(["particles", *(f"{n:,}" for n in ns)], [["µs a particle (2 stages)", *(f"{s:.1f}" for s in per_row)]]),
+        "",
+        "![Shares of time before and after; seconds against stages and particles](results/speed.png)",
+        "",
+    ]
+    lebm = steps["LEBM's loop (Langevin)"]
+    rows = [
+        [name, *(f"{f[which]:,.0f} ({f[which] / lebm[which]:.2f})" for which in ("median", "best"))]
+        for name, f in steps.items()
+    ]
+    out += [
+        "Updates a second of 2,048 chains of the same energy; in brackets, to LEBM's loop. An update takes one value "
+        "and gradient, nearly all of it matrix products: at the peak it would be faster by the inverse of autograd's "
+        "share above, and no more.",
+        "",
+        table(["loop", "median of rounds", "best round"], rows),
+        "",
+    ]
+    draws = document.get("draws")
+    if draws is None:
+        return out
+    found = {name: figures for name, figures in draws.items() if isinstance(figures, dict)}
+    lebm = found["LEBM's loop, 60 steps of 0.4"]["rate"]
+    rows = [
+        [
+            name,
+            f"{f['rate']:,.0f}",
+            f"{f['rate'] / lebm:.2f}",
+            f"{f['log_prob_error']:+.2f} ± {f['stderr']:.2f}",
+            f"{f['auc']:.3f}",
+        ]
+        for name, f in found.items()
+    ]
+    head = ["draws of a ladder", "effective draws a second", "to LEBM's loop", "error of mean log density", "AUC"]
+    out += [
+        f"A ladder of {draws['stages']} stage(s) on {draws['dim']} principal components of digits. Every end of LEBM's "
+        "short chains counts as a draw; of Metropolis chains what blackjax's estimate of effective size leaves; of "
+        f"importance resampling what its weights leave ({draws['ess']:.2f} of the base's draws). Error and AUC: "
+        "against 2,048 other draws by importance resampling; 0.5 = cannot be told from them. Where the error is not "
+        "zero, draws are not of equal worth.",
+        "",
+        table(head, rows),
+        "",
+    ]
+    return out
+
+
+def draw_speed(document: dict[str, Any], path: Path) -> None:
+    """Shares of time, and seconds against stages and particles, as a PNG."""
+    from matplotlib.figure import Figure
+
+    engine, profile = document["engine"], document["profile"]
+    figure = Figure(figsize=(10, 3), dpi=120, layout="constrained")
+    shares, stages, particles = figure.subplots(1, 3)
+    left = [0.0] * len(profile)
+    for kind, color in zip(profile["engine"], COLORS, strict=True):
+        widths = [profile[name][kind] for name in profile]
+        shares.barh(list(profile), widths, left=left, color=color, label=kind)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    shares.set(xlabel="share of time", ylim=(-0.5, 2.9))
+    shares.legend(fontsize=6, loc="upper left")
+    for axes, part, label in ((stages, "stages", "stages"), (particles, "particles", "particles")):
+        counts = [int(k) for k in engine[part]]
+        spent = list(engine[part].values())
+        axes.plot(counts, spent, "o-", color=COLORS[0], label="measured")
+        slope = spent[-1] / counts[-1]
+        axes.plot(counts, [slope * k for k in counts], "--", color=COLORS[3], label="proportional")
+        axes.set(xlabel=label, ylabel="seconds", xscale="log", yscale="log")
+        axes.set_xticks(counts, [f"{k:,}" for k in counts])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, metadata={"Software": None})
