@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from _results import write_results
+from _watch import watched
 from soak import DIM, learned
 
 BLOCK = 100_000
@@ -41,26 +39,6 @@ def make(path: Path, n: int) -> None:
         rows[start : start + len(u)] = u + 0.5 * (np.roll(u, 1, 1) ** 2 - 1)
 
 
-def watched(command: list[str]) -> dict[str, float]:
-    """Run a command and read its memory fifty times a second; raise where it fails."""
-    begun = time.monotonic()
-    peaks = {"RssAnon": 0.0, "VmHWM": 0.0}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            for name, kib in re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB", status, re.MULTILINE):
-                peaks[name] = max(peaks[name], int(kib) / 1024)
-            time.sleep(0.02)
-        said = process.stderr.read() if process.stderr else ""
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}: {said}")
-    return {
-        "seconds": time.monotonic() - begun,
-        "anonymous_mib": peaks["RssAnon"],
-        "resident_mib": peaks["VmHWM"],
-    }
-
-
 def measure(folder: Path, n: int) -> dict[str, Any]:
     """Every way to score and to draw ``n`` rows."""
     prior, rows, out = (folder / name for name in ("prior", "rows.npy", "out.npy"))
@@ -74,7 +52,7 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
     }
     found = {}
     for name, call in calls.items():
-        found[name] = watched([str(word) for word in call])
+        found[name] = watched([str(word) for word in call]).figures()
         if "--out" in call:
             written = np.load(out, mmap_mode="r")
             if len(written) != n:

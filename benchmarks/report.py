@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from _growth_sections import draw_scale, known_truth_section, scale_section
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _latent_sections import latents_headline, latents_sections
-from _markdown import EARLIER_BASE, produced, spread, table
+from _markdown import produced, spread, table
 from _results import read_results
 from _speed_section import draw_speed, speed_section
 from _table_sections import adbench_section, ceilings_section, other_tables_section
@@ -26,69 +27,6 @@ from _trust_sections import (
 )
 
 HERE = Path(__file__).resolve().parent
-
-
-def known_truth_section(document: dict[str, Any]) -> list[str]:
-    """E1."""
-    out = ["## Known truth", "", f"`python benchmarks/known_truth.py`. {produced(document)}", "", EARLIER_BASE, ""]
-    rows = []
-    for name, runs in document["targets"].items():
-        rows.append(
-            [
-                name,
-                f"{runs[0]['exact']:.3f}",
-                spread((r["model"] for r in runs), ".3f"),
-                "; ".join(f"{r['kl']:.3f} ± {r['kl_stderr']:.3f}" for r in runs),
-                "; ".join(f"{r['log_z_error']:+.4f} ± {r['log_z_error_stderr']:.4f}" for r in runs),
-                "yes" if all(r["within_3_se"] for r in runs) else "no",
-                " ".join(str(r["stages"]) for r in runs),
-                spread((r["seconds"] for r in runs), ".0f"),
-            ]
-        )
-    head = ["target", "exact", "model", "KL(truth, model)", "error of log Z", "within 3 SE", "stages", "s"]
-    return [*out, "20,000 exact draws to learn from, 50,000 to test on; nats.", "", table(head, rows), ""]
-
-
-def scale_section(document: dict[str, Any]) -> list[str]:
-    """Time and memory against n."""
-    out = [
-        "## Time and memory of fit against n",
-        "",
-        f"`python benchmarks/scale.py`. {produced(document)}",
-        "",
-        EARLIER_BASE,
-        "",
-    ]
-    rows = [
-        [
-            f"{r['n']:,}",
-            f"{r['data_mib']:.0f}",
-            f"{r['seconds']:.0f}",
-            f"{r['marks']['stage 0']:.1f}",
-            f"{max(r['marks'].values()) - r['marks']['stage 0']:.0f}",
-            " + ".join(map(str, r["steps"])),
-            f"{r['peak_mib']:.0f}",
-            f"{r['peak_mib'] - r['imports_mib']:.0f}",
-        ]
-        for r in document["rows"]
-    ]
-    head = [
-        "n",
-        "file, MiB",
-        "fit, s",
-        "reading and base, s",
-        "stages and log Z, s",
-        "steps",
-        "peak, MiB",
-        "above imports, MiB",
-    ]
-    return [
-        *out,
-        f"d = {document['settings']['dim']}, memory-mapped file, at most two stages.",
-        "",
-        table(head, rows),
-        "",
-    ]
 
 
 def images_headline() -> str:
@@ -140,6 +78,8 @@ def main() -> None:
         out += import_section(document)
     (HERE / "RESULTS.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     fill(HERE.parent / "README.md", {"headline": latents_headline(), "images": images_headline()})
+    if scale := read_results("scale"):
+        draw_scale(scale, HERE / "results" / "scale.png")
     if speed := read_results("speed"):
         draw_speed(speed, HERE / "results" / "speed.png")
     measured = {name: read_results(name) for name in ("faults", "calibration", "load", "soak")}

@@ -1,0 +1,102 @@
+"""The sections of RESULTS.md on densities known exactly, and on how the cost of a fit grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from _markdown import produced, spread, table
+
+__all__ = ["draw_scale", "known_truth_section", "scale_section"]
+
+AXES = {"n": "n", "n x 64": "n", "d": "dim", "K": "stages", "particles": "batch_size"}
+"""What each sweep changes."""
+
+
+def known_truth_section(document: dict[str, Any]) -> list[str]:
+    """E1."""
+    rows = []
+    for name, runs in document["targets"].items():
+        modes = [r for r in runs if r["mode_error"] is not None]
+        rows.append(
+            [
+                name,
+                str(len(runs)),
+                f"{runs[0]['exact']:.3f}",
+                spread((r["model"] for r in runs), ".3f"),
+                "; ".join(f"{r['kl']:.3f} ± {r['kl_stderr']:.3f}" for r in runs),
+                spread((r["rmse"] for r in runs), ".3f"),
+                "; ".join(f"{r['log_z_error']:+.4f} ± {r['log_z_error_stderr']:.4f}" for r in runs),
+                "yes" if all(r["within_3_se"] for r in runs) else "**no**",
+                f"{max(r['mode_error'] for r in modes):.4f} ({modes[0]['mode_error_of_exact']:.4f})" if modes else "-",
+                "; ".join(f"{r['auc'][0]:.3f} ± {r['auc'][1]:.3f}" for r in runs),
+                spread((r["stages"] for r in runs), ".0f"),
+            ]
+        )
+    head = ["target", "seeds", "exact", "model", "KL(truth, model)", "RMSE", "error of log Z", "within 3 SE"]
+    return [
+        "## Known truth",
+        "",
+        f"`python benchmarks/known_truth.py`. {produced(document)}",
+        "",
+        "20,000 exact draws to learn from, 50,000 to test on; nats. RMSE: of log p under the target. Weights: the "
+        "largest error of a mode's weight among 10,000 samples, in brackets what 95 of 100 sets of exact draws stay "
+        "below. AUC: boosted trees telling samples from exact draws, 0.5 = cannot. Where the support is bounded the "
+        "error of log Z is that of the integral over draws of the base.",
+        "",
+        table([*head, "weights", "AUC", "stages"], rows),
+        "",
+    ]
+
+
+def scale_section(document: dict[str, Any]) -> list[str]:
+    """E5: how the cost grows."""
+    settings = document["settings"]
+    out = [
+        "## Time and memory of fit",
+        "",
+        f"`python benchmarks/scale.py`. {produced(document)}",
+        "",
+        "Each point is a fit in a process of its own from a memory-mapped file, with stages of "
+        f"{settings['steps']} steps and width {settings['width']}, so that the points show how cost grows and not what a "
+        f"good fit costs. But for what a sweep changes: n = {settings['n']:,}, d = {settings['dim']}, at most "
+        f"{settings['stages']} stages, base {settings['base']}, batches of {settings['batch_size']:,}. Core seconds, "
+        "user and system; memory that the process asked for, without the pages of its mapped file (imports alone: "
+        f"{settings['imports_mib']:.0f} MiB). A stage's steps do not grow with n, nor do the rows that a base is "
+        "fitted to.",
+        "",
+    ]
+    for name, points in document["sweeps"].items():
+        rows = [
+            [
+                f"{p[AXES[name]]:,}",
+                f"{p['file_mib']:.0f}",
+                f"{p['marks']['stage 0']:.1f}",
+                f"{p['core_seconds']:.1f}",
+                f"{p['anonymous_mib']:.0f}",
+                str(p["kept"]),
+            ]
+            for p in points
+        ]
+        head = [name, "file, MiB", "reading and base, s", "whole fit, s", "anonymous, MiB", "stages kept"]
+        out += [table(head, rows), ""]
+    return [*out, "![Seconds and memory of a fit](results/scale.png)", ""]
+
+
+def draw_scale(document: dict[str, Any], path: Path) -> None:
+    """Core seconds and memory of every sweep, as a PNG."""
+    from matplotlib.figure import Figure
+
+    sweeps = {name: points for name, points in document["sweeps"].items() if len(points) > 1}
+    figure = Figure(figsize=(2.6 * len(sweeps), 4.2), dpi=120, layout="constrained")
+    grid = figure.subplots(2, len(sweeps), squeeze=False)
+    for column, (name, points) in enumerate(sweeps.items()):
+        for row, (key, label) in enumerate((("core_seconds", "core seconds"), ("anonymous_mib", "MiB asked for"))):
+            axes = grid[row][column]
+            x, y = [p[AXES[name]] for p in points], [p[key] for p in points]
+            axes.plot(x, y, "o-", color="#2563eb", ms=3, lw=1)
+            axes.set(xscale="log", ylim=(0, 1.15 * max(y)), xlabel="batch" if name == "particles" else name)
+            if column == 0:
+                axes.set_ylabel(label)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
