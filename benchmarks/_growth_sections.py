@@ -58,8 +58,8 @@ def scale_section(document: dict[str, Any]) -> list[str]:
         f"`python benchmarks/scale.py`. {produced(document)}",
         "",
         "Each point is a fit in a process of its own from a memory-mapped file, with stages of "
-        f"{settings['steps']} steps and width {settings['width']}, so that the points show how cost grows and not what a "
-        f"good fit costs. But for what a sweep changes: n = {settings['n']:,}, d = {settings['dim']}, at most "
+        f"{settings['steps']} steps and width {settings['width']}, so that the points show how cost grows and not what "
+        f"a good fit costs. But for what a sweep changes: n = {settings['n']:,}, d = {settings['dim']}, at most "
         f"{settings['stages']} stages, base {settings['base']}, batches of {settings['batch_size']:,}. Core seconds, "
         "user and system; memory that the process asked for, without the pages of its mapped file (imports alone: "
         f"{settings['imports_mib']:.0f} MiB). A stage's steps do not grow with n, nor do the rows that a base is "
@@ -96,6 +96,8 @@ def draw_scale(document: dict[str, Any], path: Path) -> None:
             x, y = [p[AXES[name]] for p in points], [p[key] for p in points]
             axes.plot(x, y, "o-", color="#2563eb", ms=3, lw=1)
             axes.set(xscale="log", ylim=(0, 1.15 * max(y)), xlabel="batch" if name == "particles" else name)
+            axes.set_xticks(x, [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in x], fontsize=8)
+            axes.minorticks_off()
             if column == 0:
                 axes.set_ylabel(label)
             axes.spines[["top", "right"]].set_visible(False)
