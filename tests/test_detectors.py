@@ -1,3 +1,4 @@
+import io
 import math
 import subprocess
 import sys
@@ -40,6 +41,15 @@ TEST, TEST_LABELS = table(200, 1)
 @pytest.fixture(scope="module")
 def detector() -> lp.RatioDetector:
     return lp.RatioDetector(contamination=CONTAMINATION, random_state=0).fit(TRAIN)
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_progress_is_drawn_on_request(verbose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    lp.RatioDetector(max_stages=0, random_state=0, verbose=verbose).fit(TRAIN)
+    assert ("RatioDetector: scores" in terminal.getvalue()) == verbose
 
 
 # What PyOD asks of every detector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import LatentPriorError, MissingExtraError
 from .ladder import MIN_ESS, FreshParticles, Ladder, Stage
 from .latents import Latents
 from .prior import LatentPrior
+from .progress import part_bar
 from .sampling.resampling import log_mean_exp, systematic
 from .stage import StageLearner, StageSettings, Target, derived_generator
 from .tables import Columns, held_out_rows, seed_from
@@ -62,6 +64,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
     width, bound, steps : of a stage, see :class:`~latentprior.StageSettings`.
     calibration : share of the training rows that train nothing and calibrate :meth:`p_value`; 0 for none.
     random_state : int, ``RandomState``, or None for a fit that differs every time.
+    verbose : draw a progress bar while fitting, on a terminal or in a notebook.
 
     Attributes
     ----------
@@ -83,6 +86,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         steps: int = 400,
         calibration: float = 0.25,
         random_state: Any = None,
+        verbose: bool = False,
     ) -> None:
         super().__init__(contamination=contamination)
         self.base = base
@@ -93,6 +97,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         self.steps = steps
         self.calibration = calibration
         self.random_state = random_state
+        self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> RatioDetector:
         """Learn the density of the rows of ``X`` ``(n, d)``, n at least 4; ``y`` is ignored.
@@ -111,9 +116,12 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         order = np.random.default_rng(seed).permutation(len(x))
         train = x[order[m:]]
         self._columns = Columns.fit(train, robust=True)
-        self.prior_ = self._learn(np.unique(self._squash(train)[:, self._columns.varies], axis=0), seed)
-        self.ceiling_ = float(self._terms(self._squash(train))[1].median())
-        self.decision_scores_ = self._score(x)
+        with part_bar(2, "RatioDetector") if self.verbose else contextlib.nullcontext(lambda _: None) as begin:
+            begin("density")
+            self.prior_ = self._learn(np.unique(self._squash(train)[:, self._columns.varies], axis=0), seed)
+            begin("scores")
+            self.ceiling_ = float(self._terms(self._squash(train))[1].median())
+            self.decision_scores_ = self._score(x)
         self.calibration_scores_ = np.sort(self.decision_scores_[order[:m]])
         scores = self.decision_scores_[order[m:]]
         densest = np.argsort(scores, kind="stable")[: max(1, len(scores) // 2)]
