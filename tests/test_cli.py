@@ -558,3 +558,15 @@ def test_python_m_and_a_reader_that_leaves(work):
     )
     os.close(writer)
     assert (gone.returncode, gone.stderr) == (1, "")
+
+
+def test_shells_complete_its_commands() -> None:
+    environment = {
+        **os.environ,
+        "_LATENTPRIOR_COMPLETE": "complete_bash",
+        "COMP_WORDS": "latentprior s",
+        "COMP_CWORD": "1",
+    }
+    command = [sys.executable, "-m", "latentprior"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["score", "sample"], done.stderr
