@@ -8,6 +8,7 @@ from latentprior.configs import (
     BY_SHAPE,
     METHODS,
     OURS,
+    RIVAL_METHODS,
     Recipe,
     changed,
     read_recipe,
@@ -48,7 +49,7 @@ def test_a_recipe_builds_its_networks(name):
     assert recipe.image_size in (None, shape[1])
     if name.endswith("-cpu"):
         model = new_model(recipe, shape)
-        assert (model.encoder is not None) == recipe.encoder
+        assert (model.encoder is not None) == recipe.has_encoder
         generator = model.generator
     else:
         # Weights of no size: nothing is drawn.
@@ -63,7 +64,7 @@ def test_paper_scale_has_the_numbers_of_the_paper(name):
     recipe = read_recipe(f"{name}-paper")
     joint = recipe.joint
     assert recipe.network.latent_dim == (128 if name == "cifar10" else 100)
-    assert (recipe.sigma, recipe.encoder, joint.batch_size, joint.decay) == (0.3, False, 100, 0.998)
+    assert (recipe.sigma, recipe.has_encoder, joint.batch_size, joint.decay) == (0.3, False, 100, 0.998)
     assert (joint.posterior_start, joint.posterior_steps, joint.posterior_step_size) == ("prior", 20, 0.1)
     assert (joint.prior_sampler, joint.prior_steps, joint.prior_step_size) == ("langevin", 60, 0.4)
     assert (joint.learning_rate, joint.ratio_learning_rate) == (1e-4, 2e-5)
@@ -120,6 +121,10 @@ def test_settings_change_one_key_each():
         ("autoencoder: {kind: gan}", ["autoencoder.kind"]),
         ("image_size: 0", ["image_size"]),
         ("rival: {steps: 5}", ["rival", "joint"]),
+        ("rivals: {magic: {steps: 5}}", ["rival", "'magic'", "lebm"]),
+        ("rivals: {joint: {steps: 5}}", ["rival", "'joint'"]),
+        ("rivals: {lebm: {stepps: 5}}", ["rivals.lebm.stepps", "rivals.lebm.steps"]),
+        ("rivals: {two-stage-vae: {width: 0}}", ["rivals.two-stage-vae", "width"]),
         ("method: rae\nrival: {stepps: 5}", ["rival.stepps", "rival.steps"]),
         ("method: rae\nrival: [5]", ["rival", "mapping"]),
         ("- 1", ["mapping"]),
@@ -153,6 +158,34 @@ def test_files_that_are_no_recipes(tmp_path):
 @pytest.mark.parametrize("setting", ["steps", "=5", "joint.stepz=5", "sigma.x=5", "joint.steps=[", "nothing.at.all=1"])
 def test_wrong_settings_are_refused(setting):
     refused(lambda: changed(Recipe(), [setting]))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_row_of_the_tables_is_a_recipe_and_a_method(name):
+    recipe = read_recipe(name)
+    assert set(recipe.rivals) == set(RIVAL_METHODS)
+    for method in METHODS:
+        row = changed(recipe, [f"method={method}"])
+        assert row.network == recipe.network
+        # Rivals have the autoencoder that two-phase learning has, and the chains of their papers.
+        own = row.rival_config()
+        if method in ("sri", "lebm"):
+            assert (own.posterior_steps, own.posterior_step_size, row.has_encoder) == (20, 0.1, recipe.has_encoder)
+        elif method in RIVAL_METHODS:
+            assert (own.steps, own.batch_size) == (row.autoencoder.steps, row.autoencoder.batch_size)
+        if method not in ("joint", "sri", "lebm"):
+            assert row.has_encoder
+    paper = changed(recipe, ["method=lebm"]).rival_config()
+    if name.endswith("-paper"):
+        assert (paper.learning_rate, paper.energy_learning_rate, paper.decay) == (1e-4, 2e-5, 0.998)
+        assert paper.steps == recipe.joint.stages * recipe.joint.steps
+        assert not recipe.has_encoder
+
+
+def test_settings_of_the_rival_at_hand_come_before_those_of_the_recipe():
+    recipe = Recipe(method="lebm", rivals={"lebm": {"steps": 7, "width": 9}, "vae": {"steps": 1}}, rival={"steps": 3})
+    assert (recipe.rival_config().steps, recipe.rival_config().width) == (3, 9)
+    assert changed(recipe, ["method=sri", "rival.steps=4"]).rival_config().steps == 4
 
 
 def test_every_method_can_be_trained():

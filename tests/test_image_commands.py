@@ -272,6 +272,23 @@ def test_rivals_train_and_generate(run, work, tmp_path, method):
     np.testing.assert_array_equal(*map(np.load, paths))
 
 
+@pytest.mark.parametrize("method", ["vae", "two-phase"])
+def test_a_recipe_without_encoder_gives_one_to_methods_that_need_it(run, work, tmp_path, method):
+    small = ("network.family=mlp", "image_size=8", *NETWORK)
+    row = (STEPS,) if method == "vae" else TWO_PHASE
+    call = ("--config", "cifar10-paper", *settings(*small, *row, f"method={method}"), "--json")
+    code, out, _ = run("train", work / "i.npz", "--out", tmp_path / "m", *call)
+    assert (code, strict(out)["method"]) == (0, method)
+    assert load_model(tmp_path / "m").encoder is not None
+    written = read_recipe(tmp_path / "m" / "config.yaml")
+    assert (written.encoder, written.rivals) == (None, read_recipe("cifar10-paper").rivals)
+    code, out, _ = run(
+        "reconstruct", tmp_path / "m", work / "i.npz", "--out", tmp_path / "r.png", "--limit", 4, "--json"
+    )
+    assert code == 0
+    assert math.isfinite(strict(out)["mean_squared_error"])
+
+
 def stop_at(monkeypatch, kind, cls, number=1):
     """Make the ``number``-th event of this kind and class end the run, as a signal would."""
     seen = []

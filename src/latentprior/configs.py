@@ -42,7 +42,8 @@ Method = Literal[
     "joint", "two-phase", "alternating", "vae", "rae", "sri", "lebm", "ncp-vae", "two-stage-vae", "gmm", "flow"
 ]
 METHODS: tuple[str, ...] = get_args(Method)
-OURS = METHODS[:3]
+OURS, RIVAL_METHODS = METHODS[:3], METHODS[3:]
+WITHOUT_AUTOENCODER = ("joint", "sri", "lebm")
 FILE_LIMIT = 1 << 20
 BY_SHAPE: Mapping[tuple[int, ...], str] = {(1, 28, 28): "mnist", (3, 32, 32): "cifar10", (3, 64, 64): "celeba64"}
 T = TypeVar("T")
@@ -90,17 +91,20 @@ class Recipe:
     :mod:`latentprior.baselines`."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sigma: float = 0.3
-    encoder: bool = True
+    encoder: bool | None = True
+    """Whether there is one; None: only for methods that begin with an autoencoder. SRI and LEBM leave it out."""
     image_size: int | None = None
     """Side of the centre square that images are cut and resized to; None keeps their size."""
     joint: TrainingConfig = field(default_factory=TrainingConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    rivals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By method, options of the rivals' own configurations at this recipe's scale."""
     rival: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the rival's own configuration."""
+    """Options of the rival at hand, before those in ``rivals``."""
 
     def __post_init__(self) -> None:
-        """Raise :class:`LatentPriorError` for numbers that no image or density can have."""
+        """Raise :class:`LatentPriorError` for numbers that no image or density can have, and for unknown rivals."""
         if not 0 < self.sigma < math.inf:
             raise LatentPriorError(f"sigma must be positive and finite, got {self.sigma}")
         if self.image_size is not None and self.image_size < 1:
@@ -109,15 +113,29 @@ class Recipe:
             raise LatentPriorError(
                 f"rival: method {self.method!r} has no such settings, use {self.method!r}'s own section"
             )
+        for method, options in self.rivals.items():
+            if method not in RIVAL_METHODS:
+                raise LatentPriorError(f"unknown rival {_short(method)}: choose one of {', '.join(RIVAL_METHODS)}")
+            filled(_config_of(method), options, f"rivals.{method}")
         self.rival_config()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model is made with an encoder."""
+        return self.method not in WITHOUT_AUTOENCODER if self.encoder is None else self.encoder
 
     def rival_config(self) -> Any:
         """The configuration that the rival of this method takes; None for the methods that are no rivals."""
         if self.method in OURS:
             return None
-        hints = get_type_hints(rival(self.method))
-        (kind,) = (choice for choice in get_args(hints["config"]) if choice is not types.NoneType)
-        return filled(kind, self.rival, "rival")
+        return filled(_config_of(self.method), {**self.rivals.get(self.method, {}), **self.rival}, "rival")
+
+
+def _config_of(method: str) -> type[Any]:
+    hints = get_type_hints(rival(method))
+    kind: type[Any]
+    (kind,) = (choice for choice in get_args(hints["config"]) if choice is not types.NoneType)
+    return kind
 
 
 def rival(method: str) -> Callable[..., LatentVariableModel]:
@@ -128,7 +146,8 @@ def rival(method: str) -> Callable[..., LatentVariableModel]:
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes in this package: a data set of the paper, at ``cpu`` or ``paper`` scale.
 
-    Those with ``alternating`` begin with an autoencoder; the others learn generator and ladder together at once.
+    Those with ``alternating`` begin with an autoencoder; the others learn generator and ladder together at once. Under
+    each, ``method`` chooses a row of the paper's tables: any of ``METHODS``, on the same networks.
 
     >>> "mnist-cpu" in recipe_names()
     True

@@ -37,7 +37,7 @@ def new_model(
         raise LatentPriorError(f"network: {error}") from None
     cpu = torch.device("cpu")
     generator = build_generator(spec, derived_generator(cpu, seed, "generator"))
-    encoder = build_encoder(spec, derived_generator(cpu, seed, "encoder")) if recipe.encoder else None
+    encoder = build_encoder(spec, derived_generator(cpu, seed, "encoder")) if recipe.has_encoder else None
     return LatentVariableModel(generator.to(device), None, recipe.sigma, encoder).moved(device)
 
 

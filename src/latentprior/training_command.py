@@ -73,13 +73,16 @@ def train(
     Ctrl-C and SIGTERM leave a checkpoint in DIR/checkpoint; the same command with --resume goes on from it.
     DIR gets the model, config.yaml, log.jsonl (curves), metrics.json and samples.png.
 
-    Runs of the method joint also start under accelerate launch and torchrun.
+    Runs of the method joint also start under accelerate launch and torchrun. The method is one of joint, two-phase,
+    alternating, and the rivals vae, rae, sri, lebm, ncp-vae, two-stage-vae, gmm and flow, which leave no checkpoint.
 
     [bold]Examples:[/]
 
     latentprior train photos/ --out run --set image_size=32
 
     latentprior train mnist.npz --out run --config mnist-cpu --set joint.steps=500 --tensorboard
+
+    latentprior train mnist.npz --out rival --config mnist-cpu --set method=lebm
     """
     check_device(device)
     processes = launched_processes(device)

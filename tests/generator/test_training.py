@@ -255,6 +255,25 @@ def test_the_generator_climbs_the_likelihood(images: Images, generator: torch.Ge
     torch.testing.assert_close(network.shift.detach(), shift - 1e-3 * network.shift.grad.sign(), atol=1e-6, rtol=0)
 
 
+def test_mixed_precision_is_the_generators_alone(images: Images) -> None:
+    halves, one = [], learner(images, perceptrons(encoder=False), mixed_precision=True)
+    last = [m for m in one.model.generator.modules() if isinstance(m, nn.Linear)][-1]
+    last.register_forward_hook(lambda _, __, out: halves.append(out.dtype))
+    x, index = one.batch()
+    z = one.posterior_samples(x, index)
+    losses = one.update_generator(x, z)
+    assert set(halves) == {torch.bfloat16}
+    assert z.dtype == x.dtype == torch.float32
+    assert {p.dtype for p in one.networks.parameters()} == {p.grad.dtype for p in one.networks.parameters()}
+    assert {p.dtype for p in one.networks.parameters()} == {torch.float32}
+    whole = learner(images, perceptrons(encoder=False))
+    same = whole.posterior_samples(x, index)
+    # bfloat16 keeps 8 bits: pixels are off by 2^-8, and three short steps of 0.1 amplify nothing.
+    torch.testing.assert_close(z, same, atol=0.02, rtol=0)
+    assert losses["reconstruction"] == pytest.approx(whole.update_generator(x, same)["reconstruction"], rel=0.02)
+    assert not torch.equal(z, same)
+
+
 def test_the_ratio_descends_the_logistic_loss(images: Images, generator: torch.Generator) -> None:
     one = learner(images)
     high, low = torch.randn(2, 200, 2, generator=generator) + torch.tensor([[[1.0]], [[-1.0]]])

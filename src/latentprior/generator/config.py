@@ -59,7 +59,7 @@ class TrainingConfig:
     held_out: int = 500
     """Images, and as many particles, on which gains are measured: they train nothing."""
     mixed_precision: bool = False
-    """bfloat16 in the generator, on CUDA."""
+    """bfloat16 in the generator, by torch's autocast: meant for CUDA. Weights and densities keep their precision."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""

@@ -246,9 +246,10 @@ class LatentVariableModel(nn.Module, Shareable):
 
         Kinds
         -----
-        ``joint`` : :math:`-\log p(x, z)` at the inferred latent (the paper's score).
+        ``joint`` : :math:`-\log p(x, z)` at the inferred latent (the paper's score, and so the default).
         ``reconstruction`` : :math:`-\log p(x \mid z)`.
-        ``prior`` : :math:`-\log p(z)`.
+        ``prior`` : :math:`-\log p(z)`. It told the odd digit better than ``joint`` for nine of MNIST's ten digits
+            (``benchmarks/RESULTS.md``): where you have labels, compare.
         ``marginal`` : :math:`-\log p(x)` by :meth:`log_likelihood`; ``options`` go there.
 
         ``z`` are latents already inferred; else :meth:`infer` finds them with ``options``.

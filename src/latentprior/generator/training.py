@@ -338,8 +338,7 @@ class JointLearner:
 
     def _decode(self, u: Tensor) -> Tensor:
         z = self.whitening.unwhiten(u).reshape(len(u), *self.model.event_shape)
-        half = self.config.mixed_precision and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision):
             x: Tensor = self.model.generator(z)
         return x.to(u.dtype)
 
