@@ -42,7 +42,9 @@ def known_truth_section(document: dict[str, Any]) -> list[str]:
         "20,000 exact draws to learn from, 50,000 to test on; nats. RMSE: of log p under the target. Weights: the "
         "largest error of a mode's weight among 10,000 samples, in brackets what 95 of 100 sets of exact draws stay "
         "below. AUC: boosted trees telling samples from exact draws, 0.5 = cannot. Where the support is bounded the "
-        "error of log Z is that of the integral over draws of the base.",
+        "model's mass inside is compared with the share of samples that lie inside. A ladder without a stage has log Z "
+        "= 0 by construction: such a row tests the base's density, not a normaliser; the section on coverage tests "
+        "those.",
         "",
         table([*head, "weights", "AUC", "stages"], rows),
         "",
