@@ -210,7 +210,8 @@ def anomaly_section(document: dict[str, Any]) -> list[str]:
         "been seen at digits 1 and 9 before. What the stages add to their own base is little (`auprc_base` in the "
         "file); with 0 stages the score is the base alone, mixtures of 160 components beside the rival's 40. The "
         "features seem to be the limit at 7: neighbours on them end level with the density, and each network gives "
-        "others. Rows of the first choice and of a VAE's latents are older than the base that averages several mixtures.",
+        "others. Rows of the first choice and of a VAE's latents are older than the base that averages several "
+        "mixtures.",
         "",
     ]
     for told, shown in (("The papers' digits", "14579"), ("Digits of the choice", "02368")):

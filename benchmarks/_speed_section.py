@@ -19,8 +19,9 @@ def speed_section(document: dict[str, Any]) -> list[str]:
     out += [f"`taskset -c 0 python benchmarks/speed.py`. {produced(document)}", ""]
     out += [
         "One core, seconds of the process on it; one run from end to end. The core's pace changes between the peak and "
-        "what is held against it: where a share passes 1, by that much, so read medians. Five residual stages, width 256, d = 64, 8,192 particles, no mixture features; peak: a 2,048-square "
-        f"product in float32, {engine['peak_gflops']:.0f} Gflop/s. Only matrix products are counted as work.",
+        "what is held against it: where a share passes 1, by that much, so read medians. Five residual stages, width "
+        "256, d = 64, 8,192 particles, no mixture features; peak: a 2,048-square product in float32, "
+        f"{engine['peak_gflops']:.0f} Gflop/s. Only matrix products are counted as work.",
         "",
     ]
     rows = [[name, *(f"{q:.2f}" for q in share)] for name, share in engine["share"].items()]
