@@ -161,6 +161,8 @@ def call(line: str) -> None:
     words += BRIEF.get(words[0], [])
     if "--config" not in words and words[0] == "train":
         words += ["--set=autoencoder.steps=2", "--set=joint.settle_steps=2"]
+    if "method=lebm" in words:
+        words += ["--set=rival.steps=2", "--set=rival.batch_size=8"]
     assert main(words) == 0, line
 
 
