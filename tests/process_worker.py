@@ -14,9 +14,9 @@ from torch import Tensor
 from latentprior import LatentPriorError
 from latentprior.generator.model import LatentVariableModel
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.generator.processes import Processes, launched_processes
 from latentprior.generator.training import JointLearner, TrainingConfig, TrainingEvent, train
 from latentprior.images import Images
+from latentprior.processes import Processes, joined, launched_processes
 from linear_gaussian import PIXELS, LinearDecoder
 
 SPEC = network_spec("mlp", 2, 8, PIXELS)
@@ -57,13 +57,15 @@ class Drawless(JointLearner):
         return found
 
 
-def averages(processes: Processes) -> dict[str, Tensor]:
-    """What comes of averaging numbers that differ between processes."""
+def messages(processes: Processes) -> dict[str, Tensor]:
+    """What comes of averaging, gathering and telling numbers that differ between processes."""
     rank = processes.rank
     whole = torch.arange(3, dtype=torch.float64) * 10 ** (8 * rank)
     half = torch.full((2, 2), 1.0 + rank, dtype=torch.bfloat16)
     processes.average([whole, half])
-    return {"whole": whole, "half": half.float()}
+    ranks = torch.tensor([*processes.gather(10.0 * rank), *processes.first((7.0 + rank, 2.0))])
+    mine = joined(processes, processes.stripe(torch.arange(5)))
+    return {"whole": whole, "half": half.float(), "ranks": ranks, "joined": mine}
 
 
 def main(folder: Path, task: str) -> None:
@@ -74,7 +76,7 @@ def main(folder: Path, task: str) -> None:
             raise KeyboardInterrupt
 
     if task == "check":
-        found = averages(processes) | Drawless(model(), images(), replace(CONFIG), 0, processes).followed(5)
+        found = messages(processes) | Drawless(model(), images(), replace(CONFIG), 0, processes).followed(5)
         save_file({k: v.contiguous() for k, v in found.items()}, folder / f"found-{processes.rank}.safetensors")
     if task == "die" and processes.rank == 1:
         batch = JointLearner.batch

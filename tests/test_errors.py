@@ -1,4 +1,5 @@
 import inspect
+import pickle
 
 import pytest
 
@@ -24,11 +25,18 @@ def test_every_name_is_public_documented_and_of_one_family(name: str) -> None:
         (lp.CheckpointError, ValueError),
         (lp.MissingExtraError, ImportError),
         (lp.LearningDivergedError, RuntimeError),
+        (lp.ProcessLostError, RuntimeError),
         (lp.LatentPriorWarning, UserWarning),
     ],
 )
 def test_errors_can_be_caught_by_their_builtin_kind(kind: type, builtin: type) -> None:
     assert issubclass(kind, builtin)
+
+
+def test_errors_reach_other_processes_as_they_are() -> None:
+    for error in (lp.MissingExtraError("base='flow'", "flow"), lp.CheckpointError("damaged")):
+        found = pickle.loads(pickle.dumps(error))
+        assert (type(found), str(found)) == (type(error), str(error))
 
 
 def test_all_lists_every_class() -> None:

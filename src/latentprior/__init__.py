@@ -19,6 +19,7 @@ from .errors import (
     MergeError,
     MissingExtraError,
     NormalizerBracketWarning,
+    ProcessLostError,
     StageSaturatedWarning,
 )
 from .generator.alternating import train_alternating, train_under_prior
@@ -63,6 +64,7 @@ __all__ = [
     "MissingExtraError",
     "NormalizerBracketWarning",
     "NormalizerCheck",
+    "ProcessLostError",
     "Report",
     "Stage",
     "StageSaturatedWarning",

@@ -1,5 +1,7 @@
 """Named errors and warnings; each message says what was wrong, where, and how to mend it."""
 
+from __future__ import annotations
+
 __all__ = [
     "CheckpointError",
     "ExportError",
@@ -14,6 +16,7 @@ __all__ = [
     "MergeError",
     "MissingExtraError",
     "NormalizerBracketWarning",
+    "ProcessLostError",
     "StageSaturatedWarning",
 ]
 
@@ -47,10 +50,18 @@ class MissingExtraError(LatentPriorError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an extra: pip install 'latentprior[{extra}]'")
+        self.what = feature, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), self.what
 
 
 class LearningDivergedError(LatentPriorError, RuntimeError):
     """Learning ran away, also after one retry with a smaller step: a loss, chains or particles are no use any more."""
+
+
+class ProcessLostError(LatentPriorError, RuntimeError):
+    """Another process of the same run has ended: start all again, they go on from the last checkpoint."""
 
 
 class MergeError(LatentPriorError, RuntimeError):

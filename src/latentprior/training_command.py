@@ -18,13 +18,13 @@ from .errors import LatentPriorError, LearningDivergedError
 from .generator import training
 from .generator.alternating import train_alternating
 from .generator.model import LatentVariableModel
-from .generator.processes import Processes, launched_processes
 from .generator.training import TrainingEvent
 from .generator.two_phase import train_two_phase
 from .images import Images, read_images
 from .model_folders import new_model, sampler_options, save_model
 from .options import AsJson, Device, ImagesSource, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
 from .outputs import check_folder, check_images_out, picture_grid, write_whole
+from .processes import Processes, launched_processes
 from .progress import FitProgress, Stopped, StopSignals, TrainingProgress, note
 from .stage import derived_generator
 from .summary import record, strict_json, text

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import LearningDivergedError
 from ..generator.model import LatentVariableModel, standard_normal_prior
-from ..generator.processes import SingleProcess
 from ..generator.training import JointLearner, TrainingConfig, TrainingEvent
 from ..images import Images
 from ..prior import Stage
+from ..processes import SingleProcess
 from ..ratios import gain
 from ..stage import derived_generator
 

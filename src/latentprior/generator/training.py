@@ -19,13 +19,13 @@ from ..errors import LatentPriorError, LearningDivergedError, LearningRetriedWar
 from ..images import Images
 from ..ladder import Ladder
 from ..prior import Stage
+from ..processes import Processes, SingleProcess, agreed, joined
 from ..ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..sampling import langevin
 from ..stage import derived_generator
 from .config import UNKNOWN, TrainingConfig, TrainingEvent
 from .inference import log_gaussian, posterior_density, short_run
 from .model import LatentVariableModel
-from .processes import Processes, SingleProcess, agreed, gathered
 from .run import TrainingRun, epoch_rows
 
 __all__ = ["TrainingConfig", "TrainingEvent", "train"]
@@ -222,8 +222,7 @@ class JointLearner:
         z = short_run(start, density, coordinates, **how, generator=draws)
         self._check_near(z, "posterior")
         if self.latents is not None and index is not None:
-            rows, kept = gathered(self.processes, index, z)
-            self.latents[rows] = kept.to(self.latents)
+            self.latents[joined(self.processes, index)] = joined(self.processes, z).to(self.latents)
         return z
 
     def prior_samples(self, n: int) -> Tensor:

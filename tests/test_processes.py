@@ -1,57 +1,22 @@
-import os
-import socket
+import itertools
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentprior import MissingExtraError
+from latentprior import LatentPriorError, MissingExtraError
 from latentprior.generator.model import LatentVariableModel
-from latentprior.generator.processes import AccelerateProcesses, SingleProcess, launched_processes
 from latentprior.generator.training import TrainingEvent, train
+from latentprior.processes import AccelerateProcesses, SingleProcess, in_unison, joined, launched_processes
+from launching import Ended, environment, free_port, launch
 from process_worker import CONFIG, Drawless, images, model
 
-WORKER = Path(__file__).parents[1] / "process_worker.py"
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def environment(**more: str) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
-    paths = os.pathsep.join([str(WORKER.parent), *filter(None, [inherited.get("PYTHONPATH")])])
-    return inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(folder: Path, task: str, count: int = 2) -> list[Ended]:
-    """Run the worker in ``count`` processes and wait for them all."""
-    port, running = free_port(), []
-    for rank in range(count):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **(own if count > 1 else {}))
-        command = [sys.executable, str(WORKER), str(folder), task]
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        texts = [process.communicate(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [Ended(p.returncode, *text) for p, text in zip(running, texts, strict=True)]
+WORKER = Path(__file__).parent / "process_worker.py"
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float) -> None:
@@ -77,6 +42,26 @@ def test_one_process_is_rank_0_of_1() -> None:
     alone.wait()
     assert values[0].tolist() == [1.0, 2.0]
     assert (alone.rank, alone.count, alone.device) == (0, 1, torch.device("cpu"))
+    assert (alone.gather("a"), alone.first("b"), alone.share(7), alone.keys) == (["a"], "b", 7, ())
+    assert alone.stripe(values[0]).tolist() == [1.0, 2.0]
+    assert joined(alone, values[0]) is values[0]
+    with pytest.raises(LatentPriorError, match="mine"), in_unison(alone):
+        raise LatentPriorError("mine")
+
+
+@pytest.mark.parametrize(("rows", "count"), [(10, 3), (3, 3), (2, 3), (5, 1)])
+def test_stripes_are_all_rows_once_or_all_rows_each(rows: int, count: int) -> None:
+    parts = []
+    for rank in range(count):
+        one = SingleProcess()
+        one.rank, one.count = rank, count
+        parts.append(one.stripe(torch.arange(rows)).tolist())
+        assert len(parts[-1]) <= max(one.share(rows), rows if rows < count else 0)
+        assert one.keys == ((rank,) if count > 1 else ())
+    if rows < count:
+        assert parts == [list(range(rows))] * count
+    else:
+        assert sorted(itertools.chain(*parts)) == list(range(rows))
 
 
 @pytest.mark.parametrize("size", [None, "", "1"])
@@ -104,7 +89,7 @@ def test_a_launcher_without_accelerate_is_named(monkeypatch: pytest.MonkeyPatch)
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("pair")
-    return folder, launch(folder, "check")
+    return folder, launch(WORKER, folder, "check")
 
 
 def test_two_processes_end_well(pair: tuple[Path, list[Ended]]) -> None:
@@ -123,6 +108,14 @@ def test_means_over_processes_are_exact(pair: tuple[Path, list[Ended]]) -> None:
         found = load_file(folder / f"found-{rank}.safetensors")
         assert found["whole"].tolist() == [0.0, 0.5 * (1 + 1e8), 0.5 * (2 + 2e8)]
         assert found["half"].tolist() == [[1.5, 1.5], [1.5, 1.5]]
+
+
+def test_values_of_all_and_of_the_first_process_reach_every_one(pair: tuple[Path, list[Ended]]) -> None:
+    folder, _ = pair
+    for rank in range(2):
+        found = load_file(folder / f"found-{rank}.safetensors")
+        assert found["ranks"].tolist() == [0.0, 10.0, 7.0, 2.0]
+        assert found["joined"].tolist() == [0, 2, 4, 1, 3]
 
 
 def test_shares_of_a_batch_add_up_to_its_gradient(pair: tuple[Path, list[Ended]]) -> None:
@@ -158,14 +151,14 @@ def test_a_run_of_two_goes_on_in_one(pair: tuple[Path, list[Ended]]) -> None:
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    main, killed = launch(tmp_path, "die")
+    main, killed = launch(WORKER, tmp_path, "die")
     assert killed.code == -9
     assert main.code == 1
     assert main.err.strip().splitlines()[-1].startswith("another process of this run has ended")
     assert "start all again with --resume" in main.err
     assert "Traceback" not in main.err
     assert not (tmp_path / "made-0.safetensors").exists()
-    ended = launch(tmp_path, "go on")
+    ended = launch(WORKER, tmp_path, "go on")
     assert [e.code for e in ended] == [0, 0], ended
     # The last checkpoint is that of the fourth step.
     assert ended[0].out.startswith("step 0 5\n")
@@ -175,13 +168,13 @@ def test_a_killed_process_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_moves_between_one_and_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    one = launch(tmp_path, "stop", count=1)[0]
+    one = launch(WORKER, tmp_path, "stop", count=1)[0]
     assert one.code != 0
     assert "step 0 5" in one.out
-    two = launch(tmp_path, "stop")
+    two = launch(WORKER, tmp_path, "stop")
     assert two[0].code != 0
     assert two[0].out.startswith("step 0 5\n")
-    last = launch(tmp_path, "go on", count=1)[0]
+    last = launch(WORKER, tmp_path, "go on", count=1)[0]
     assert last.code == 0, last
     assert last.out.startswith("step 0 5\n")
 
