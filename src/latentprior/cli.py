@@ -21,11 +21,19 @@ from typer.main import get_command
 from . import __version__, explore_command, image_commands, learning, push_command, report_command, training_command
 from .checkpoint import locked
 from .draws import SAMPLE_BLOCK, SAMPLERS
-from .errors import CheckpointError, HubError, InvalidLatentsError, LatentPriorError, LearningDivergedError
+from .errors import (
+    CheckpointError,
+    HubError,
+    InvalidLatentsError,
+    LatentPriorError,
+    LearningDivergedError,
+    ProcessLostError,
+)
 from .latents import read_latents
 from .options import AsJson, Device, Key, Seed, WorkFailed, check_device, check_ours, remove_checkpoint
 from .outputs import array_file, check_file, check_folder
 from .prior import LatentPrior
+from .processes import in_unison, launched_processes
 from .progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
 from .summary import record, strict_json, text
 
@@ -89,7 +97,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if usage is not None:
         command = getattr(getattr(error, "ctx", None), "command_path", "latentprior")
         return 2, f"{str(usage()).rstrip('.')}; see {command} --help"
-    if isinstance(error, (WorkFailed, LearningDivergedError, HubError)):
+    if isinstance(error, (WorkFailed, LearningDivergedError, ProcessLostError, HubError)):
         return 1, str(error)
     if isinstance(error, LatentPriorError):
         return 2, str(error)
@@ -181,6 +189,8 @@ def fit(
 
     Ctrl-C and SIGTERM leave a checkpoint in DIR/checkpoint; the same command with --resume goes on from it.
 
+    Also starts under accelerate launch and torchrun: all processes learn one prior.
+
     [bold]Examples:[/]
 
     latentprior fit latents.npy --out prior
@@ -189,17 +199,16 @@ def fit(
     """
     check_device(device)
     target = read_latents(latents, key=key)
+    processes = launched_processes(device)
+    main = processes.rank == 0
     checkpoint = out / "checkpoint"
-    check_folder(out)
-    with locked(out), FitProgress() as progress, StopSignals() as stop:
-        for folder, kind in ((out, "prior"), (checkpoint, "fit")):
-            check_ours(folder, kind)
-        if not resume and (checkpoint / "config.json").exists():
-            note(
-                "warning",
-                f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it",
-            )
-            remove_checkpoint(checkpoint, "fit")
+    with contextlib.ExitStack() as stack:
+        with in_unison(processes):
+            if main:
+                check_folder(out)
+                stack.enter_context(locked(out))
+                _make_way(out, checkpoint, resume)
+        progress, stop = stack.enter_context(FitProgress()), stack.enter_context(StopSignals())
         try:
             prior = learning.fit(
                 target,
@@ -212,7 +221,10 @@ def fit(
                 resume=resume,
                 time_budget=time_budget,
                 callbacks=(stop.check, progress),
+                processes=processes,
             )
+            if not main:
+                return
             prior.save_pretrained(out)
             remove_checkpoint(checkpoint, "fit")
         except Stopped:
@@ -234,6 +246,15 @@ def fit(
     print(f"  {shlex.join(['latentprior', 'sample', str(out), '-n', '1000', '--out', 'samples.npy'])}")
     chosen = [] if key is None else ["--key", key]
     print(f"  {shlex.join(['latentprior', 'score', str(out), str(latents), *chosen])}")
+
+
+def _make_way(out: Path, checkpoint: Path, resume: bool) -> None:
+    """Remove what an unfinished run left, unless it is to go on; refuse folders that hold anything else."""
+    for folder, kind in ((out, "prior"), (checkpoint, "fit")):
+        check_ours(folder, kind)
+    if not resume and (checkpoint / "config.json").exists():
+        note("warning", f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it")
+        remove_checkpoint(checkpoint, "fit")
 
 
 @app.command()

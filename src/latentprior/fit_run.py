@@ -1,4 +1,4 @@
-"""Clock, callbacks and checkpoints of one call of fit."""
+"""Clock, callbacks and checkpoints of one call of fit, whichever processes it runs in."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .checkpoint import UNFIT, load_state, save_state, tensors_under
 from .errors import CheckpointError
 from .ladder import Stage
 from .prior import LatentPrior
+from .processes import Processes
 from .ratios import Gain
 from .stage import StageLearner
 
@@ -48,16 +49,24 @@ Callback = Callable[[Event], None]
 
 
 class FitRun:
-    """Clock, callbacks and checkpoints of one call."""
+    """Clock, callbacks and checkpoints of one call; of several processes the first alone tells, saves and loads."""
 
-    def __init__(self, time_budget: float | None, callbacks: tuple[Callback, ...], folder: Path | None) -> None:
+    def __init__(
+        self,
+        time_budget: float | None,
+        callbacks: tuple[Callback, ...],
+        folder: Path | None,
+        processes: Processes,
+    ) -> None:
         self.begun = time.monotonic()
         self.before = 0.0
         self.time_budget = time_budget
         self.end = None if time_budget is None else self.begun + time_budget
         # The rest is kept for the normaliser.
         self.deadline = None if time_budget is None else self.begun + 0.8 * time_budget
-        self.callbacks, self.folder = callbacks, folder
+        self.processes = processes
+        main = processes.rank == 0
+        self.callbacks, self.folder = callbacks if main else (), folder if main else None
         self.identity = ""
 
     def seconds(self) -> float:
@@ -84,19 +93,25 @@ class FitRun:
             return True
         left = self.deadline - time.monotonic()
         last = stages[-1].diagnostics.get("seconds", 0.0) if stages else 0.0
-        return left > SHORTEST_STAGE * last and left > 0
+        return self.processes.first(left > SHORTEST_STAGE * last and left > 0)
+
+    def shared(
+        self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device
+    ) -> LatentPrior:
+        """The first process's ladder in all of them; ``base`` gives each a Distribution that it stands on."""
+        if prior is not None and self.processes.count == 1:
+            return prior
+        told = self.processes.first(None if prior is None else SavedFit.of(prior))
+        assert told is not None
+        return told.prior(base, device)
 
     def save(self, prior: LatentPrior, learner: StageLearner | None) -> None:
         """Write everything that the next step depends on, atomically, if there is a folder."""
         if self.folder is None:
             return
-        config, tensors = prior.state()
-        document: dict[str, Any] = {"identity": self.identity, "seconds": self.seconds(), "prior": config}
-        everything = {f"prior.{k}": v for k, v in tensors.items()}
-        if learner is not None:
-            document["learner"], part = learner.state()
-            everything.update({f"learner.{k}": v for k, v in part.items()})
-        save_state(self.folder, "fit", document, everything)
+        state = SavedFit.of(prior, learner)
+        head = {"identity": self.identity, "seconds": self.seconds()}
+        save_state(self.folder, "fit", {**head, **state.document}, state.tensors)
 
     def load(self) -> SavedFit | None:
         """Read where the run stood, if it was saved; raises :class:`CheckpointError` for another run's folder."""
@@ -122,6 +137,17 @@ class SavedFit:
 
     document: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, prior: LatentPrior, learner: StageLearner | None = None) -> SavedFit:
+        """A ladder, and where its next stage stands if that has begun; tensors on the CPU."""
+        config, tensors = prior.state()
+        document: dict[str, Any] = {"prior": config}
+        everything = {f"prior.{k}": v for k, v in tensors.items()}
+        if learner is not None:
+            document["learner"], part = learner.state()
+            everything.update({f"learner.{k}": v for k, v in part.items()})
+        return cls(document, {k: v.detach().cpu() for k, v in everything.items()})
 
     def prior(self, base: torch.distributions.Distribution | None, device: torch.device) -> LatentPrior:
         """The ladder so far; ``base`` gives back a Distribution that it stands on."""

@@ -73,7 +73,7 @@ def start_ladder(
     dtype: torch.dtype,
     kind: Kind | None,
     climb: bool,
-) -> tuple[LatentPrior, Tensor]:
+) -> LatentPrior:
     """Standardise, and fit the base: a ladder of no stages.
 
     A base that is no mixture gets one beside it, as cover for importance sampling on the way up.
@@ -99,7 +99,9 @@ def start_ladder(
     if climb and fitted.name != "gmm":
         near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"), fresh)
         cover = near if isinstance(near, GaussianMixtureBase) else None
-    return LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover), rows
+    prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
+    prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())
+    return prior
 
 
 def _check_precision(whitening: Whitening) -> None:

@@ -12,19 +12,22 @@ from torch import Tensor, nn
 
 from .bases import Base, BlendBase, GaussianMixtureBase
 from .engine import ValueAndGrad
+from .processes import ALONE, Processes
 from .ratios import BoundedRatio, Gain
 from .sampling import LogDensity, smc
-from .sampling.resampling import LogMean, effective_sample_size, log_mean_exp, systematic
+from .sampling.resampling import LogMean, combine_parts, log_mean_exp, systematic
 
 __all__ = ["FreshParticles", "Ladder", "Stage"]
 
 BLOCK = 2048
 MIN_ESS = 0.01
 LEAST_RISE = 0.05
+LEAST_ISLANDS = 8
+"""Of a process: an eighth of them is held out whole."""
 
 
 class FreshParticles(NamedTuple):
-    """Rows of :math:`p_K` never seen before, and how they were made."""
+    """Rows of :math:`p_K` never seen before (of several processes, this one's), and how they were made."""
 
     position: Tensor
     source: str
@@ -151,6 +154,13 @@ class Ladder:
             weights.append(self.log_weight(u))
         return torch.cat(draws), torch.cat(weights)
 
+    def weighed(
+        self, n: int, generator: torch.Generator | None = None, processes: Processes = ALONE
+    ) -> tuple[Tensor, Tensor, LogMean]:
+        """What :meth:`importance` gives, and log Z by the weights of all processes, ``n`` each."""
+        u, log_weights = self.importance(n, generator)
+        return u, log_weights, combine_parts(processes.gather(log_mean_exp(log_weights)), n)
+
     @torch.no_grad()
     def fresh_particles(
         self,
@@ -162,26 +172,34 @@ class Ladder:
         smc_particles: int = 32_768,
         islands: int = 16,
         moves: int = 8,
+        processes: Processes = ALONE,
     ) -> FreshParticles:
         """``n`` rows of the ladder never seen before, and an independent estimate of its log normaliser.
 
         ``draws`` (default ``2 n``) base draws (fewer where they would pass 256 MiB) are resampled while their
         effective share is ``min_ess`` or more: exact, and no Markov chain. Below it at most ``smc_particles`` rows
         are carried down the ladder in independent islands, which stay whole and in order.
+
+        Of several processes each makes a share of the draws, rows and islands, from a generator of its own; log Z and
+        the shares are those of all together. Raises :class:`LearningDivergedError` in all where one cannot go on.
         """
+        rows, draws = processes.share(n), processes.share(draws or 2 * n)
         if not self.ratios:
-            return FreshParticles(self.base.sample(n, generator), "base", LogMean(0.0, 0.0, 1.0), 1.0, 1.0)
-        probe, log_weights = self.importance(16_384, generator)
-        if effective_sample_size(log_weights) >= min_ess:
-            draws = min(draws or 2 * n, max(n // 4, (1 << 26) // probe.shape[1]))
-            u, log_weights = self.importance(draws, generator)
-            estimate = log_mean_exp(log_weights)
+            return FreshParticles(self.base.sample(rows, generator), "base", LogMean(0.0, 0.0, 1.0), 1.0, 1.0)
+        probe, _, expected = self.weighed(processes.share(16_384), generator, processes)
+        if expected.ess >= min_ess:
+            draws = min(draws, max(rows // 4, (1 << 26) // probe.shape[1]))
+            u, log_weights, estimate = self.weighed(draws, generator, processes)
             if estimate.ess >= min_ess:
-                index = systematic(log_weights, n, generator)
+                index = systematic(log_weights, rows, generator)
                 return FreshParticles(u[index], "importance", estimate, estimate.ess, 1.0)
-        m = max(1, min(n, smc_particles) // islands) * islands
+        if processes.count > 1:
+            islands = max(processes.share(islands), LEAST_ISLANDS)
+        m = max(1, min(rows, processes.share(smc_particles)) // islands) * islands
         start = self.start.sample(m, generator)
-        result = smc.run(start, self.path_from(self.start), islands=islands, moves=moves, generator=generator)
+        result = smc.run(
+            start, self.path_from(self.start), islands=islands, moves=moves, generator=generator, processes=processes
+        )
         return FreshParticles(result.position, "smc", result.log_normalizer, result.ess, result.acceptance)
 
 

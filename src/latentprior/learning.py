@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import time
@@ -29,6 +30,7 @@ from .fit_start import Rows, checked_device, fit_identity, split_rows, standardi
 from .ladder import FreshParticles, Stage
 from .latents import as_latents
 from .prior import LatentPrior
+from .processes import Processes, in_unison, launched_processes
 from .stage import LearnedStage, StageLearner, StageSettings, Target, derived_generator
 from .whitening import Kind
 
@@ -54,6 +56,7 @@ def fit(
     resume: bool = False,
     time_budget: float | None = None,
     callbacks: Iterable[Callback] = (),
+    processes: Processes | None = None,
 ) -> LatentPrior:
     r"""Learn :math:`p_K(z) = p_0(z) \prod_{k<K} e^{f_k(z) - c_k}` on latents.
 
@@ -76,6 +79,14 @@ def fit(
     time_budget : seconds this call may take, normaliser included; a stage that has begun is shortened to fit, the
         base is not.
     callbacks : called with every :class:`Event`; what they raise ends the run, which can then be resumed.
+    processes : which ones learn this prior together; by default all that ``accelerate launch`` or ``torchrun`` started.
+
+    Several processes
+    -----------------
+    Under a launcher every process makes this call, with the same latents and arguments, and returns the same prior.
+    The first one fits the base, saves and calls the callbacks; each draws its share of batches, particles and islands
+    on the device that accelerate gives it. A run goes on in any number of processes. Where only one is to call, it
+    passes :class:`SingleProcess() <latentprior.processes.SingleProcess>`, lest it wait for the others.
 
     Returns
     -------
@@ -90,6 +101,8 @@ def fit(
     LearningDivergedError
         When a stage's loss is not finite or its particles cannot be moved, also after a retry at a quarter of the
         learning rate.
+    ProcessLostError
+        When another process of the run has ended.
 
     Warns
     -----
@@ -115,16 +128,26 @@ def fit(
     """
     if max_stages < 0:
         raise InvalidLatentsError(f"max_stages must not be negative, got {max_stages}")
-    run = FitRun(time_budget, tuple(callbacks), None if checkpoint_dir is None else Path(checkpoint_dir))
     settings = settings or StageSettings()
     where = checked_device(device, dtype)
+    processes = processes or launched_processes(device)
+    if processes.count > 1 or device is None:
+        where = processes.device
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    run = FitRun(time_budget, tuple(callbacks), folder, processes)
     if whitening not in (None, *get_args(Kind)):
         raise LatentPriorError(f"unknown whitening {whitening!r}: choose {', '.join(get_args(Kind))}")
     if time_budget is not None and not time_budget >= 0:
         raise LatentPriorError(f"time_budget must be seconds, 0 or more, got {time_budget}")
     target, held_out = split_rows(as_latents(z), validation, seed)
     run.identity = fit_identity(target, held_out, base, seed, dtype, whitening, settings)
-    with locked(run.folder):
+    if len(set(processes.gather((run.identity, max_stages, time_budget is None)))) > 1:
+        raise InvalidLatentsError(
+            "the processes were given different latents or settings: give the same to all, drawn with one seed"
+        )
+    with contextlib.ExitStack() as stack:
+        with in_unison(processes):
+            stack.enter_context(locked(run.folder))
         return _climb(run, target, held_out, base, max_stages, seed, where, dtype, whitening, settings, resume)
 
 
@@ -142,14 +165,17 @@ def _climb(
     resume: bool,
 ) -> LatentPrior:
     """Stand where the run was saved, or fit the base; then add stages until there is a reason to stop."""
-    saved = run.load() if resume else None
-    if saved is not None:
-        prior = saved.prior(base if isinstance(base, torch.distributions.Distribution) else None, where)
-        rows = standardised_rows(*held_out, seed, prior.whitening)
-    else:
-        run.tell("base", message=str(base) if isinstance(base, str) else type(base).__name__)
-        prior, rows = start_ladder(target, held_out, base, seed, where, dtype, whitening, max_stages > 0)
-        prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())
+    given = base if isinstance(base, torch.distributions.Distribution) else None
+    saved, begun = None, None
+    with in_unison(run.processes):
+        if run.processes.rank == 0:
+            saved = run.load() if resume else None
+            if saved is None:
+                run.tell("base", message=base if isinstance(base, str) else type(base).__name__)
+                begun = start_ladder(target, held_out, base, seed, where, dtype, whitening, max_stages > 0)
+    saved = run.processes.first(saved)
+    prior = run.shared(begun, given, where) if saved is None else saved.prior(given, where)
+    rows = standardised_rows(*held_out, seed, prior.whitening)
     aim = Target(target[0], target[1], rows, prior.whitening)
 
     reason, particles = "max_stages", None
@@ -157,7 +183,7 @@ def _climb(
         if not run.time_for(prior.stages):
             reason = "time_budget"
             break
-        learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed)
+        learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, processes=run.processes)
         if saved is not None:
             saved.restore(learner)
             saved = None
@@ -173,14 +199,14 @@ def _climb(
             seconds=time.monotonic() - started, steps=learned.steps, saturated=learned.saturated,
             history=learned.history,
         )  # fmt: skip
-        if not stage.is_worthwhile:
+        if not run.processes.first(stage.is_worthwhile):
             reason = "no rise"
             break
         particles = after
         prior = prior.replaced([*prior.stages, stage])
         run.save(prior, None)
         run.tell("learned", learner.index, learner.step, settings.steps, learned.gain)
-    return _finish(run, prior, rows, seed, reason)
+    return run.shared(_finish(run, prior, rows, seed, reason), given, where)
 
 
 def _learn(
@@ -190,7 +216,7 @@ def _learn(
 
     The last good state is the ladder before the stage: from there it is learned at a quarter of the learning rate.
     """
-    steps, shape = learner.settings.steps, tuple(prior.event_shape)
+    steps = learner.settings.steps
 
     def on_step(now: StageLearner) -> None:
         run.tell("step", now.index, now.step, steps, now.best_gain)
@@ -207,7 +233,7 @@ def _learn(
             if learned.gain.value <= 2 * learned.gain.stderr:
                 return learned, None
             ladder = prior.ladder.extended(learned.ratio)
-            after = StageLearner(learner.target, ladder, learner.settings, shape, learner.seed).particles()
+            after = learner.anew(ladder).particles()
             _check_moved(after, learner.index, learner.learning_rate)
             return learned, after
         except LearningDivergedError as error:
@@ -216,9 +242,7 @@ def _learn(
                 raise
             rate = learner.learning_rate / 4
             warnings.warn(f"{error}; learned once more at {rate:g}", LearningRetriedWarning, stacklevel=4)
-            learner = StageLearner(
-                learner.target, learner.ladder, learner.settings, shape, learner.seed, learning_rate=rate
-            )
+            learner = learner.anew(learning_rate=rate)
     raise AssertionError("unreachable")
 
 
@@ -236,8 +260,8 @@ def _finish(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: st
     """Estimate and bracket log Z on particles that trained nothing; the last stage takes what it corrects."""
     run.tell("normalizer", len(prior.stages))
     stages = list(prior.stages)
-    generator = derived_generator(prior.device, seed, "normalizer")
-    total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.end)
+    generator = derived_generator(prior.device, seed, "normalizer", *run.processes.keys)
+    total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.end, processes=run.processes)
     if stages:
         last = stages[-1]
         rest = sum(stage.log_normalizer for stage in stages[:-1])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .errors import LowESSWarning, NormalizerBracketWarning
 from .ladder import MIN_ESS, Ladder
+from .processes import ALONE, Processes
 from .sampling import mala, smc
-from .sampling.resampling import LogMean, log_mean_exp
+from .sampling.resampling import LogMean, combine_parts, log_mean_exp
 
 __all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "estimate"]
 
@@ -80,6 +81,7 @@ def estimate(
     particles: int = 8192,
     islands: int = 16,
     moves: int = 6,
+    processes: Processes = ALONE,
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
@@ -92,11 +94,14 @@ def estimate(
     Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats, or its ends cross by more than
     that and two standard errors. An end that hangs on a single island (a held-out row in the base's far tail) has no
     error bar to speak of: it crosses nothing where importance sampling gives the value.
+
+    Of several processes each makes a share of draws and islands, from a generator of its own.
     """
     if ladder.length == 0:
         return Normalizer(0.0, 0.0, 1.0, "base", None)
-    ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves)
-    direct = _direct(ladder, held_out.shape[1], generator, draws, tolerance, deadline)
+    islands = processes.count * processes.share(islands)
+    ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves, processes=processes)
+    direct = _direct(ladder, held_out.shape[1], generator, draws, tolerance, deadline, processes)
     if direct.ess >= MIN_ESS / 2:
         # What the data's end shows beyond doubt, draws of the base may have missed.
         missed = max(0.0, ends.width - 2 * ends.stderr)
@@ -124,14 +129,16 @@ def _direct(
     draws: int,
     tolerance: float,
     deadline: float | None,
+    processes: Processes,
 ) -> LogMean:
     weights: list[Tensor] = []
     rows = min(draws, ROUND, (1 << 26) // dim)
+    own = processes.share(rows)
     while True:
         # Only the weights are kept: a round's draws are gone when the next begins.
-        weights.append(ladder.importance(rows, generator)[1])
-        found = log_mean_exp(torch.cat(weights))
-        late = deadline is not None and time.monotonic() >= deadline
+        weights.append(ladder.importance(own, generator)[1])
+        found = combine_parts(processes.gather(log_mean_exp(torch.cat(weights))), own * len(weights))
+        late = deadline is not None and processes.first(time.monotonic() >= deadline)
         if found.stderr < tolerance or found.ess < MIN_ESS / 2 or late or len(weights) * rows >= draws:
             return found
 
@@ -145,16 +152,18 @@ def bracket(
     particles: int = 8192,
     islands: int = 16,
     moves: int = 6,
+    processes: Processes = ALONE,
 ) -> Bracket:
     """Run SMC from the base upwards and from ``held_out`` rows ``(m, d)`` downwards, on the ladder's path.
 
     The held-out rows first take ``2 * moves`` steps that leave the ladder invariant, since they follow q, not
-    quite :math:`p_K`.
+    quite :math:`p_K`. Of several processes each carries a share of the islands, from rows that no other starts from.
     """
+    held_out, particles, islands = processes.stripe(held_out), processes.share(particles), processes.share(islands)
     source = ladder.cover or ladder.base
     path = ladder.path_from(source)
     start = source.sample(particles // islands * islands, generator)
-    forward = smc.run(start, path, islands=islands, moves=moves, generator=generator)
+    forward = smc.run(start, path, islands=islands, moves=moves, generator=generator, processes=processes)
     wanted = min(particles, len(held_out) * 4)
     rows = max(1, wanted // islands) * islands
     repeats = -(-rows // len(held_out))
@@ -163,8 +172,9 @@ def bracket(
     density = ladder.density(ladder.length)
     settled, _ = mala.sample(data, density, steps=2 * moves, generator=generator)
     backward = smc.run(
-        settled, path, start=float(path.length), end=0.0, islands=islands, moves=moves, generator=generator
-    )
+        settled, path, start=float(path.length), end=0.0, islands=islands, moves=moves, generator=generator,
+        processes=processes,
+    )  # fmt: skip
     value, stderr, ess = backward.log_normalizer
     return Bracket(forward.log_normalizer, LogMean(-value, stderr, ess))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import LatentPriorError, LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
+from .processes import ALONE, Processes, agreed, joined
 from .ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from .whitening import Whitening
 
@@ -121,6 +122,9 @@ class StageLearner:
 
     Minimises :func:`~latentprior.ratios.logistic_loss` by AdamW under a cosine schedule; keeps the moving average
     of weights with the best held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
+
+    Of several processes each draws a share of every batch and of the held-out rows' values, from generators of its own;
+    gradients are averaged, and gains and clocks agreed on, so that all learn one network.
     """
 
     def __init__(
@@ -132,9 +136,11 @@ class StageLearner:
         seed: int,
         *,
         learning_rate: float | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.target, self.ladder, self.settings = target, ladder, settings
-        self.seed, self.index = seed, ladder.length
+        self.seed, self.index, self.processes = seed, ladder.length, processes
+        self.event_shape = event_shape
         self.device, self.dtype = target.held_out.device, target.held_out.dtype
         spec = settings.spec(event_shape, ladder.mixture is not None)
         generator = derived_generator(torch.device("cpu"), seed, self.index, "weights")
@@ -151,13 +157,19 @@ class StageLearner:
         dim = target.held_out.shape[1]
         # Small sets take small batches: an evaluation interval then stays a few passes over the rows.
         self.batch = min(settings.batch_size, max(64, len(target.train) // 8))
+        self.share = max(1, self.batch // processes.count)
         self.chunk = max(1, min(3, (1 << 25) // (self.batch * dim * EVALUATE))) * EVALUATE
+
+    def anew(self, ladder: Ladder | None = None, *, learning_rate: float | None = None) -> StageLearner:
+        """One that has learned nothing yet, from the same rows: over another ladder, or at another rate."""
+        return StageLearner(
+            self.target, ladder or self.ladder, self.settings, self.event_shape, self.seed,
+            learning_rate=learning_rate, processes=self.processes,
+        )  # fmt: skip
 
     def particles(self) -> FreshParticles:
         """The first fresh pass: negatives of this stage, and the normaliser of all stages before it."""
-        return self.ladder.fresh_particles(
-            self.chunk * self.batch, derived_generator(self.device, self.seed, self.index, "particles", 0)
-        )
+        return self._fresh(self.chunk * self.batch, "particles", 0)
 
     def learn(
         self,
@@ -174,26 +186,25 @@ class StageLearner:
         own, held_out, effective = self._split(first)
         begun = time.monotonic()
         while not self.finished:
-            if deadline is not None and time.monotonic() >= deadline:
+            if self._late(deadline):
                 break
             chunk = self.step // self.chunk
-            draw = derived_generator(self.device, self.seed, self.index, "target", chunk)
-            positives = self.target.draw(self.chunk * self.batch, draw)
+            positives = self.target.draw(self.chunk * self.share, self._draws("target", chunk))
             negatives = self._negatives(own, first.source, chunk)
             while self.step // self.chunk == chunk and not self.finished:
                 for _ in range(min(EVALUATE, self.settings.steps - self.step)):
                     progress = self.step / self.settings.steps
                     if deadline is not None:
                         spent = (time.monotonic() - begun) / max(1e-9, deadline - begun)
-                        progress = min(1.0, max(progress, spent))
-                    here = (self.step % self.chunk) * self.batch
-                    rows = slice(here, here + self.batch)
-                    wrapped = torch.arange(here, here + self.batch, device=self.device) % len(negatives)
+                        progress = agreed(self.processes, min(1.0, max(progress, spent)), self.device)
+                    here = (self.step % self.chunk) * self.share
+                    rows = slice(here, here + self.share)
+                    wrapped = torch.arange(here, here + self.share, device=self.device) % len(negatives)
                     self._update(positives[rows], negatives[wrapped], progress)
                     on_step(self)
                 self._evaluate(held_out, effective)
                 on_evaluate(self)
-                if deadline is not None and time.monotonic() >= deadline:
+                if self._late(deadline):
                     break
         self.ratio.load_weights(self.best)
         ratio = self.ratio.eval().requires_grad_(False)
@@ -206,25 +217,33 @@ class StageLearner:
         """Whether the schedule or the patience has run out."""
         return self.step >= self.settings.steps or self.waited >= self.settings.patience
 
+    def _draws(self, *keys: int | str) -> torch.Generator:
+        return derived_generator(self.device, self.seed, self.index, *keys, *self.processes.keys)
+
+    def _fresh(self, rows: int, *keys: int | str, draws: int | None = None) -> FreshParticles:
+        return self.ladder.fresh_particles(rows, self._draws(*keys), draws=draws, processes=self.processes)
+
+    def _late(self, deadline: float | None) -> bool:
+        return deadline is not None and self.processes.first(time.monotonic() >= deadline)
+
     def _split(self, first: FreshParticles) -> tuple[Tensor, Tensor, int]:
         if first.source == "smc":
-            # Islands are independent: the last two never touch the rest.
+            # Islands are independent: the last eighth never touches the rest.
             cut = len(first.position) * 7 // 8
-            return first.position[:cut], first.position[cut:], len(first.position) - cut
-        keys = (self.seed, self.index, "held-out particles")
+            effective = self.processes.count * (len(first.position) - cut)
+            return first.position[:cut], first.position[cut:], effective
         rows, draws = HELD_OUT_PARTICLES, 8 * HELD_OUT_PARTICLES
-        held_out = self.ladder.fresh_particles(rows, derived_generator(self.device, *keys), draws=draws)
+        held_out = self._fresh(rows, "held-out particles", draws=draws)
         effective = rows if held_out.source == "base" else min(rows, int(held_out.ess * draws))
         return first.position, held_out.position, effective
 
     def _negatives(self, current: Tensor, source: str, chunk: int) -> Tensor:
         if source == "smc":
-            order = derived_generator(self.device, self.seed, self.index, "order", chunk)
+            order = self._draws("order", chunk)
             return current[torch.randperm(len(current), generator=order, device=self.device)]
         if chunk == 0:
             return current
-        fresh = derived_generator(self.device, self.seed, self.index, "particles", chunk)
-        return self.ladder.fresh_particles(self.chunk * self.batch, fresh).position
+        return self._fresh(self.chunk * self.batch, "particles", chunk).position
 
     def _update(self, positives: Tensor, negatives: Tensor, progress: float) -> None:
         warm = min(1.0, (self.step + 1) / WARM_UP)
@@ -234,6 +253,7 @@ class StageLearner:
         loss = logistic_loss(f[: len(positives)], f[len(positives) :])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
         self.optimizer.step()
         self.step += 1
         decay = min(self.settings.average, self.step / (self.step + 9))
@@ -245,9 +265,11 @@ class StageLearner:
     def _evaluate(self, held_out: Tensor, effective: int) -> None:
         def averaged(u: Tensor) -> Tensor:
             parts = [torch.func.functional_call(self.ratio, self.average, (block,)) for block in u.split(8192)]
-            return torch.cat(parts)
+            return joined(self.processes, torch.cat(parts))
 
-        now = gain(averaged(self.target.held_out), averaged(held_out), effective)
+        rows = self.target.held_out
+        f = averaged(self.processes.stripe(rows))[: len(rows)]
+        now = self.processes.first(gain(f, averaged(held_out), effective))
         if not math.isfinite(now.value):
             raise LearningDivergedError(
                 f"stage {self.index}: the held-out loss is not finite after {self.step} steps at learning rate "

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprior.sampling.resampling import combine_islands, effective_sample_size, log_mean_exp, systematic
+from latentprior.sampling.resampling import (
+    combine_islands,
+    combine_parts,
+    effective_sample_size,
+    log_mean_exp,
+    systematic,
+)
 
 logs = st.lists(st.floats(-30, 30), min_size=1, max_size=12)
 
@@ -50,6 +56,23 @@ def test_systematic_ignores_scale_and_skips_zero_weights(generator: torch.Genera
 
 def test_systematic_from_one_weight(generator: torch.Generator) -> None:
     assert systematic(torch.tensor([3.0]), 4, generator).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("shift", [0.0, -900.0, 900.0])
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_parts_say_together_what_all_weights_say(m: int, shift: float, generator: torch.Generator) -> None:
+    weights = shift + torch.randn(m, 40, generator=generator, dtype=torch.float64) * torch.arange(1.0, m + 1)[:, None]
+    parts = [log_mean_exp(part) for part in weights]
+    assert tuple(combine_parts(parts, 40)) == pytest.approx(tuple(log_mean_exp(weights.flatten())), rel=1e-9)
+
+
+def test_parts_without_any_weight_count_as_zeros() -> None:
+    weights = torch.tensor([[0.3, -1.0, 2.0], [-math.inf, -math.inf, -math.inf]])
+    found = combine_parts([log_mean_exp(part) for part in weights], 3)
+    assert tuple(found) == pytest.approx(tuple(log_mean_exp(weights.flatten())), rel=1e-9)
+    nothing = combine_parts([log_mean_exp(weights[1])] * 2, 3)
+    assert nothing.value == -math.inf
+    assert not nothing.ess >= 0
 
 
 def test_effective_share_formula() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LogMean", "combine_islands", "effective_sample_size", "log_mean_exp", "systematic"]
+__all__ = ["LogMean", "combine_islands", "combine_parts", "effective_sample_size", "log_mean_exp", "systematic"]
 
 
 class LogMean(NamedTuple):
@@ -42,6 +43,28 @@ def log_mean_exp(log_weights: Tensor) -> LogMean:
 def combine_islands(log_estimates: Tensor) -> LogMean:
     """Average independent estimates of one normaliser, ``(islands,)`` logs; the spread gives the standard error."""
     return log_mean_exp(log_estimates)
+
+
+def combine_parts(parts: Sequence[LogMean], rows: int) -> LogMean:
+    r"""What :func:`log_mean_exp` says of all weights, from what it says of parts of ``rows`` weights each.
+
+    With :math:`v_i = \hat Z_i / \hat Z` of part i of m, of n weights: :math:`\sum_i v_i = m`, the squares of all
+    weights sum to :math:`n \hat Z^2 \sum_i v_i^2 / \mathrm{ESS}_i`, and from these follow effective share and spread.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    m, top = len(parts), max(part.value for part in parts)
+    if not math.isfinite(top):
+        return LogMean(top, math.nan, math.nan)
+    value = top + math.log(sum(math.exp(part.value - top) for part in parts) / m)
+    shares = [math.exp(part.value - value) for part in parts]
+    # A part without any weight has neither effective share nor spread.
+    weighty = [(v, part) for v, part in zip(shares, parts, strict=True) if v > 0]
+    squares = sum(v * v / part.ess for v, part in weighty)
+    within = sum((rows - 1) * rows * (v * part.stderr) ** 2 for v, part in weighty) if rows > 1 else 0.0
+    between = rows * sum((v - 1) ** 2 for v in shares)
+    n = m * rows
+    return LogMean(value, math.sqrt((within + between) / (n - 1) / n), m / squares)
 
 
 def systematic(log_weights: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LearningDivergedError
+from ..processes import ALONE, Processes, in_unison, joined
 from . import LogDensity, mala
 from .resampling import LogMean, combine_islands, effective_sample_size, systematic
 
@@ -119,24 +120,28 @@ def run(
     ess: float = 0.5,
     moves: int = 8,
     generator: torch.Generator | None = None,
+    processes: Processes = ALONE,
 ) -> SMCResult:
     r"""Carry particles of :math:`p_{start}` to :math:`p_{end}` (backwards too) and estimate the normaliser.
 
     :math:`\widehat{Z_{end}/Z_{start}}` is unbiased for each island (Del Moral 2004) up to the adaptation of
-    levels and step sizes; their spread gives the standard error.
+    levels and step sizes; their spread gives the standard error. Each of several processes carries islands of its
+    own, on levels and with step sizes of its own: the normaliser and the diagnostics are those of all of them.
     """
     end = float(path.length if end is None else end)
     state = init(position, start, islands)
     lowest, acceptance, levels = 1.0, 0.0, 0
-    while state.t != end:
-        state, info = step(state, path, end, ess=ess, moves=moves, generator=generator)
-        lowest, acceptance, levels = min(lowest, info.ess), acceptance + info.acceptance, levels + 1
+    with in_unison(processes):
+        while state.t != end:
+            state, info = step(state, path, end, ess=ess, moves=moves, generator=generator)
+            lowest, acceptance, levels = min(lowest, info.ess), acceptance + info.acceptance, levels + 1
+    accepted = processes.gather(acceptance / levels if levels else 1.0)
     share = float(torch.bincount(state.family, minlength=len(position)).max()) / len(position)
     return SMCResult(
         state.position,
-        combine_islands(state.log_normalizer),
-        lowest,
-        acceptance / levels if levels else 1.0,
+        combine_islands(joined(processes, state.log_normalizer)),
+        min(processes.gather(lowest)),
+        sum(accepted) / len(accepted),
         levels,
         share,
     )
