@@ -1,0 +1,193 @@
+"""One process of a fit: ``python fit_worker.py FOLDER TASK``, the launcher's variables in the environment."""
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import latentprior as lp
+from latentprior import cli, fit_run, learning, normalizers, stage
+from latentprior.checkpoint import locked
+from latentprior.ladder import Ladder
+from latentprior.processes import Processes, in_unison, joined, launched_processes
+from latentprior.stage import StageLearner
+from latentprior.targets import Banana
+
+SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5)
+OPTIONS: dict[str, Any] = {"base": "normal", "max_stages": 2, "settings": SETTINGS}
+CHAINED: dict[str, Any] = {"min_ess": 2.0, "smc_particles": 1024, "moves": 2}
+"""Options of fresh particles with which they always come from Monte Carlo."""
+
+
+def rows() -> Tensor:
+    return Banana().sample((600,), generator=torch.Generator().manual_seed(0)).float()
+
+
+def figures(prior: lp.LatentPrior) -> dict[str, Tensor]:
+    """Everything a prior is, less the clock, as tensors."""
+    config, tensors = prior.state()
+    total = config["normalizer"]
+    numbers = [total["value"], total["stderr"], prior.info.get("log_prob_held_out", math.nan)]
+    for rung in config["stages"]:
+        notes = rung["diagnostics"]
+        numbers += [rung[key] for key in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")]
+        numbers += [notes[key] for key in ("ess", "acceptance", "log_prob_rise", "steps", "saturated")]
+    return tensors | {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(stage: int, step: int) -> Callable[[lp.Event], None]:
+    """A callback for the first process, which alone hears of events."""
+
+    def callback(event: lp.Event) -> None:
+        if (event.kind, event.stage, event.step) == ("step", stage, step):
+            raise Stop
+
+    return callback
+
+
+def told(make: Callable[[], object]) -> str:
+    """What a call raises, by name and text."""
+    try:
+        make()
+    except lp.LatentPriorError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def poisoned(self: StageLearner, *args: Any, real: Any = StageLearner._update) -> None:
+    """NaN in one process only."""
+    real(self, *args)
+    if (self.index, self.step, self.processes.rank) == (0, 50, 1) and self.learning_rate == 3e-3:
+        next(iter(self.parameters.values())).data.fill_(math.nan)
+
+
+@contextlib.contextmanager
+def clock(pace: float) -> Iterator[None]:
+    """Within this context every look at the clock takes ``pace`` seconds, and nothing else takes any."""
+    ticks = itertools.count()
+    fake = SimpleNamespace(monotonic=lambda: pace * next(ticks))
+    with contextlib.ExitStack() as stack:
+        for module in (fit_run, learning, normalizers, stage):
+            stack.enter_context(mock.patch.object(module, "time", fake))
+        yield
+
+
+def check(folder: Path, processes: Processes) -> None:
+    """Fits and estimates to be compared with those of one process, and of the other processes."""
+    rank = processes.rank
+    found: dict[str, dict[str, Tensor]] = {}
+    found["whole"] = figures(lp.fit(rows(), checkpoint_dir=folder / "run", **OPTIONS))
+    with mock.patch.object(Ladder, "fresh_particles", partial_method(Ladder.fresh_particles, **CHAINED)):
+        found["chained"] = figures(lp.fit(rows(), **OPTIONS))
+    with clock(0.002 * (1 + rank)):
+        found["budget"] = figures(lp.fit(rows(), time_budget=2, **OPTIONS))
+    with mock.patch.object(StageLearner, "_update", poisoned):
+        found["retried"] = figures(lp.fit(rows(), **OPTIONS))
+    found["estimates"] = estimates(lp.LatentPrior.from_pretrained(folder / "prior"), processes)
+    lines = [
+        told(lambda: lp.fit(rows() + rank, **OPTIONS)),
+        told(lambda: lp.fit(rows() * torch.tensor([1.0, 0.0]), **OPTIONS)),
+        told(lambda: collided(folder / "held", processes)),
+        told(lambda: only(processes, 1)),
+    ]
+    (folder / f"told-{rank}.txt").write_text("\n".join(lines))
+    for name, tensors in found.items():
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}-{rank}.safetensors")
+
+
+def collided(folder: Path, processes: Processes) -> None:
+    """Fit into a folder that is held; not by the first process, which wants it."""
+    with locked(folder) if processes.rank == 1 else contextlib.nullcontext():
+        processes.wait()
+        lp.fit(rows(), checkpoint_dir=folder, **OPTIONS)
+
+
+def only(processes: Processes, rank: int) -> None:
+    with in_unison(processes):
+        if processes.rank == rank:
+            raise lp.MissingExtraError("a thing", "flow")
+
+
+def partial_method(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda self, *args, **given: method(self, *args, **{**given, **options})
+
+
+def estimates(prior: lp.LatentPrior, processes: Processes) -> dict[str, Tensor]:
+    """log Z of one ladder by every way there is, value and standard error; and the particles of all processes."""
+    ladder, found = prior.ladder, {}
+
+    def draws(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(10 * seed + processes.rank)
+
+    held_out = prior.whitening.whiten(rows()[:61])
+    total = normalizers.estimate(ladder, held_out, draws(0), draws=20_000, processes=processes)
+    assert total.bracket is not None
+    found["estimate"] = [total.value, total.stderr]
+    found["forward"], found["reverse"] = list(total.bracket.forward)[:2], list(total.bracket.reverse)[:2]
+    particles = {}
+    for name, options in (("importance", {}), ("smc", {**CHAINED, "smc_particles": 2048, "moves": 4})):
+        fresh = ladder.fresh_particles(4096, draws(1), processes=processes, **options)
+        assert fresh.source == name
+        found[name] = list(fresh.log_normalizer)[:2]
+        particles[f"{name} particles"] = joined(processes, fresh.position)
+    return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in found.items()} | particles
+
+
+def resume(folder: Path, processes: Processes) -> None:
+    """Stop a fit in its second stage; the same call then goes on from there."""
+    del processes
+    try:
+        lp.fit(rows(), checkpoint_dir=folder / "stopped", resume=True, callbacks=[stop_at(1, 150)], **OPTIONS)
+    except Stop:
+        sys.exit(3)
+
+
+def command(folder: Path, task: str, processes: Processes) -> int:
+    """``latentprior fit``; in the task ``die`` the last process is killed amid a stage."""
+
+    def fatal(self: StageLearner, *args: Any, real: Any = StageLearner._update) -> None:
+        if (self.step, processes.rank, task) == (250, 1, "die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *args)
+
+    if processes.rank == 0:
+        np.save(folder / "z.npy", rows().numpy())
+    processes.wait()
+    call = ["fit", str(folder / "z.npy"), "--out", str(folder / "out"), "--base", "normal", "--max-stages", "2"]
+    quick = mock.patch.object(cli.learning, "fit", partial(learning.fit, settings=SETTINGS))
+    with quick, mock.patch.object(StageLearner, "_update", fatal):
+        return cli.main([*call, "--json", *(["--resume"] if task == "go on" else [])])
+
+
+def main(arguments: Sequence[str]) -> int:
+    folder, task = Path(arguments[0]), arguments[1]
+    torch.set_num_threads(1)
+    processes = launched_processes()
+    if task in ("die", "go on"):
+        return command(folder, task, processes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        {"check": check, "resume": resume}[task](folder, processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
