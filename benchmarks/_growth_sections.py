@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 from _markdown import produced, spread, table
 
-__all__ = ["draw_scale", "known_truth_section", "scale_section"]
+__all__ = ["draw_scale", "known_truth_section", "processes_section", "scale_section"]
 
 AXES = {"n": "n", "n x 64": "n", "d": "dim", "K": "stages", "particles": "batch_size"}
 """What each sweep changes."""
@@ -83,6 +84,47 @@ def scale_section(document: dict[str, Any]) -> list[str]:
         head = [name, "file, MiB", "reading and base, s", "whole fit, s", "anonymous, MiB", "stages kept"]
         out += [table(head, rows), ""]
     return [*out, "![Seconds and memory of a fit](results/scale.png)", ""]
+
+
+def processes_section(document: dict[str, Any]) -> list[str]:
+    """One process against two on the same cores."""
+    settings, launches = document["settings"], document["launches"]
+    one = statistics.median(launches[0]["seconds_1000_steps"])
+    rows = [
+        [
+            str(launch["processes"]),
+            str(launch["threads"]),
+            spread(launch["seconds_1000_steps"], ".1f"),
+            f"{one / statistics.median(launch['seconds_1000_steps']):.2f}",
+            spread(launch["normalizer_seconds"], ".1f"),
+            spread(launch["fit_seconds"], ".0f"),
+            spread(launch["log_prob_held_out"], ".3f"),
+            f"{launch['log_normalizer'][0]:.4f} ± {launch['log_normalizer_stderr'][0]:.4f}",
+        ]
+        for launch in launches
+    ]
+    head = [
+        "processes",
+        "threads each",
+        "1,000 steps, s",
+        "times as fast",
+        "log Z, s",
+        "whole fit, s",
+        "held out, nats",
+    ]
+    return [
+        "## Several processes",
+        "",
+        f"`python benchmarks/scale.py --processes`. {produced(document)}",
+        "",
+        f"One stage of width {settings['width']} on n = {settings['n']:,} rows of d = {settings['dim']}, base "
+        f"{settings['base']}, {settings['batch_size']:,} rows a batch of all processes together; medians of "
+        f"{settings['repeats']} runs, and their range. Held-out evaluations count as part of the steps. The base is "
+        "fitted by the first process alone.",
+        "",
+        table([*head, "log Z, nats"], rows),
+        "",
+    ]
 
 
 def draw_scale(document: dict[str, Any], path: Path) -> None:

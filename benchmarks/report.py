@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _growth_sections import draw_scale, known_truth_section, scale_section
+from _growth_sections import draw_scale, known_truth_section, processes_section, scale_section
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _latent_sections import latents_headline, latents_sections
 from _markdown import produced, spread, table
@@ -50,6 +50,7 @@ def main() -> None:
         ("faults", faults_section),
         ("calibration", calibration_section),
         ("scale", scale_section),
+        ("processes", processes_section),
         ("speed", speed_section),
         ("load", load_section),
         ("soak", soak_section),

@@ -1,11 +1,15 @@
 """Time and memory of fit against rows n, coordinates d, stages K and particles.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --processes
 
 Each point is a fit in a process of its own, with stages far shorter than the defaults so that all points together take
 minutes: what is shown is how the cost grows, not what a good fit costs. Seconds are those that cores spent, user and
 system, so that other work on the machine hardly counts. Memory is watched from outside: what the process asked for,
 without the pages of its memory-mapped rows. Files are written in blocks into a temporary folder and deleted at once.
+
+With ``--processes`` instead: seconds of 1,000 steps of a stage by one process and by two, with the same batch of all
+processes together, and the density that comes of it. It needs two cores without other work.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +44,11 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     # Fresh particles a pass: 200 steps of a batch.
     "particles": [{"batch_size": b, "n": 10**5} for b in (256, 1024, 4096)],
 }
+
+
+SHARED: dict[str, Any] = {"n": 50_000, "dim": 64, "base": "gmm:8", "batch_size": 1024, "width": 256, "steps": 1000}
+"""One stage of the default width on what is about the size of the sets that fits are measured on."""
+LAUNCHES = [{"processes": 1, "threads": 1}, {"processes": 1, "threads": 2}, {"processes": 2, "threads": 1}]
 
 
 def make(path: Path, n: int, dim: int) -> None:
@@ -82,12 +93,71 @@ def child(path: str, point: dict[str, Any], threads: int) -> None:
     print(json.dumps(figures))
 
 
+def member(path: str, threads: int) -> None:
+    """One of the processes that fit together; the first prints figures."""
+    torch.set_num_threads(threads)
+    settings = lp.StageSettings(width=SHARED["width"], steps=SHARED["steps"], batch_size=SHARED["batch_size"])
+    clock: dict[str, float] = {}
+
+    def mark(event: lp.Event) -> None:
+        clock.setdefault(event.kind, time.monotonic())
+        clock[f"last {event.kind}"] = time.monotonic()
+        clock["steps"] = max(clock.get("steps", 0), event.step)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prior = lp.fit(path, max_stages=1, base=SHARED["base"], settings=settings, callbacks=[mark])
+    if not clock:
+        return
+    spent = clock["last evaluate"] - clock["step"]
+    figures = {
+        "seconds_1000_steps": 1000 * spent / (clock["steps"] - 1),
+        "normalizer_seconds": clock["end"] - clock["normalizer"],
+        "fit_seconds": clock["end"] - clock["base"],
+        "log_prob_held_out": prior.info["log_prob_held_out"],
+        "log_normalizer": prior.normalizer.value,
+        "log_normalizer_stderr": prior.normalizer.stderr,
+    }
+    print(json.dumps(figures))
+
+
+def in_processes(repeats: int) -> None:
+    """Every launch in turn, several times over, so that what else the machine does meets all of them."""
+    found: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.npy"
+        make(path, SHARED["n"], SHARED["dim"])
+        for _ in range(repeats):
+            for launch in LAUNCHES:
+                alone = launch["processes"] == 1
+                several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['processes']}"]
+                command = [sys.executable, *([] if alone else several), __file__, "--threads", str(launch["threads"])]
+                ended = subprocess.run([*command, "--member", str(path)], check=True, capture_output=True, text=True)
+                found[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
+                print(launch, found[json.dumps(launch)][-1], flush=True)
+    launches = [
+        {**json.loads(launch), **{key: [run[key] for run in runs] for key in runs[0]}} for launch, runs in found.items()
+    ]
+    one, *_, two = (statistics.median(launch["seconds_1000_steps"]) for launch in launches)
+    print(f"two processes of one thread: {one / two:.2f} times as fast as one")
+    write_results("processes", {"launches": launches}, threads=1, settings={**SHARED, "repeats": repeats})
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--threads", type=int, default=2)
     ask.add_argument("--only", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
+    ask.add_argument("--processes", action="store_true", help="one process against two, in place of the sweeps")
+    ask.add_argument("--repeats", type=int, default=3, help="of --processes")
     ask.add_argument("--child", nargs=2)
+    ask.add_argument("--member")
     call = ask.parse_args()
+    if call.member:
+        member(call.member, call.threads)
+        return
+    if call.processes:
+        in_processes(call.repeats)
+        return
     if call.child:
         child(call.child[0], json.loads(call.child[1]), call.threads)
         return
