@@ -427,7 +427,9 @@ def test_divergence_is_mended_by_a_smaller_step(quick: Fit, poisoned: None, tmp_
 def test_particles_that_stand_still_are_named(quick: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     real = StageLearner.particles
     monkeypatch.setattr(
-        StageLearner, "particles", lambda self: real(self)._replace(acceptance=0.001 if self.index else 1.0)
+        StageLearner,
+        "particles",
+        lambda self, last=False: real(self, last)._replace(acceptance=0.001 if self.index else 1.0),
     )
     with (
         pytest.warns(lp.LearningRetriedWarning),
@@ -505,7 +507,7 @@ def test_unknown_base(quick: Fit) -> None:
 
 
 SENSELESS = [{"batch_size": 0}, {"width": 0}, {"bound": 0.0}, {"ratio": "x"}, {"learning_rate": math.inf}]
-SENSELESS += [{"weight_decay": math.nan}, {"average": 2.0}, {"bound": math.inf}]
+SENSELESS += [{"weight_decay": math.nan}, {"average": 2.0}, {"bound": math.inf}, {"precision": "float16"}]
 
 
 @pytest.mark.parametrize("bad", SENSELESS)

@@ -1,5 +1,7 @@
 import math
+import time
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,25 @@ def test_poor_overlap_gives_the_middle_of_the_bracket_and_warns() -> None:
     assert got.bracket is not None
     assert got.value == pytest.approx(0.5 * (got.bracket.forward.value + got.bracket.reverse.value))
     assert got.stderr >= 0.5 * got.bracket.width
+
+
+@pytest.mark.filterwarnings("ignore::latentprior.NormalizerBracketWarning")
+def test_late_estimates_take_fewer_particles(
+    ladder: Ladder, held_out: Tensor, log_z: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def spied(*args: Any, particles: int, **options: Any) -> Any:
+        taken.append(particles)
+        return bracket(*args, particles=particles, **options)
+
+    monkeypatch.setattr("latentprior.normalizers.bracket", spied)
+    for seconds in (-1.0, 1e6):
+        late = time.monotonic() + seconds
+        got = estimate(ladder, held_out, torch.Generator().manual_seed(0), draws=1 << 14, particles=4096, deadline=late)
+        # 5 standard errors: 1 in 1.7 million.
+        assert abs(got.value - log_z) < 5 * got.stderr
+    assert taken == [1024, 4096]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 5000])

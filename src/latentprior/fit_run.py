@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .checkpoint import UNFIT, load_state, save_state, tensors_under
 from .errors import CheckpointError
-from .ladder import Stage
 from .prior import LatentPrior
 from .processes import Processes
 from .ratios import Gain
@@ -87,13 +86,12 @@ class FitRun:
         for callback in self.callbacks:
             callback(Event(kind, stage, step, steps, value, stderr, self.seconds(), message))
 
-    def time_for(self, stages: tuple[Stage, ...]) -> bool:
-        """Whether there is time for a stage after these."""
+    def time_for(self, seconds: float) -> bool:
+        """Whether there is time for another stage, after one that took ``seconds``."""
         if self.deadline is None:
             return True
         left = self.deadline - time.monotonic()
-        last = stages[-1].diagnostics.get("seconds", 0.0) if stages else 0.0
-        return self.processes.first(left > SHORTEST_STAGE * last and left > 0)
+        return self.processes.first(left > SHORTEST_STAGE * seconds and left > 0)
 
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device

@@ -180,7 +180,7 @@ def _climb(
 
     reason, particles = "max_stages", None
     while len(prior.stages) < max_stages:
-        if not run.time_for(prior.stages):
+        if not run.time_for(prior.stages[-1].diagnostics.get("seconds", 0.0) if prior.stages else 0.0):
             reason = "time_budget"
             break
         learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, processes=run.processes)
@@ -190,7 +190,7 @@ def _climb(
         particles = particles or learner.particles()
         run.tell("stage", learner.index, learner.step, settings.steps, message=particles.source)
         started = time.monotonic()
-        learned, after = _learn(run, prior, learner, particles)
+        learned, after = _learn(run, prior, learner, particles, len(prior.stages) + 1 == max_stages)
         if after is None:
             reason = "no gain" if learned.history else "time_budget"
             break
@@ -210,13 +210,13 @@ def _climb(
 
 
 def _learn(
-    run: FitRun, prior: LatentPrior, learner: StageLearner, particles: FreshParticles
+    run: FitRun, prior: LatentPrior, learner: StageLearner, particles: FreshParticles, last: bool
 ) -> tuple[LearnedStage, FreshParticles | None]:
     """Learn a stage, and draw particles of the ladder with it if it has gained; retried once where it diverges.
 
     The last good state is the ladder before the stage: from there it is learned at a quarter of the learning rate.
     """
-    steps = learner.settings.steps
+    steps, started = learner.settings.steps, time.monotonic()
 
     def on_step(now: StageLearner) -> None:
         run.tell("step", now.index, now.step, steps, now.best_gain)
@@ -233,7 +233,8 @@ def _learn(
             if learned.gain.value <= 2 * learned.gain.stderr:
                 return learned, None
             ladder = prior.ladder.extended(learned.ratio)
-            after = learner.anew(ladder).particles()
+            last = last or not run.time_for(time.monotonic() - started)
+            after = learner.anew(ladder).particles(last)
             _check_moved(after, learner.index, learner.learning_rate)
             return learned, after
         except LearningDivergedError as error:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ def derived_generator(device: torch.device, *keys: int | str) -> torch.Generator
     """A generator seeded by a hash of ``keys``: any part of a run can be repeated without replaying the rest."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for matrix products of bfloat16, by which they are faster than float32's."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ class StageSettings:
     """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3
     """Evaluations without a better held-out loss after which a stage ends."""
+    precision: Precision = "auto"
+    """Of the matrix products that training takes: ``float32``, ``bfloat16``, or ``auto``, the latter where the
+    processor multiplies it natively. Weights, their average, gains and the learned ratio are in the prior's dtype."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
@@ -56,6 +70,8 @@ class StageSettings:
             raise LatentPriorError("width, batch_size and patience must be 1 or more, depth and steps 0 or more")
         if not 0 < self.bound < math.inf or not 0 < self.learning_rate < math.inf:
             raise LatentPriorError("bound and learning_rate must be positive and finite")
+        if self.precision not in get_args(Precision):
+            raise LatentPriorError(f"unknown precision {self.precision!r}: choose {', '.join(get_args(Precision))}")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.average <= 1:
             raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
 
@@ -115,6 +131,7 @@ class LearnedStage(NamedTuple):
 EVALUATE = 100
 WARM_UP = 50
 HELD_OUT_PARTICLES = 8192
+LAST_PARTICLES = 65_536
 
 
 class StageLearner:
@@ -152,6 +169,8 @@ class StageLearner:
         self.optimizer = torch.optim.AdamW(
             self.ratio.parameters(), lr=self.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
+        native = settings.precision == "auto" and self.dtype == torch.float32 and multiplies_bfloat16(self.device)
+        self.halved = native or settings.precision == "bfloat16"
         self.step, self.waited, self.best_gain = 0, 0, Gain(-math.inf, 0.0)
         self.history: list[float] = []
         dim = target.held_out.shape[1]
@@ -167,9 +186,13 @@ class StageLearner:
             learning_rate=learning_rate, processes=self.processes,
         )  # fmt: skip
 
-    def particles(self) -> FreshParticles:
-        """The first fresh pass: negatives of this stage, and the normaliser of all stages before it."""
-        return self._fresh(self.chunk * self.batch, "particles", 0)
+    def particles(self, last: bool = False) -> FreshParticles:
+        """The first fresh pass: negatives of this stage, and the normaliser of all stages before it.
+
+        ``last``: no stage will learn from them, and the normaliser is all that is wanted.
+        """
+        rows = self.chunk * self.batch
+        return self._fresh(min(rows, LAST_PARTICLES) if last else rows, "particles", 0)
 
     def learn(
         self,
@@ -249,7 +272,11 @@ class StageLearner:
         warm = min(1.0, (self.step + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
-        f = self.ratio(torch.cat([positives, negatives]))
+        u = torch.cat([positives, negatives])
+        # A mixture's distances would lose too much.
+        features = self.ratio.features and self.ratio.features(u)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved):
+            f = self.ratio(u, features).to(self.dtype)
         loss = logistic_loss(f[: len(positives)], f[len(positives) :])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

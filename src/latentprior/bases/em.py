@@ -83,9 +83,11 @@ def expectation_maximisation(
         def responsibilities(block: Tensor, terms: Callable[[Tensor], Tensor] = terms) -> Tensor:
             nonlocal total
             value = terms(block)
-            log_prob = torch.logsumexp(value, 1, keepdim=True)
-            total += float(log_prob.double().sum())
-            return (value - log_prob).exp()
+            highest = value.amax(1, keepdim=True)
+            shares = value.sub_(highest).exp_()
+            mass = shares.sum(1, keepdim=True)
+            total += float((highest + mass.log()).double().sum())
+            return shares.div_(mass)
 
         rows = draw()
         sums = _sums(rows, n_components, responsibilities)
