@@ -1,4 +1,5 @@
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -193,6 +194,20 @@ def test_mixture_chooses_its_size_on_held_out_rows(generator: torch.Generator) -
     normal = torch.randn(2000, 2, generator=generator)
     # A second component may win a thousandth of a nat on 500 rows by chance, and is kept then; four must not.
     assert GaussianMixtureBase.fit(normal[:1500], normal[1500:], generator=generator).n_components <= 2
+
+
+def test_late_mixtures_stay_small_and_time_enough_changes_nothing(generator: torch.Generator) -> None:
+    centres = torch.tensor([[-6.0, 0.0], [6.0, 0.0], [0.0, 6.0], [0.0, -6.0]])
+    x = centres[torch.arange(2000) % 4] + torch.randn(2000, 2, generator=generator)
+
+    def means(deadline: float | None) -> Tensor:
+        same = torch.Generator().manual_seed(1)
+        return GaussianMixtureBase.fit(x[:1500], x[1500:], generator=same, deadline=deadline).means
+
+    now = time.monotonic()
+    assert len(means(now - 1)) == 1
+    assert torch.equal(means(now + 3600), means(None))
+    assert len(means(None)) >= 4
 
 
 def test_mixture_needs_rows(rows: Tensor, generator: torch.Generator) -> None:

@@ -73,6 +73,7 @@ def start_ladder(
     dtype: torch.dtype,
     kind: Kind | None,
     climb: bool,
+    deadline: float | None = None,
 ) -> LatentPrior:
     """Standardise, and fit the base: a ladder of no stages.
 
@@ -94,10 +95,10 @@ def start_ladder(
         return whitening.whiten(latents.draw(some[:FIT_ROWS], generator, device=device, dtype=dtype))
 
     fresh = redraw if latents.is_posterior else None
-    fitted = fit_base(base, u, rows, whitening, generator, fresh)
+    fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline)
     cover = None
     if climb and fitted.name != "gmm":
-        near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"), fresh)
+        near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"), fresh, deadline)
         cover = near if isinstance(near, GaussianMixtureBase) else None
     prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
     prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())

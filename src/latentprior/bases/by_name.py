@@ -29,10 +29,12 @@ def fit_base(
     whitening: Whitening,
     generator: torch.Generator | None = None,
     redraw: Callable[[], Tensor] | None = None,
+    deadline: float | None = None,
 ) -> Base:
     """Make the base ``kind`` from standardised rows; ``"gmm:20"`` fixes the number of components.
 
-    ``redraw`` gives new draws of the rows, where the latents are posteriors.
+    ``redraw`` gives new draws of the rows, where the latents are posteriors. A mixture that would not be done by the
+    ``deadline`` (:func:`time.monotonic`) does without more components or members.
 
     Raises :class:`LatentPriorError` for an unknown name, :class:`MissingExtraError` where an extra is absent.
     """
@@ -48,7 +50,9 @@ def fit_base(
         base = FlowBase.fit(train, validation, generator=generator)
     elif kind == "gmm" or (kind.startswith("gmm:") and kind[4:].isdecimal() and int(kind[4:]) > 0):
         k = int(kind[4:]) if kind != "gmm" else None
-        base = GaussianMixtureBase.fit(train, validation, n_components=k, generator=generator, redraw=redraw)
+        base = GaussianMixtureBase.fit(
+            train, validation, n_components=k, generator=generator, redraw=redraw, deadline=deadline
+        )
     else:
         raise LatentPriorError(
             f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow or give a torch Distribution"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -72,6 +73,7 @@ class GaussianMixtureBase(Base):
         n_components: int | None = None,
         generator: torch.Generator | None = None,
         redraw: Callable[[], Tensor] | None = None,
+        deadline: float | None = None,
     ) -> GaussianMixtureBase:
         r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
 
@@ -83,6 +85,7 @@ class GaussianMixtureBase(Base):
         rise of 0.004 nats, since averaging and the ladder mend what a rough mixture leaves.
 
         ``redraw`` gives new draws of the rows, where the latents are posteriors; each iteration of EM sees others.
+        No mixture is begun that would not be done by the ``deadline`` (:func:`time.monotonic`), by the last one's time.
 
         Raises :class:`LatentPriorError` for fewer rows than components.
         """
@@ -117,17 +120,22 @@ class GaussianMixtureBase(Base):
         if n < 2:
             one = torch.ones(1, dtype=torch.float64, device=train.device)
             return cls(one, one.new_zeros(1, d), torch.eye(d, dtype=one.dtype, device=one.device)[None])
+        begun = time.monotonic()
         k, failed, best = 1, 0, fitted(1)
-        here = level(best)
+        here, took = level(best), time.monotonic() - begun
+
+        def in_time(seconds: float) -> bool:
+            return deadline is None or time.monotonic() + seconds <= deadline
+
         limit = min(MOST_COMPONENTS, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d)))
-        while failed < 2 and 2 * k <= limit:
-            k, failed = 2 * k, failed + 1
+        while failed < 2 and 2 * k <= limit and in_time(2 * took):
+            k, failed, begun = 2 * k, failed + 1, time.monotonic()
             candidate = fitted(k)
-            there = level(candidate)
+            there, took = level(candidate), time.monotonic() - begun
             if _rises(here, there, 0.01):
                 best, here, failed = candidate, there, 0
         members, bag = [best], best
-        while best.n_components > 1 and len(members) < MEMBERS:
+        while best.n_components > 1 and len(members) < MEMBERS and in_time(took):
             members.append(fitted(best.n_components))
             candidate = cls._average(members)
             there = level(candidate)
