@@ -13,6 +13,8 @@ from PIL import Image
 
 import latentprior as lp
 from latentprior import learning, training_command
+from latentprior.baselines import two_stage_vae
+from latentprior.checkpoint import read_config
 from latentprior.cli import main
 from latentprior.configs import METHODS, OURS, read_recipe
 from latentprior.generator import run as training_run
@@ -372,6 +374,26 @@ def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path
             assert "state saved" in run(*call("p"), "--resume")[2]
     assert_refused(run(*call("p"), "--resume", "--set", "joint.steps=41"), "another folder", code=1)
     monkeypatch.setattr(two_phase._AutoencoderLearner, "update", None)
+    assert run(*call("p"), "--resume")[0] == 0
+    assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
+    assert not (tmp_path / "p" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(("method", "kind", "event"), [("vae", "autoencoder", 2), ("two-stage-vae", "prior", 3)])
+def test_a_stopped_rival_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypatch, method, kind, event):
+    monkeypatch.setattr(two_phase, "SAVE_EVERY", 2)
+    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 2)
+
+    def call(name):
+        chosen = settings(f"method={method}", *NETWORK, *RIVALS[method])
+        return ["train", work / "i.npz", "--out", tmp_path / name, *chosen, "--json"]
+
+    assert run(*call("whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, kind, TrainingEvent, event)
+        assert "go on with: latentprior train " in run(*call("p"))[2]
+    folder = tmp_path / "p" / "checkpoint" / ("second" if kind == "prior" else "autoencoder")
+    assert read_config(folder, folder.name)["step"] == 2
     assert run(*call("p"), "--resume")[0] == 0
     assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
     assert not (tmp_path / "p" / "checkpoint").exists()

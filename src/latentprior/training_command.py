@@ -34,7 +34,10 @@ __all__ = ["train"]
 
 SHOWN = 64
 """Images on ``samples.png``."""
-SAVED = (("", "training"), ("autoencoder", "autoencoder"), ("prior", "fit"), ("joint", "training"), ("refit", "fit"))
+SAVED = (
+    ("", "training"), ("autoencoder", "autoencoder"), ("prior", "fit"), ("second", "second"), ("joint", "training"),
+    ("refit", "fit"),
+)  # fmt: skip
 """Folders in DIR/checkpoint, and the kind of what each holds."""
 Callbacks = Sequence[Callable[[Any], None]]
 
@@ -74,7 +77,7 @@ def train(
     DIR gets the model, config.yaml, log.jsonl (curves), metrics.json and samples.png.
 
     Runs of the method joint also start under accelerate launch and torchrun. The method is one of joint, two-phase,
-    alternating, and the rivals vae, rae, sri, lebm, ncp-vae, two-stage-vae, gmm and flow, which leave no checkpoint.
+    alternating, and the rivals vae, rae, sri, lebm, ncp-vae, two-stage-vae, gmm and flow.
 
     [bold]Examples:[/]
 
@@ -214,7 +217,8 @@ def _learn(
     elif recipe.method in ("two-phase", "alternating"):
         _with_autoencoder(model, images, recipe, checkpoint, seed, resume, heard, fit_heard)
     else:
-        rival(recipe.method)(model, images, recipe.rival_config(), seed=seed, callbacks=heard)
+        how = {"seed": seed, "checkpoint_dir": checkpoint, "resume": resume, "callbacks": heard}
+        rival(recipe.method)(model, images, recipe.rival_config(), **how)
 
 
 def _with_autoencoder(
