@@ -124,7 +124,8 @@ def fit(
         raise LatentPriorError(f"time_budget must be seconds, 0 or more, got {time_budget}")
     target, held_out = split_rows(as_latents(z), validation, seed)
     run.identity = fit_identity(target, held_out, base, seed, dtype, whitening, settings)
-    with locked(run.folder):
+    # Nothing can be learned in a caller's torch.inference_mode().
+    with torch.inference_mode(False), locked(run.folder):
         return _climb(run, target, held_out, base, max_stages, seed, where, dtype, whitening, settings, resume)
 
 

@@ -15,6 +15,7 @@ from .bases import DistributionBase
 from .blueprint import built_for
 from .checkpoint import UNFIT, load_state, save_state
 from .configs import Recipe, read_recipe
+from .draws import check_options
 from .errors import CheckpointError, LatentPriorError
 from .generator.model import LatentVariableModel
 from .generator.networks import build_encoder, build_generator, network_spec
@@ -82,7 +83,14 @@ def image_size(folder: Path) -> int | None:
 def sampler_options(model: LatentVariableModel) -> dict[str, Any]:
     """How the paper of the model's method samples, as arguments of ``generate``; SMC where it does not say."""
     found = model.prior.info.get("sampler")
-    return dict(found) if isinstance(found, Mapping) else {"sampler": "smc"}
+    if not isinstance(found, Mapping):
+        return {"sampler": "smc"}
+    sampler, options = found.get("sampler"), {name: value for name, value in found.items() if name != "sampler"}
+    try:
+        check_options(sampler, options)
+    except (LatentPriorError, TypeError) as error:
+        raise CheckpointError(f"the model's own sampler cannot be used ({error}): choose one with --sampler") from None
+    return {"sampler": sampler, **options}
 
 
 def _second(model: LatentVariableModel) -> TwoStageDistribution | None:
