@@ -368,7 +368,5 @@ class _Potential(nn.Module):
         value = self.g(self.whitening.unwhiten(u).reshape(len(u), *self.event_shape))
         if not isinstance(value, Tensor) or value.shape != (len(u),):
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise LatentPriorError(
-                f"the tilt returned {found} for {len(u)} rows: return one log potential a row"
-            )
+            raise LatentPriorError(f"the tilt returned {found} for {len(u)} rows: return one log potential a row")
         return value.to(u)
