@@ -48,7 +48,7 @@ def check_options(sampler: Any, options: Mapping[str, Any]) -> None:
                 raise LatentPriorError(f"ess must be above 0 and at most 1, got {value!r}")
         else:
             least = 0 if name in ("moves", "steps") else 1
-            if not (number and isinstance(value, Integral) and value >= least):
+            if not (number and isinstance(value, Integral) and int(value) >= least):
                 raise LatentPriorError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 
