@@ -105,7 +105,7 @@ pictures: $(DEV) ## draw the pictures of the documentation anew, screenshots by 
 	  tests/report/test_browser.py tests/explorer/test_browser.py
 
 benchmarks: $(DEV) ## run the benchmark scripts, then rewrite benchmarks/RESULTS.md
-	@$(PIP) install --quiet -c constraints.txt -e ".[benchmark]"
+	@$(PIP) install --quiet -c constraints.txt -e ".[benchmark,fuzz]"
 	@set -e; for script in $(BENCHMARKS); do echo "==> $$script"; $(BIN)/python "$$script"; done
 	$(BIN)/python benchmarks/report.py
 

@@ -14,6 +14,8 @@ __all__ = [
     "draw_soak",
     "faults_section",
     "faults_table",
+    "fuzz_section",
+    "fuzz_table",
     "load_section",
     "load_table",
     "soak_section",
@@ -104,6 +106,31 @@ def faults_section(document: dict[str, Any]) -> list[str]:
         "a kill left behind was loaded.",
         "",
         faults_table(document),
+        "",
+    ]
+
+
+def fuzz_table(document: dict[str, Any]) -> str:
+    """What each search ran."""
+    rows = [
+        [name, f"{row['processor_seconds']:.0f}", f"{row['inputs']:,}", f"{row['edges']:,}", str(row["findings"])]
+        for name, row in document["targets"].items()
+    ]
+    return table(["files", "processor, s", "inputs", "edges reached", "findings"], rows)
+
+
+def fuzz_section(document: dict[str, Any]) -> list[str]:
+    """E6: hostile files under coverage-guided search."""
+    return [
+        "## Hostile files",
+        "",
+        f"`python benchmarks/fuzz.py`. {produced(document)}",
+        "",
+        f"Coverage-guided search (atheris), {document['settings']['seconds']} s of clock a kind of file; the core had "
+        "other work, so the processor's seconds are given, the start included. Kinds that a run has not reached are "
+        "not in the table.",
+        "",
+        fuzz_table(document),
         "",
     ]
 

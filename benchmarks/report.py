@@ -21,6 +21,8 @@ from _trust_sections import (
     draw_soak,
     faults_section,
     faults_table,
+    fuzz_section,
+    fuzz_table,
     load_section,
     load_table,
     soak_section,
@@ -48,6 +50,7 @@ def main() -> None:
     for name, section in (
         ("known_truth", known_truth_section),
         ("faults", faults_section),
+        ("fuzz", fuzz_section),
         ("calibration", calibration_section),
         ("scale", scale_section),
         ("processes", processes_section),
@@ -83,13 +86,14 @@ def main() -> None:
         draw_scale(scale, HERE / "results" / "scale.png")
     if speed := read_results("speed"):
         draw_speed(speed, HERE / "results" / "speed.png")
-    measured = {name: read_results(name) for name in ("faults", "calibration", "load", "soak")}
+    measured = {name: read_results(name) for name in ("faults", "fuzz", "calibration", "load", "soak")}
     if all(measured.values()):
         soak = measured["soak"]
         draw_soak(soak, HERE / "results" / "soak.png")
         draw_soak(soak, HERE.parent / "docs" / "images" / "soak.png")
         tables = {
             "kills": faults_table(measured["faults"]),
+            "fuzz": fuzz_table(measured["fuzz"]),
             "coverage": calibration_table(measured["calibration"]),
             "load": load_table(measured["load"]),
             "soak": soak_section(soak)[4],

@@ -283,6 +283,21 @@ def test_nested_configurations_are_damaged_at_any_depth(saved: Path, depth: int)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_links_put_in_place_of_what_is_written_lead_nowhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    (hostile / ".lock").symlink_to(victim)
+    with pytest.raises(CheckpointError, match="cannot save"), locked(hostile):
+        pass
+    (hostile / f".config.json.{os.getpid()}.partial").symlink_to(victim)
+    save_state(hostile, "prior", {"number": 1}, OLD)
+    assert load_state(hostile, "prior")[0]["number"] == 1
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_a_folder_is_one_runs_only(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     with locked(folder):

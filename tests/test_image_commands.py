@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -13,14 +14,17 @@ from PIL import Image
 
 import latentprior as lp
 from latentprior import learning, training_command
+from latentprior.baselines import two_stage_vae
+from latentprior.checkpoint import read_config
 from latentprior.cli import main
 from latentprior.configs import METHODS, OURS, read_recipe
+from latentprior.errors import CheckpointError
 from latentprior.generator import run as training_run
 from latentprior.generator import two_phase
 from latentprior.generator.training import TrainingEvent
 from latentprior.images import read_images
 from latentprior.metrics import average_precision
-from latentprior.model_folders import load_model
+from latentprior.model_folders import load_model, sampler_options
 from latentprior.progress import Stopped
 
 NETWORK = ("network.width=16", "network.latent_dim=2")
@@ -375,6 +379,67 @@ def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path
     assert run(*call("p"), "--resume")[0] == 0
     assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
     assert not (tmp_path / "p" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(("method", "kind", "event"), [("vae", "autoencoder", 2), ("two-stage-vae", "prior", 3)])
+def test_a_stopped_rival_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypatch, method, kind, event):
+    monkeypatch.setattr(two_phase, "SAVE_EVERY", 2)
+    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 2)
+
+    def call(name):
+        chosen = settings(f"method={method}", *NETWORK, *RIVALS[method])
+        return ["train", work / "i.npz", "--out", tmp_path / name, *chosen, "--json"]
+
+    assert run(*call("whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, kind, TrainingEvent, event)
+        assert "go on with: latentprior train " in run(*call("p"))[2]
+    folder = tmp_path / "p" / "checkpoint" / ("second" if kind == "prior" else "autoencoder")
+    assert read_config(folder, folder.name)["step"] == 2
+    assert run(*call("p"), "--resume")[0] == 0
+    assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
+    assert not (tmp_path / "p" / "checkpoint").exists()
+
+
+def test_a_run_of_another_method_is_not_gone_on_with(run, work, tmp_path):
+    call = ["train", work / "i.npz", "--out", tmp_path / "p"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "evaluate", object)
+        assert run(*call, *settings(*NETWORK, *JOINT))[0] == 1
+    assert_refused(run(*call, *settings(*NETWORK, STEPS, "method=vae"), "--resume"), "another method than vae")
+    assert (tmp_path / "p" / "checkpoint" / "config.json").exists()
+
+
+def test_a_second_vae_is_read_with_its_own_model_alone(run, work, tmp_path):
+    def trained(method, *more):
+        chosen = settings(f"method={method}", *NETWORK, *RIVALS[method])
+        assert run("train", work / "i.npz", "--out", tmp_path / "m", *chosen, *more)[0] == 0
+
+    trained("two-stage-vae")
+    second = tmp_path / "m" / "model" / "second"
+    assert load_model(tmp_path / "m").prior.base.name == "distribution"
+    shutil.copytree(second, tmp_path / "old")
+    trained("two-stage-vae", "--seed", "7")
+    # As a kill between the two would leave it.
+    shutil.rmtree(second)
+    shutil.copytree(tmp_path / "old", second)
+    with pytest.raises(CheckpointError, match="networks of another run"):
+        load_model(tmp_path / "m")
+    trained("vae")
+    assert not second.exists()
+    shutil.copytree(tmp_path / "old", second)
+    assert load_model(tmp_path / "m").prior.base.name == "normal"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [{"sampler": "x"}, {"sampler": ["smc"]}, {"sampler": "smc", "generator": 5}, {"sampler": "sir", "n": 2}, {}],
+)
+def test_a_models_own_sampler_is_checked(work, sampler):
+    model = load_model(work / "run")
+    model.prior.info["sampler"] = sampler
+    with pytest.raises(CheckpointError, match="own sampler cannot be used"):
+        sampler_options(model)
 
 
 def test_an_unfinished_run_is_named_before_it_is_started_anew(run, work, tmp_path, monkeypatch):

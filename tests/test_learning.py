@@ -206,11 +206,12 @@ def test_same_seed_same_bits(quick: Fit, base: str) -> None:
 
 
 @hurried
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("base", ["normal", pytest.param("flow", marks=pytest.mark.slow)])
-def test_gradients_may_be_off_around_the_call(quick: Fit, crescent: Tensor, base: str) -> None:
+def test_gradients_may_be_off_around_the_call(quick: Fit, crescent: Tensor, base: str, off: Any) -> None:
     if base == "flow":
         pytest.importorskip("zuko")
-    with torch.no_grad():
+    with off():
         without = quick(base=base, max_stages=1)
     assert_same(without, quick(base=base, max_stages=1))
 

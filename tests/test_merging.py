@@ -8,6 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import latentprior as lp
 from latentprior import MergeError
 
+# The rows that trained a small ladder do not follow it, and merged in a hurry it follows nothing: log Z from the data's
+# end may be far off, and with it a warning that is no matter here.
+pytestmark = pytest.mark.filterwarnings("ignore::latentprior.NormalizerBracketWarning")
+
 QUICK = lp.StageSettings(width=32, depth=1, steps=500, batch_size=128, average=0.98, learning_rate=5e-3)
 
 

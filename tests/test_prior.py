@@ -172,6 +172,35 @@ def test_samples_are_exchangeable(learned: lp.LatentPrior) -> None:
     assert len(z.unique(dim=0)) > 3900
 
 
+@pytest.mark.parametrize(
+    ("sampler", "options", "said"),
+    [
+        ("smc", {"steps": 5}, "smc has no option 'steps'; it has ess, moves"),
+        ("sir", {"steps": 5}, "no option"),
+        ("sir", {"candidates": 0}, "candidates must be a whole number of 1 or more, got 0"),
+        ("smc", {"moves": -1}, "of 0 or more"),
+        ("smc", {"ess": math.nan}, "ess must be"),
+        ("mala", {"steps": 2.5}, "steps must be a whole number"),
+        ("hmc", {"leapfrog_steps": True}, "got True"),
+        ("langevin", {"step_size": "a"}, "step_size must be positive and finite, got 'a'"),
+        ("langevin", {"step_size": math.inf}, "step_size must be"),
+    ],
+)
+def test_samplers_refuse_options_that_are_not_theirs(
+    gaussian: lp.LatentPrior, sampler: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LatentPriorError, match=said):
+        gaussian.sample((2,), sampler=sampler, **options)
+    numbers: dict[str, Any] = {"steps": np.int64(2), "step_size": np.float32(0.5)}
+    assert gaussian.sample((2,), torch.Generator().manual_seed(0), "mala", **numbers).shape == (2, 2)
+
+
+@pytest.mark.parametrize("shape", [3, None, "3", (2.0,)])
+def test_a_sample_shape_is_a_shape(gaussian: lp.LatentPrior, shape: Any) -> None:
+    with pytest.raises(LatentPriorError, match=r"sample_shape must be whole numbers, as in \(1000,\)"):
+        gaussian.sample(shape)
+
+
 def test_unknown_sampler_lists_the_choices(learned: lp.LatentPrior) -> None:
     with pytest.raises(LatentPriorError, match="choose one of smc, mala, hmc, langevin, sir"):
         learned.sample((1,), sampler="gibbs")
@@ -430,6 +459,46 @@ def test_constraint_as_a_tilt(gaussian: lp.LatentPrior) -> None:
     assert float(z[:, 0].mean()) == pytest.approx(math.sqrt(2 / math.pi), abs=0.15)
 
 
+@pytest.mark.parametrize("low", [-math.inf, -20.0])
+def test_a_tilt_without_gradient_is_as_exact(learned: lp.LatentPrior, low: float) -> None:
+    def step(z: Tensor) -> Tensor:
+        return torch.where(z[:, 0] > 0.5, 0.0, low)
+
+    tilted = learned.tilt(step, generator=torch.Generator().manual_seed(0))
+    u, cell = grid(-9, 9, 2, 801)
+    z = learned.whitening.unwhiten(u.float())
+    mass = (learned.log_prob_whitened(u.float()).double() + step(z).double()).exp().sum() * cell
+    # Five standard errors, a false alarm in a million runs, and half a percent for cells that the step cuts.
+    shift = tilted.normalizer.value - learned.normalizer.value
+    assert abs(shift - float(mass.log())) < 5 * tilted.log_prob_stderr + 0.005
+    draws = tilted.sample((4000,), generator=torch.Generator().manual_seed(1))
+    assert (draws[:, 0] > 0.5).all()
+    inside = learned.sample((20_000,), generator=torch.Generator().manual_seed(2))
+    inside = inside[inside[:, 0] > 0.5]
+    error = inside.std(0) * math.sqrt(1 / 2000 + 1 / len(inside))
+    # Draws count for half of their number, as families; five standard errors.
+    assert ((draws.mean(0) - inside.mean(0)).abs() < 5 * error).all()
+
+
+def test_inference_mode_changes_nothing(learned: lp.LatentPrior) -> None:
+    def at(z: Tensor) -> Tensor:
+        return -z.square().sum(1)
+
+    def drawn() -> Tensor:
+        tilted = learned.tilt(at, particles=512, generator=torch.Generator().manual_seed(0))
+        return tilted.sample((50,), generator=torch.Generator().manual_seed(1))
+
+    with torch.inference_mode():
+        inside = drawn()
+    assert torch.equal(inside, drawn())
+
+
+@pytest.mark.parametrize("found", [1.0, None, np.zeros(16)])
+def test_a_tilt_returns_a_tensor(gaussian: lp.LatentPrior, found: Any) -> None:
+    with pytest.raises(LatentPriorError, match=f"the tilt returned a {type(found).__name__} for"):
+        gaussian.tilt(lambda z: found, particles=16)
+
+
 def test_tilt_errors(gaussian: lp.LatentPrior, tmp_path: Path) -> None:
     with pytest.raises(LatentPriorError, match=r"returned shape \(.*, 1\) for .* rows: return one log potential a row"):
         gaussian.tilt(lambda z: z[:, :1])
@@ -481,5 +550,7 @@ def test_check_warns_and_refuses(gaussian: lp.LatentPrior) -> None:
     far = Independent(Normal(torch.full((2,), 9.0), torch.ones(2)), 1)
     with pytest.warns(lp.LowESSWarning, match="effective draws of the reference 'Independent'"):
         gaussian.check_normalizer(far, draws=2000)
+    with pytest.raises(LatentPriorError, match="draws must be 1 or more, got 0"):
+        gaussian.check_normalizer(draws=0)
     with pytest.raises(LatentPriorError, match="unknown reference 'x': choose gmm, base"):
         gaussian.check_normalizer("x")

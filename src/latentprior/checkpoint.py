@@ -142,7 +142,8 @@ def locked(folder: str | Path | None) -> Iterator[None]:
 def _hold(path: Path) -> int:
     """Open and lock a file; raise :class:`BlockingIOError`, naming the holder, where another process has it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # A link there is not ours: what it leads to would be overwritten.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             if not _lock(handle):
                 holder = re.fullmatch(rb"process \d+ on [\w.-]+", os.pread(handle, 300, 0))
@@ -175,7 +176,9 @@ def write_whole(path: Path, blob: bytes) -> None:
     """Write a file beside its place, sync and rename it: whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        # What a killed process of the same number left is no longer wanted, nor what a link of this name leads to.
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bases.base import device_of
+from .errors import LatentPriorError
 from .ladder import MIN_ESS, Ladder
 from .sampling import hmc, langevin, mala, smc
 from .sampling.resampling import effective_sample_size, systematic
 
-__all__ = ["SAMPLERS", "SAMPLE_BLOCK", "draw"]
+__all__ = ["SAMPLERS", "SAMPLE_BLOCK", "check_options", "draw"]
 
-SAMPLERS = ("smc", "mala", "hmc", "langevin", "sir")
+OPTIONS = {
+    "smc": ("ess", "moves"),
+    "mala": ("candidates", "steps", "step_size"),
+    "hmc": ("candidates", "steps", "step_size", "leapfrog_steps"),
+    "langevin": ("steps", "step_size"),
+    "sir": ("candidates",),
+}
+SAMPLERS = tuple(OPTIONS)
 SAMPLE_BLOCK = 32_768
 PROBE = 4096
 DRAW_NUMBERS = 1 << 26
 """Most numbers (256 MiB of float32) in the base draws that are held together."""
+
+
+def check_options(sampler: Any, options: Mapping[str, Any]) -> None:
+    """Raise :class:`LatentPriorError` for an unknown sampler, an option it does not take, or a senseless value."""
+    if sampler not in SAMPLERS:
+        raise LatentPriorError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    for name, value in options.items():
+        if name not in OPTIONS[sampler]:
+            raise LatentPriorError(f"{sampler} has no option {name!r}; it has {', '.join(OPTIONS[sampler])}")
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if name == "step_size":
+            if value is not None and not (number and 0 < value < math.inf):
+                raise LatentPriorError(f"step_size must be positive and finite, got {value!r}")
+        elif name == "ess":
+            if not (number and 0 < value <= 1):
+                raise LatentPriorError(f"ess must be above 0 and at most 1, got {value!r}")
+        else:
+            least = 0 if name in ("moves", "steps") else 1
+            if not (number and isinstance(value, Integral) and int(value) >= least):
+                raise LatentPriorError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 
 def draw(ladder: Ladder, n: int, generator: torch.Generator | None, sampler: str, options: Mapping[str, Any]) -> Tensor:

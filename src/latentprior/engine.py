@@ -92,11 +92,12 @@ def _add(to: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:
 
 
 def _by_autograd(ratios: list[tuple[nn.Module, float]], x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_(True)
         value = sum((weight * ratio(x) for ratio, weight in ratios), x.new_zeros(()))
-        (slope,) = torch.autograd.grad(value.sum(), x)
-    return value.detach(), slope
+        # A tilt of steps, an indicator say, has no gradient: Metropolis corrects for what the moves then do not know.
+        inclined = torch.autograd.grad(value.sum(), x, allow_unused=True) if value.requires_grad else (None,)
+    return value.detach(), torch.zeros_like(x) if inclined[0] is None else inclined[0]
 
 
 class _Scratch:

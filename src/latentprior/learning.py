@@ -148,6 +148,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         with in_unison(processes):
             stack.enter_context(locked(run.folder))
+        # Nothing can be learned in a caller's torch.inference_mode().
+        stack.enter_context(torch.inference_mode(False))
         return _climb(run, target, held_out, base, max_stages, seed, where, dtype, whitening, settings, resume)
 
 

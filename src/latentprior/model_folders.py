@@ -13,11 +13,13 @@ from torch import nn
 from .baselines.two_stage_vae import SkipPerceptron, TwoStageDistribution
 from .bases import DistributionBase
 from .blueprint import built_for
-from .checkpoint import UNFIT, load_state, save_state
+from .checkpoint import UNFIT, load_state, read_config, save_state
 from .configs import Recipe, read_recipe
+from .draws import check_options
 from .errors import CheckpointError, LatentPriorError
 from .generator.model import LatentVariableModel
 from .generator.networks import build_encoder, build_generator, network_spec
+from .options import remove_checkpoint
 from .stage import derived_generator
 
 __all__ = ["image_size", "load_model", "new_model", "sampler_options", "save_model"]
@@ -42,7 +44,10 @@ def new_model(
 
 
 def save_model(model: LatentVariableModel, folder: Path) -> None:
-    """Write the model; beside it, in ``second``, the networks of a two-stage VAE's prior, which is a Distribution."""
+    """Write the model; beside it, in ``second``, the networks of a two-stage VAE's prior, which is a Distribution.
+
+    The model names the digest of these networks, so that it is never read with those of another run.
+    """
     second = _second(model)
     if second is not None:
         hidden = second.encoder.get_submodule("hidden")
@@ -55,7 +60,10 @@ def save_model(model: LatentVariableModel, folder: Path) -> None:
         }
         networks = nn.ModuleDict({"encoder": second.encoder, "decoder": second.decoder})
         save_state(folder / "second", "second", config, {"noise": second.noise, **networks.state_dict()})
+        model.prior.info["second"] = read_config(folder / "second", "second")["sha256"]
     model.save_pretrained(folder)
+    if second is None:
+        remove_checkpoint(folder / "second", "second")
 
 
 def load_model(folder: Path, device: torch.device | str | None = None) -> LatentVariableModel:
@@ -69,7 +77,7 @@ def load_model(folder: Path, device: torch.device | str | None = None) -> Latent
         folder = folder / "model"
     elif (folder / "checkpoint").is_dir():
         raise CheckpointError(f"{folder}: its training has not ended; go on with `latentprior train ... --resume`")
-    prior = _load_second(folder / "second") if (folder / "second").is_dir() else None
+    prior = _load_second(folder / "second", _digest_of_second(folder))
     return LatentVariableModel.from_pretrained(folder, prior=prior, device=device)
 
 
@@ -82,7 +90,14 @@ def image_size(folder: Path) -> int | None:
 def sampler_options(model: LatentVariableModel) -> dict[str, Any]:
     """How the paper of the model's method samples, as arguments of ``generate``; SMC where it does not say."""
     found = model.prior.info.get("sampler")
-    return dict(found) if isinstance(found, Mapping) else {"sampler": "smc"}
+    if not isinstance(found, Mapping):
+        return {"sampler": "smc"}
+    sampler, options = found.get("sampler"), {name: value for name, value in found.items() if name != "sampler"}
+    try:
+        check_options(sampler, options)
+    except (LatentPriorError, TypeError) as error:
+        raise CheckpointError(f"the model's own sampler cannot be used ({error}): choose one with --sampler") from None
+    return {"sampler": sampler, **options}
 
 
 def _second(model: LatentVariableModel) -> TwoStageDistribution | None:
@@ -91,8 +106,21 @@ def _second(model: LatentVariableModel) -> TwoStageDistribution | None:
     return found if isinstance(found, TwoStageDistribution) else None
 
 
-def _load_second(folder: Path) -> TwoStageDistribution:
+def _digest_of_second(folder: Path) -> Any:
+    """What a model says of the networks that its prior stands on: nothing where it is older, None if it needs none."""
+    prior = read_config(folder, "model").get("prior")
+    base, info = (prior.get(name) if isinstance(prior, Mapping) else None for name in ("base", "info"))
+    if not isinstance(base, Mapping) or base.get("name") != DistributionBase.name or not isinstance(info, Mapping):
+        return None
+    return info.get("second", "")
+
+
+def _load_second(folder: Path, digest: Any) -> TwoStageDistribution | None:
+    if digest is None or not folder.is_dir():
+        return None
     config, tensors = load_state(folder, "second")
+    if digest not in ("", config["sha256"]):
+        raise CheckpointError(f"{folder}: holds networks of another run than the model; train it again")
     try:
         d = math.prod(config["event_shape"])
         unused = torch.Generator()

@@ -46,11 +46,20 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[BinaryIO]:
-    """A file that takes the rows of a ``.npy``: renamed into place when whole, removed when not."""
+    """A file that takes the rows of a ``.npy``: renamed into place when whole, removed when not.
+
+    Raises :class:`LatentPriorError` where the file system has no room for all of it.
+    """
+    wanted, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if wanted > free:
+        raise LatentPriorError(
+            f"--out {path}: needs {wanted / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free; ask for less"
+        )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     header = {"descr": dtype, "fortran_order": False, "shape": shape}
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             yield file
             file.flush()

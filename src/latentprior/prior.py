@@ -18,7 +18,7 @@ from torch.distributions import Distribution, constraints
 from . import normalizers
 from .bases import Base, DistributionBase, GaussianMixtureBase
 from .checkpoint import load_state
-from .draws import SAMPLE_BLOCK, SAMPLERS, draw
+from .draws import SAMPLE_BLOCK, check_options, draw
 from .errors import LatentPriorError
 from .hub import find_folder
 from .ladder import Ladder, Stage
@@ -190,15 +190,15 @@ class LatentPrior(Distribution, Shareable):
             ``leapfrog_steps``.
         ``langevin`` : the paper's short-run dynamics from base draws. ``steps`` 60, ``step_size`` 0.4; biased.
 
-        Raises :class:`LatentPriorError` for an unknown sampler, or steps so long that draws run away.
+        Raises :class:`LatentPriorError` for an unknown sampler or option, or steps so long that draws run away.
         """
-        if sampler not in SAMPLERS:
-            raise LatentPriorError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        check_options(sampler, options)
+        try:
+            sample_shape = torch.Size(sample_shape)
+        except TypeError:
+            raise LatentPriorError(f"sample_shape must be whole numbers, as in (1000,), got {sample_shape!r}") from None
         if any(size < 0 for size in sample_shape):
             raise LatentPriorError(f"sample_shape must be 0 or more in every place, got {tuple(sample_shape)}")
-        step_size = options.get("step_size")
-        if step_size is not None and not 0 < step_size < math.inf:
-            raise LatentPriorError(f"step_size must be positive and finite, got {step_size}")
         n = math.prod(sample_shape)
         z = self.whitening.loc.new_empty(n, len(self.whitening.loc))
         for rows in z.split(SAMPLE_BLOCK) if n else ():
@@ -221,7 +221,8 @@ class LatentPrior(Distribution, Shareable):
         Arguments
         ---------
         g : a log potential on the user's coordinates, ``(n, *event_shape) -> (n,)``, differentiable: a log
-            likelihood, a class score, a property, a preference. Not bounded; it must keep :math:`Z_g` finite.
+            likelihood, a class score, a property, a preference. Not bounded; it must keep :math:`Z_g` finite. Steps,
+            such as an indicator's log, need no gradient: moves then know nothing of them, and draws are as exact.
 
         :math:`\log Z_g` comes from reweighed draws of the prior where half of them stay effective, else from SMC,
         in islands; its standard error joins :attr:`log_prob_stderr`. A tilted prior cannot be saved.
@@ -271,6 +272,8 @@ class LatentPrior(Distribution, Shareable):
         :attr:`log_prob_stderr`. Warns
         :class:`~latentprior.errors.LowESSWarning` where the reference hardly overlaps the prior.
         """
+        if draws < 1:
+            raise LatentPriorError(f"draws must be 1 or more, got {draws}")
         generator = generator or torch.Generator().manual_seed(1)
         base: Base
         if isinstance(reference, Distribution):
@@ -363,8 +366,7 @@ class _Potential(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         value = self.g(self.whitening.unwhiten(u).reshape(len(u), *self.event_shape))
-        if value.shape != (len(u),):
-            raise LatentPriorError(
-                f"the tilt returned shape {tuple(value.shape)} for {len(u)} rows: return one log potential a row"
-            )
+        if not isinstance(value, Tensor) or value.shape != (len(u),):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise LatentPriorError(f"the tilt returned {found} for {len(u)} rows: return one log potential a row")
         return value.to(u)

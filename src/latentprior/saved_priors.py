@@ -87,6 +87,10 @@ class PriorParts:
             shape = [int(size) for size in config["event_shape"]]
             if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
                 raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
+            if base is not None and config["base"]["name"] != DistributionBase.name:
+                raise CheckpointError(
+                    f"{where}: its base is {str(config['base']['name'])[:40]!r}, saved with it: give no Distribution"
+                )
             start: Base = (
                 DistributionBase(base, whitening)
                 if base is not None

@@ -14,7 +14,7 @@ import typer
 
 from .checkpoint import locked
 from .configs import Recipe, changed, read_recipe, recipe_for, recipe_names, rival, to_yaml
-from .errors import LatentPriorError, LearningDivergedError
+from .errors import CheckpointError, LatentPriorError, LearningDivergedError
 from .generator import training
 from .generator.alternating import train_alternating
 from .generator.model import LatentVariableModel
@@ -34,8 +34,18 @@ __all__ = ["train"]
 
 SHOWN = 64
 """Images on ``samples.png``."""
-SAVED = (("", "training"), ("autoencoder", "autoencoder"), ("prior", "fit"), ("joint", "training"), ("refit", "fit"))
+SAVED = (
+    ("", "training"), ("autoencoder", "autoencoder"), ("prior", "fit"), ("second", "second"), ("joint", "training"),
+    ("refit", "fit"),
+)  # fmt: skip
 """Folders in DIR/checkpoint, and the kind of what each holds."""
+PARTS = {
+    **dict.fromkeys(("joint", "sri", "lebm"), ("",)),
+    "alternating": ("autoencoder", "prior", "joint", "refit"),
+    "vae": ("autoencoder",),
+    "two-stage-vae": ("autoencoder", "second"),
+}
+"""By method, which of them its run writes; every other method writes ``autoencoder`` and ``prior``."""
 Callbacks = Sequence[Callable[[Any], None]]
 
 
@@ -74,7 +84,7 @@ def train(
     DIR gets the model, config.yaml, log.jsonl (curves), metrics.json and samples.png.
 
     Runs of the method joint also start under accelerate launch and torchrun. The method is one of joint, two-phase,
-    alternating, and the rivals vae, rae, sri, lebm, ncp-vae, two-stage-vae, gmm and flow, which leave no checkpoint.
+    alternating, and the rivals vae, rae, sri, lebm, ncp-vae, two-stage-vae, gmm and flow.
 
     [bold]Examples:[/]
 
@@ -95,7 +105,13 @@ def train(
     check_folder(out)
     with locked(out if main else None):
         _check_out(out, checkpoint)
-        unfinished = any((checkpoint / part / "config.json").exists() for part, _ in SAVED)
+        there = [part for part, _ in SAVED if (checkpoint / part / "config.json").exists()]
+        unfinished = bool(there)
+        if resume and not set(there) <= set(PARTS.get(recipe.method, ("autoencoder", "prior"))):
+            raise CheckpointError(
+                f"{checkpoint}: holds a run of another method than {recipe.method}; choose another folder, or leave "
+                "--resume out"
+            )
         if main and unfinished and not resume:
             note("warning", f"{checkpoint} held an unfinished run: starting anew; --resume would have gone on from it")
             _remove(checkpoint)
@@ -214,7 +230,8 @@ def _learn(
     elif recipe.method in ("two-phase", "alternating"):
         _with_autoencoder(model, images, recipe, checkpoint, seed, resume, heard, fit_heard)
     else:
-        rival(recipe.method)(model, images, recipe.rival_config(), seed=seed, callbacks=heard)
+        how = {"seed": seed, "checkpoint_dir": checkpoint, "resume": resume, "callbacks": heard}
+        rival(recipe.method)(model, images, recipe.rival_config(), **how)
 
 
 def _with_autoencoder(

@@ -28,11 +28,12 @@ from latentprior.baselines import (
     train_sri,
     train_two_stage_vae,
     train_vae,
+    two_stage_vae,
 )
 from latentprior.baselines.lebm import contrastive_loss
 from latentprior.bases import GaussianMixtureBase
 from latentprior.errors import CheckpointError, LatentPriorError, LearningDivergedError
-from latentprior.generator import training
+from latentprior.generator import training, two_phase
 from latentprior.generator.inference import short_run
 from latentprior.generator.model import LatentVariableModel
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
@@ -137,6 +138,57 @@ def test_rival_is_a_function_of_its_seed_and_tells_every_step(name: str) -> None
     assert [event.step for event in first] == [1, 2, 3, 4]
     assert all(event.losses["reconstruction"] > 0 and event.steps == 4 for event in first)
     assert not any(parameter.requires_grad for parameter in made[0].parameters())
+
+
+class Halt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.filterwarnings("ignore::latentprior.errors.NormalizerBracketWarning")
+def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_phase, "SAVE_EVERY", 4)
+    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 4)
+    config, x = replace(CONFIGS[name], steps=10), Images(pictures(120, 0))
+    if name == "two_stage_vae":
+        config = replace(config, second_steps=10)
+    if name == "ncp_vae":
+        config = replace(config, ratio=replace(RATIO, steps=100, batch_size=64))
+    if name in ("sri", "lebm"):
+        training_of = type(config).training
+        monkeypatch.setattr(type(config), "training", lambda self: replace(training_of(self), evaluate_every=4))
+
+    def learned(callbacks: Any = (), **options: Any) -> LatentVariableModel:
+        return RIVALS[name](untrained(), x, config, seed=1, callbacks=callbacks, **options)
+
+    def stop_after(events: int) -> Any:
+        seen: list[TrainingEvent] = []
+
+        def heard(event: TrainingEvent) -> None:
+            seen.append(event)
+            if len(seen) == events:
+                raise Halt
+
+        return heard
+
+    whole, options = learned(), {"checkpoint_dir": tmp_path, "resume": True}
+    # From the start to step 6, from step 4 to 9, and of a second part from its start to a step past its first save.
+    for events in (6, 5, 8 if name == "two_stage_vae" else 0):
+        if events:
+            with pytest.raises(Halt):
+                learned([stop_after(events)], **options)
+    heard: list[TrainingEvent] = []
+    again = learned([heard.append], **options)
+    assert heard[0].step == (5 if name == "two_stage_vae" else 9)
+    for one, other in zip(whole.state()[1].items(), again.state()[1].items(), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1]), one[0]
+    z = torch.randn(20, 2, generator=draws())
+    assert torch.equal(whole.prior.log_prob(z), again.prior.log_prob(z))
+    # Once more from what is saved at the end, and nothing of another run's.
+    assert torch.equal(learned(**options).prior.log_prob(z), whole.prior.log_prob(z))
+    with pytest.raises(CheckpointError, match="another folder"):
+        RIVALS[name](untrained(), x, replace(config, steps=11), seed=1, **options)
 
 
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != "two_stage_vae"])

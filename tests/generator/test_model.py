@@ -1,13 +1,15 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from latentprior import CheckpointError, InvalidImagesError, LatentPriorError
+from latentprior import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from latentprior.bases import NormalBase
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
@@ -196,6 +198,55 @@ def test_every_image_has_its_own_mask(generator: torch.Generator) -> None:
     assert_standard_normal(torch.cat(rows))
 
 
+@pytest.mark.parametrize(
+    "given", [lambda x: x.numpy(), lambda x: x.tolist(), lambda x: x.numpy().astype(">f8"), lambda x: x.numpy()[::-1]]
+)
+def test_arrays_serve_as_images_everywhere(given: Any) -> None:
+    model = linear()
+    x = images(model, 2)
+    flipped = isinstance(given(x), np.ndarray) and given(x).strides[0] < 0
+    expected = x.flip(0) if flipped else x
+    z = torch.zeros(2, 3, dtype=model.prior.dtype)
+    assert torch.equal(model.anomaly_score(given(x), z=z), model.anomaly_score(expected, z=z))
+    mask = np.ones(PIXELS)
+    torch.testing.assert_close(
+        model.inpaint(given(x), mask, steps=1, generator=torch.Generator().manual_seed(0)), expected
+    )
+    assert torch.equal(model.log_posterior(given(x))(z)[0], model.log_posterior(expected)(z)[0])
+
+
+@pytest.mark.parametrize("x", [None, "pixels", [[1.0], [1.0, 2.0]], torch.zeros(1, *PIXELS, device="meta"), 1j])
+def test_what_are_no_images_is_named(x: Any) -> None:
+    for call in (linear().infer, lambda x: linear().inpaint(x, torch.ones(1)), linear().log_posterior):
+        with pytest.raises(InvalidImagesError, match=r"images (are|have type|must be)"):
+            call(x)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(7, 7), torch.full((1,), math.nan), 2 * torch.ones(1)])
+def test_what_is_no_mask_is_named(mask: Any) -> None:
+    with pytest.raises(InvalidImagesError, match="mask"):
+        linear().inpaint(images(linear(), 2), mask)
+
+
+@pytest.mark.parametrize("z", [torch.zeros(1, 3), torch.zeros(2, 5), torch.full((2, 3), math.nan), None])
+def test_latents_given_must_fit(z: Any) -> None:
+    model = linear()
+    x = images(model, 2)
+    if z is not None:
+        with pytest.raises(InvalidLatentsError):
+            model.infer(x, start=z)
+        with pytest.raises(InvalidLatentsError):
+            model.anomaly_score(x, z=z)
+    with pytest.raises(InvalidLatentsError):
+        model.interpolate(torch.zeros(3), torch.zeros(4) if z is None else z)
+
+
+@pytest.mark.parametrize("options", [{"steps": -1}, {"steps": 1.5}, {"step_size": math.nan}, {"step_size": 0}])
+def test_chains_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(LatentPriorError, match=r"steps must be a whole|step_size must be positive"):
+        linear().infer(images(linear(), 2), **options)
+
+
 def test_a_mask_must_fit() -> None:
     model = linear()
     with pytest.raises(InvalidImagesError, match="does not fit images"):
@@ -310,6 +361,11 @@ def test_log_likelihood_under_a_stage_that_makes_a_mixture(method: str, generato
 def test_log_likelihood_needs_samples() -> None:
     with pytest.raises(LatentPriorError, match="samples must be 2 or more"):
         linear().log_likelihood(torch.zeros(1, *PIXELS), samples=1)
+
+
+def test_annealing_needs_temperatures() -> None:
+    with pytest.raises(LatentPriorError, match="temperatures must be 1 or more"):
+        linear().log_likelihood(images(linear(), 2), method="annealed", temperatures=0)
 
 
 def test_log_likelihood_of_no_images() -> None:

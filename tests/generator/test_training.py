@@ -19,11 +19,11 @@ from latentprior import (
 from latentprior.bases import NormalBase
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.generator.processes import SingleProcess
 from latentprior.generator.run import TrainingRun
 from latentprior.generator.training import JointLearner, TrainingConfig, TrainingEvent, train
 from latentprior.images import Images
 from latentprior.prior import LatentPrior
+from latentprior.processes import SingleProcess
 from latentprior.ratios import Gain, logistic_loss
 from latentprior.sampling import langevin
 from latentprior.whitening import Whitening

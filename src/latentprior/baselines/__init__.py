@@ -48,7 +48,9 @@ RIVALS: Mapping[str, Callable[..., LatentVariableModel]] = MappingProxyType(
         "latent_flow": train_latent_flow,
     }
 )
-"""Every rival's training function, ``train(model, images, config, *, seed, callbacks) -> model``.
+"""Every rival's training function: ``train(model, images, config, *, seed, checkpoint_dir, resume, callbacks)``.
+
+With a ``checkpoint_dir`` each saves its state there, and ``resume=True`` goes on from it to the same weights.
 
 How the rival's paper samples stands in its prior: ``model.generate(n, **model.prior.info["sampler"])``.
 """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..generator.model import LatentVariableModel
+from ..generator.run import phase_folder
 from ..generator.training import TrainingEvent
 from ..generator.two_phase import aggregate_posterior
 from ..images import Images
@@ -26,6 +28,8 @@ def train_latent_flow(
     config: LatentFlowConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
@@ -36,7 +40,15 @@ def train_latent_flow(
     Source: Durkan, Bekasov, Murray and Papamakarios (NeurIPS 2019).
     """
     config = config or LatentFlowConfig()
-    learn_vae(model, images, config, autoencoder, seed, callbacks)
-    model.prior = fit(aggregate_posterior(model, images), base="flow", max_stages=0, seed=seed, device=model.device)
+    learn_vae(model, images, config, autoencoder, seed, callbacks, checkpoint_dir, resume)
+    model.prior = fit(
+        aggregate_posterior(model, images),
+        base="flow",
+        max_stages=0,
+        seed=seed,
+        device=model.device,
+        checkpoint_dir=phase_folder(checkpoint_dir, "prior"),
+        resume=resume,
+    )
     model.prior.info["sampler"] = {"sampler": "smc"}
     return model

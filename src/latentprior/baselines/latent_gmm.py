@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..generator.model import LatentVariableModel
+from ..generator.run import phase_folder
 from ..generator.training import TrainingEvent
 from ..generator.two_phase import aggregate_posterior
 from ..images import Images
@@ -29,6 +31,8 @@ def train_latent_gmm(
     config: LatentGMMConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
@@ -38,8 +42,16 @@ def train_latent_gmm(
     Source: Ghosh et al. (2020), section 4, for variational autoencoders.
     """
     config = config or LatentGMMConfig()
-    learn_vae(model, images, config, autoencoder, seed, callbacks)
+    learn_vae(model, images, config, autoencoder, seed, callbacks, checkpoint_dir, resume)
     base = "gmm" if config.components is None else f"gmm:{config.components}"
-    model.prior = fit(aggregate_posterior(model, images), base=base, max_stages=0, seed=seed, device=model.device)
+    model.prior = fit(
+        aggregate_posterior(model, images),
+        base=base,
+        max_stages=0,
+        seed=seed,
+        device=model.device,
+        checkpoint_dir=phase_folder(checkpoint_dir, "prior"),
+        resume=resume,
+    )
     model.prior.info["sampler"] = {"sampler": "smc"}
     return model

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import locked
 from ..errors import LearningDivergedError
 from ..generator.model import LatentVariableModel, standard_normal_prior
+from ..generator.run import TrainingRun
 from ..generator.training import JointLearner, TrainingConfig, TrainingEvent
 from ..images import Images
 from ..prior import Stage
@@ -84,6 +86,8 @@ def train_lebm(
     config: LEBMConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
 ) -> LatentVariableModel:
     r"""Learn the generator with :math:`p_\alpha(z) = e^{f_\alpha(z)} N(z; 0, I) / Z` by maximum likelihood.
@@ -105,11 +109,21 @@ def train_lebm(
     model.encoder = None
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
     learner = JointLearner(model, images, config.training(), seed, SingleProcess(model.device))
-    energy, optimizer = learner.ratio, learner.ratio_optimizer
+    run = TrainingRun(learner, checkpoint_dir, callbacks)
+    with locked(run.folder):
+        if resume:
+            run.load()
+        _learn(run, learner, config)
+        _conclude(learner, config, seed, run.seconds())
+    return model
+
+
+def _learn(run: TrainingRun, learner: JointLearner, config: LEBMConfig) -> None:
+    """Go on from where the learner stands to the last step; the networks then have their averaged weights."""
+    model, energy, optimizer = learner.model, learner.ratio, learner.ratio_optimizer
     # In the ladder from the beginning: both kinds of chains then follow f as it stands.
     model.prior = model.prior.replaced([Stage(energy, 0.0, 0.0, 0.0, 0.0)])
-    callbacks, begun = tuple(callbacks), time.monotonic()
-    for step in range(1, config.steps + 1):
+    for step in range(learner.updates + 1, config.steps + 1):
         x, index = learner.batch()
         posterior, prior = learner.posterior_samples(x, index), learner.prior_samples(len(x))
         loss = contrastive_loss(energy(posterior), energy(prior))
@@ -129,14 +143,14 @@ def train_lebm(
             for name, parameter in energy.named_parameters():
                 learner.ratio_average[name].lerp_(parameter, 1 - decay)
         losses = {"energy": float(loss.detach()), **learner.update_generator(x, posterior)}
-        event = TrainingEvent("step", 0, step, config.steps, losses, seconds=time.monotonic() - begun, model=model)
-        for callback in callbacks:
+        event = TrainingEvent("step", 0, step, config.steps, losses, seconds=run.seconds(), model=model)
+        for callback in run.callbacks:
             callback(event)
+        if step % learner.config.evaluate_every == 0 or step == config.steps:
+            run.save()
     energy.load_weights(learner.ratio_average)
     energy.eval().requires_grad_(False)
     learner.normalize()
-    _conclude(learner, config, seed, time.monotonic() - begun)
-    return model
 
 
 @torch.no_grad()

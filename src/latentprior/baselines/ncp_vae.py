@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import StageSaturatedWarning
 from ..generator.model import LatentVariableModel
+from ..generator.run import phase_folder
 from ..generator.training import TrainingEvent
 from ..generator.two_phase import aggregate_posterior
 from ..images import Images
@@ -42,6 +44,8 @@ def train_ncp_vae(
     config: NCPVAEConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
@@ -57,7 +61,7 @@ def train_ncp_vae(
     section 3.
     """
     config = config or NCPVAEConfig()
-    learn_vae(model, images, config, autoencoder, seed, callbacks)
+    learn_vae(model, images, config, autoencoder, seed, callbacks, checkpoint_dir, resume)
     with warnings.catch_warnings():
         # One saturated stage is what the method is.
         warnings.simplefilter("ignore", StageSaturatedWarning)
@@ -69,6 +73,8 @@ def train_ncp_vae(
             settings=config.ratio,
             seed=seed,
             device=model.device,
+            checkpoint_dir=phase_folder(checkpoint_dir, "prior"),
+            resume=resume,
         )
     # Without the mixture that helped to find the normaliser: the paper's proposals are those of N(0, I).
     model.prior = LatentPrior(

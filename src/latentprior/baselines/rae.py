@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..generator.model import LatentVariableModel, standard_normal_prior
+from ..generator.run import phase_folder
 from ..generator.training import TrainingEvent
 from ..generator.two_phase import AutoencoderConfig, aggregate_posterior, train_autoencoder
 from ..images import Images
@@ -49,6 +51,8 @@ def train_rae(
     config: RAEConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
 ) -> LatentVariableModel:
     r"""Descend :math:`\|x - g(e(x))\|^2 + \frac\beta2 \|e(x)\|^2 + \lambda \|\theta\|^2`, then fit a mixture.
@@ -59,8 +63,24 @@ def train_rae(
     """
     config = config or RAEConfig()
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
-    train_autoencoder(model, images, config.autoencoder(), seed=seed, callbacks=callbacks)
-    codes = aggregate_posterior(model, images, source="means")
-    model.prior = fit(codes, base=f"gmm:{config.components}", max_stages=0, seed=seed, device=model.device)
+    phases = [phase_folder(checkpoint_dir, name) for name in ("autoencoder", "prior")]
+    train_autoencoder(
+        model,
+        images,
+        config.autoencoder(),
+        seed=seed,
+        checkpoint_dir=phases[0],
+        resume=resume,
+        callbacks=callbacks,
+    )
+    model.prior = fit(
+        aggregate_posterior(model, images, source="means"),
+        base=f"gmm:{config.components}",
+        max_stages=0,
+        seed=seed,
+        device=model.device,
+        checkpoint_dir=phases[1],
+        resume=resume,
+    )
     model.prior.info["sampler"] = {"sampler": "smc"}
     return model

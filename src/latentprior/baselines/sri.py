@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..generator.model import LatentVariableModel, standard_normal_prior
 from ..generator.training import TrainingConfig, TrainingEvent, train
@@ -50,6 +51,8 @@ def train_sri(
     config: SRIConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
 ) -> LatentVariableModel:
     r"""Ascend :math:`\log p_\theta(x \mid z^+)` at short-run draws of :math:`p_\theta(x \mid z)\,N(z; 0, I)`.
@@ -62,6 +65,14 @@ def train_sri(
     """
     model.encoder = None
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
-    train(model, images, (config or SRIConfig()).training(), seed=seed, callbacks=callbacks)
+    train(
+        model,
+        images,
+        (config or SRIConfig()).training(),
+        seed=seed,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        callbacks=callbacks,
+    )
     model.prior.info["sampler"] = {"sampler": "smc"}
     return model

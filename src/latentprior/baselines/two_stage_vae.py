@@ -6,7 +6,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +16,12 @@ from torch.distributions import Distribution, constraints
 
 from ..bases import DistributionBase
 from ..blueprint import blank
-from ..errors import LatentPriorError, LearningDivergedError
+from ..checkpoint import UNFIT, load_state, locked, save_state
+from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..generator.model import LatentVariableModel
+from ..generator.run import foreign, images_identity, network_state, phase_folder, restore_network
 from ..generator.training import TrainingEvent
-from ..generator.two_phase import aggregate_posterior
+from ..generator.two_phase import SAVE_EVERY, aggregate_posterior
 from ..images import Images
 from ..latents import Latents
 from ..prior import LatentPrior
@@ -134,6 +137,8 @@ def train_two_stage_vae(
     config: TwoStageVAEConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
@@ -146,8 +151,13 @@ def train_two_stage_vae(
     """
     config = config or TwoStageVAEConfig()
     callbacks = tuple(callbacks)
-    learn_vae(model, images, config, autoencoder, seed, callbacks)
-    second = _learn_second(aggregate_posterior(model, images), config, model, seed, callbacks)
+    learn_vae(model, images, config, autoencoder, seed, callbacks, checkpoint_dir, resume)
+    folder = phase_folder(checkpoint_dir, "second")
+    identity = images_identity(("second", asdict(config), seed, model.sigma), images)
+    with locked(folder):
+        second = _learn_second(
+            aggregate_posterior(model, images), config, model, seed, callbacks, folder, identity, resume
+        )
     flat = identity_whitening(math.prod(model.event_shape)).to(device=model.device, dtype=model.prior.dtype)
     info = {"sampler": {"sampler": "smc"}}
     model.prior = LatentPrior(DistributionBase(second, flat), (), flat, model.event_shape, info=info)
@@ -160,6 +170,9 @@ def _learn_second(
     model: LatentVariableModel,
     seed: int,
     callbacks: Sequence[Callable[[TrainingEvent], None]],
+    folder: Path | None,
+    identity: str,
+    resume: bool,
 ) -> TwoStageDistribution:
     r"""Ascend :math:`\mathbb E_{q(u|z)} \log N(z; g(u), \gamma^2 I) - KL(q(u|z)\,\|\,N(0, I))`, gamma optimal."""
     d, device, dtype = latents.dim, model.device, model.prior.dtype
@@ -169,8 +182,18 @@ def _learn_second(
     networks = nn.ModuleList([encoder, decoder]).to(device=device, dtype=dtype)
     average = {name: p.detach().clone() for name, p in networks.named_parameters()}
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.second_learning_rate)
-    begun, error = time.monotonic(), math.nan
-    for step in range(config.second_steps):
+    everything = ("networks", networks, average, optimizer)
+    begun, first, error = time.monotonic(), 0, math.nan
+    if resume and folder is not None and (folder / "config.json").exists():
+        document, tensors = load_state(folder, "second")
+        if document.get("identity") != identity:
+            raise foreign(folder)
+        try:
+            restore_network(*everything, tensors)
+            first, error = int(document["step"]), float(document["error"])
+        except UNFIT as damage:
+            raise CheckpointError(f"{folder}: its checkpoint is damaged ({type(damage).__name__})") from None
+    for step in range(first, config.second_steps):
         draws = derived_generator(device, seed, "second vae", step)
         rows = torch.randint(len(latents), (config.second_batch_size,), generator=draws, device=device).cpu()
         z = latents.draw(rows, draws, device=device, dtype=dtype)
@@ -198,6 +221,9 @@ def _learn_second(
         )
         for callback in callbacks:
             callback(event)
+        if folder is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == config.second_steps):
+            document = {"identity": identity, "step": step + 1, "error": error}
+            save_state(folder, "second", document, network_state(*everything))
     with torch.no_grad():
         for name, parameter in networks.named_parameters():
             parameter.copy_(average[name])

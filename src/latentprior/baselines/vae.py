@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import LatentPriorError
 from ..generator.model import LatentVariableModel, standard_normal_prior
+from ..generator.run import phase_folder
 from ..generator.training import TrainingEvent
 from ..generator.two_phase import AutoencoderConfig, train_autoencoder
 from ..images import Images
@@ -38,6 +40,8 @@ def train_vae(
     config: VAEConfig | None = None,
     *,
     seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
@@ -46,7 +50,7 @@ def train_vae(
     The prior stays :math:`N(0, I)`. With a trained ``autoencoder`` its weights and sigma are taken in and nothing is
     learned. Source: Kingma and Welling (2014), eq. 3.
     """
-    learn_vae(model, images, config or VAEConfig(), autoencoder, seed, callbacks)
+    learn_vae(model, images, config or VAEConfig(), autoencoder, seed, callbacks, checkpoint_dir, resume)
     model.prior.info["sampler"] = {"sampler": "smc"}
     return model
 
@@ -58,6 +62,8 @@ def learn_vae(
     autoencoder: LatentVariableModel | None,
     seed: int,
     callbacks: Iterable[Callable[[TrainingEvent], None]],
+    checkpoint_dir: str | Path | None,
+    resume: bool,
 ) -> None:
     """Give ``model`` the networks of a VAE, by training or from a trained one, and the prior N(0, I).
 
@@ -67,7 +73,16 @@ def learn_vae(
         raise LatentPriorError("an autoencoder needs a model with an encoder")
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
     if autoencoder is None:
-        train_autoencoder(model, images, config.autoencoder(), seed=seed, callbacks=callbacks)
+        folder = phase_folder(checkpoint_dir, "autoencoder")
+        train_autoencoder(
+            model,
+            images,
+            config.autoencoder(),
+            seed=seed,
+            checkpoint_dir=folder,
+            resume=resume,
+            callbacks=callbacks,
+        )
         return
     if autoencoder.encoder is None:
         raise LatentPriorError("the given autoencoder has no encoder: train one with train_autoencoder")

@@ -11,6 +11,7 @@ from ..learning import Callback as FitCallback
 from ..stage import derived_generator
 from .config import AutoencoderConfig, TrainingConfig, TrainingEvent
 from .model import LatentVariableModel
+from .run import phase_folder
 from .training import train
 from .two_phase import aggregate_posterior, refit_prior, train_two_phase
 
@@ -51,8 +52,8 @@ def train_under_prior(
     its ``checkpoint_dir`` and the model that it began with. Raises what :func:`~latentprior.train` and
     :func:`~latentprior.fit` raise.
     """
-    config, folder = config or UNDER_A_PRIOR, None if checkpoint_dir is None else Path(checkpoint_dir)
-    phases = (None, None) if folder is None else (folder / "joint", folder / "refit")
+    config = config or UNDER_A_PRIOR
+    phases = [phase_folder(checkpoint_dir, name) for name in ("joint", "refit")]
     train(model, images, config, seed=seed, checkpoint_dir=phases[0], resume=resume, callbacks=callbacks)
     latents = aggregate_posterior(
         model, images, source="posterior", draws=draws, method="langevin", steps=config.posterior_steps,

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InvalidImagesError
+from ..errors import InvalidImagesError, InvalidLatentsError, LatentPriorError
+from ..latents import check_tensor
 
-__all__ = ["check_images", "check_mask"]
+__all__ = ["as_dense", "check_chain", "check_images", "check_latents", "check_mask"]
 
 
-def check_images(x: Tensor, shape: Sequence[int] | None, device: torch.device) -> Tensor:
+def as_dense(values: Any, name: str) -> Tensor:
+    """A tensor, or an array of numbers as one; raises :class:`InvalidImagesError` for what holds no plain numbers."""
+    if isinstance(values, Tensor):
+        x = values
+    else:
+        try:
+            array = np.asarray(values)
+        except (ValueError, TypeError) as error:
+            raise InvalidImagesError(f"{name} are not one rectangular array of numbers: {error}") from None
+        if array.dtype.kind not in "fiub":
+            raise InvalidImagesError(f"{name} have type {array.dtype}: give real numbers")
+        # A copy: torch knows no other order of bytes, and no negative strides.
+        wide = array.dtype.itemsize > 8
+        x = torch.from_numpy(np.array(array, dtype=np.float64 if wide else array.dtype.newbyteorder("=")))
+    if x.is_nested or x.layout != torch.strided or x.is_meta or x.is_complex():
+        raise InvalidImagesError(f"{name} are complex, sparse, nested or without data: give a dense tensor")
+    return x
+
+
+def check_images(images: Any, shape: Sequence[int] | None, device: torch.device) -> Tensor:
     """Images ``(n, C, H, W)`` on ``device``; raises :class:`InvalidImagesError` for anything else, or another shape."""
-    x = torch.as_tensor(x).to(device=device)
+    x = as_dense(images, "images").to(device=device)
     if x.ndim != 4 or not x.is_floating_point():
         raise InvalidImagesError(
             f"images must be floating point (n, C, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}; "
@@ -27,9 +50,31 @@ def check_images(x: Tensor, shape: Sequence[int] | None, device: torch.device) -
     return x
 
 
-def check_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask of the images' shape and type; raises :class:`InvalidImagesError` where it does not broadcast to them."""
+def check_mask(mask: Any, x: Tensor) -> Tensor:
+    """A mask of the images' shape and type, numbers from 0 to 1; raises :class:`InvalidImagesError` for another."""
+    given = as_dense(mask, "masks").to(x)
     try:
-        return mask.to(x).expand_as(x)
+        seen = given.expand_as(x)
     except RuntimeError:
-        raise InvalidImagesError(f"a mask {tuple(mask.shape)} does not fit images {tuple(x.shape)}") from None
+        raise InvalidImagesError(f"a mask {tuple(given.shape)} does not fit images {tuple(x.shape)}") from None
+    if not ((seen >= 0) & (seen <= 1)).all():
+        raise InvalidImagesError("a mask holds numbers from 0 (unseen) to 1 (seen)")
+    return seen
+
+
+def check_latents(z: Any, n: int, event_shape: torch.Size, like: Tensor) -> Tensor:
+    """Latents ``(n, *event_shape)``, one an image; raises :class:`InvalidLatentsError` for anything else."""
+    rows = check_tensor(z, event_shape, like.device, like.dtype)
+    if len(rows) != n:
+        raise InvalidLatentsError(f"{len(rows)} latents for {n} images: give one an image")
+    if not rows.isfinite().all():
+        raise InvalidLatentsError("latents hold NaN or infinite values: remove or mend them")
+    return rows.reshape(n, *event_shape)
+
+
+def check_chain(steps: Any, step_size: Any) -> None:
+    """Raise :class:`LatentPriorError` for a number of steps, or a size of them, that no chain can have."""
+    if not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise LatentPriorError(f"steps must be a whole number of 0 or more, got {steps!r}")
+    if not isinstance(step_size, (int, float, np.number)) or not 0 < step_size < math.inf:
+        raise LatentPriorError(f"step_size must be positive and finite, got {step_size!r}")

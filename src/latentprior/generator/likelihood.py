@@ -141,6 +141,8 @@ def log_likelihood(
         raise LatentPriorError(f"unknown method {method!r}: choose importance or annealed")
     if samples < 2:
         raise LatentPriorError(f"samples must be 2 or more, got {samples}")
+    if temperatures < 1:
+        raise LatentPriorError(f"temperatures must be 1 or more, got {temperatures}")
     images = max(1, (1 << 14) // samples)
     parts = []
     for block in x.split(images) if len(x) else ():

@@ -19,7 +19,7 @@ from ..prior import LatentPrior
 from ..sampling import LogDensity, langevin, mala
 from ..sharing import Shareable
 from ..whitening import identity_whitening
-from .given import check_images, check_mask
+from .given import as_dense, check_chain, check_images, check_latents, check_mask
 from .inference import log_gaussian, maximize, posterior_density, short_run
 from .likelihood import LogLikelihood, log_likelihood
 from .networks import build_encoder, build_generator, loaded_network
@@ -186,8 +186,10 @@ class LatentVariableModel(nn.Module, Shareable):
         method = method or "mala"
         if steps is None:
             steps = 20 if method == "langevin" else 100
+        check_chain(steps, step_size)
         x = self._images(x)
         mask = None if mask is None else check_mask(mask, x)
+        start = None if start is None else check_latents(start, len(x), self.event_shape, self.prior.whitening.loc)
         if method == "encoder":
             return self.encode(x)[0]
         if method == "tilt":
@@ -259,7 +261,10 @@ class LatentVariableModel(nn.Module, Shareable):
             return -self.log_likelihood(x, generator=generator, **options).value
         if kind not in ("joint", "reconstruction", "prior"):
             raise LatentPriorError(f"unknown score {kind!r}: choose joint, reconstruction, prior or marginal")
-        z = self.infer(x, generator=generator, **options) if z is None else z
+        if z is None:
+            z = self.infer(x, generator=generator, **options)
+        else:
+            z = check_latents(z, len(x), self.event_shape, self.prior.whitening.loc)
         score = x.new_zeros(len(x))
         if kind != "prior":
             score = score - log_gaussian(x, self.decode(z), self.sigma)
@@ -302,8 +307,11 @@ class LatentVariableModel(nn.Module, Shareable):
         Shapes: ``(n, C, H, W)`` and a mask that broadcasts to it. ``options`` go to :meth:`infer`; the default
         there is MALA, from draws of the prior, so that repeated calls show what the pixels leave open.
         """
-        x = self._images(torch.where(mask.expand_as(x).bool(), x, torch.zeros_like(x)))
-        seen = mask.to(x).expand_as(x)
+        x = as_dense(x, "images")
+        seen = check_mask(mask, x)
+        # What is not seen may be anything, NaN too.
+        x = self._images(torch.where(seen.bool(), x, torch.zeros_like(x)))
+        seen = seen.to(x)
         options.setdefault("method", "mala")
         return seen * x + (1 - seen) * self.decode(self.infer(x, mask=seen, generator=generator, **options))
 
@@ -319,6 +327,8 @@ class LatentVariableModel(nn.Module, Shareable):
 
     def log_posterior(self, x: Tensor, mask: Tensor | None = None) -> LogDensity:
         r"""Value and gradient of :math:`\log p(x, u)` in standardised coordinates, for samplers of your own."""
+        x = self._images(x)
+        mask = None if mask is None else check_mask(mask, x)
         return posterior_density(self._decode_whitened, self.prior.log_prob_whitened, x, self.sigma, mask)
 
     def _images(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import LatentPriorError
 from ..prior import LatentPrior
+from .given import check_latents
 
 __all__ = ["latent_path"]
 
@@ -21,7 +22,8 @@ def latent_path(prior: LatentPrior, start: Tensor, end: Tensor, n: int = 8, *, r
     if n < 2:
         raise LatentPriorError(f"a path has 2 points or more, got {n}")
     whitening = prior.whitening
-    ends = whitening.whiten(torch.stack([start.flatten(), end.flatten()]).to(whitening.loc))
+    both = [check_latents(z[None], 1, prior.event_shape, whitening.loc).flatten(1) for z in (start, end)]
+    ends = whitening.whiten(torch.cat(both))
     share = torch.linspace(0, 1, n, dtype=ends.dtype, device=ends.device)[:, None]
     path = ends[0] + share * (ends[1] - ends[0])
     density = prior.ladder.density(prior.ladder.length)

@@ -23,7 +23,15 @@ from .config import TrainingEvent
 if TYPE_CHECKING:
     from .training import JointLearner
 
-__all__ = ["TrainingRun", "epoch_rows", "foreign", "images_identity", "network_state", "restore_network"]
+__all__ = [
+    "TrainingRun",
+    "epoch_rows",
+    "foreign",
+    "images_identity",
+    "network_state",
+    "phase_folder",
+    "restore_network",
+]
 
 
 class TrainingRun:
@@ -213,6 +221,11 @@ def epoch_rows(n: int, first: int, size: int, order: Callable[[int], torch.Gener
     wanted = torch.arange(first, first + size)
     epochs = torch.unique(wanted // n).tolist()
     return torch.cat([torch.randperm(n, generator=order(k))[wanted[wanted // n == k] % n] for k in epochs])
+
+
+def phase_folder(folder: str | Path | None, phase: str) -> Path | None:
+    """Where a phase of a longer run saves its state, if the run saves any."""
+    return None if folder is None else Path(folder) / phase
 
 
 def foreign(folder: Path) -> CheckpointError:

@@ -21,7 +21,7 @@ from ..learning import fit
 from ..stage import derived_generator
 from .config import AutoencoderConfig, TrainingEvent
 from .model import LatentVariableModel
-from .run import epoch_rows, foreign, images_identity, network_state, restore_network
+from .run import epoch_rows, foreign, images_identity, network_state, phase_folder, restore_network
 
 __all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
 
@@ -271,8 +271,7 @@ def train_two_phase(
     ('gmm', torch.Size([3, 1, 8, 8]))
     """
     config = config or AutoencoderConfig()
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    phases = (None, None) if folder is None else (folder / "autoencoder", folder / "prior")
+    phases = [phase_folder(checkpoint_dir, name) for name in ("autoencoder", "prior")]
     train_autoencoder(model, images, config, seed=seed, checkpoint_dir=phases[0], resume=resume, callbacks=callbacks)
     noisy = config.kind == "ae"
     latents = aggregate_posterior(model, images, source="means" if noisy else "encoder", noise=config.noise * noisy)
