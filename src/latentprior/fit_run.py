@@ -63,7 +63,6 @@ class FitRun:
         self.end = None if time_budget is None else self.begun + time_budget
         # The rest is kept for the normaliser.
         self.deadline = None if time_budget is None else self.begun + 0.8 * time_budget
-        self.base_deadline = None if time_budget is None else self.begun + 0.5 * time_budget
         self.processes = processes
         main = processes.rank == 0
         self.callbacks, self.folder = callbacks if main else (), folder if main else None

@@ -77,7 +77,7 @@ def fit(
     checkpoint_dir : where the state is saved at every evaluation; with ``resume=True`` a run goes on from there
         and ends, on a CPU with the same number of threads, with the same bytes as one never stopped.
     time_budget : seconds this call may take, normaliser included. A stage that has begun is shortened to fit, and a
-        mixture as base does without more components than half of the time allows; other bases take their time.
+        mixture as base does without the components that time does not allow; other bases take their time.
     callbacks : called with every :class:`Event`; what they raise ends the run, which can then be resumed.
     processes : which ones learn this prior together; by default all that ``accelerate launch`` or ``torchrun`` started.
 
@@ -175,7 +175,7 @@ def _climb(
             if saved is None:
                 run.tell("base", message=base if isinstance(base, str) else type(base).__name__)
                 begun = start_ladder(
-                    target, held_out, base, seed, where, dtype, whitening, max_stages > 0, run.base_deadline
+                    target, held_out, base, seed, where, dtype, whitening, max_stages > 0, run.deadline
                 )
     saved = run.processes.first(saved)
     prior = run.shared(begun, given, where) if saved is None else saved.prior(given, where)
