@@ -184,6 +184,10 @@ class Ladder:
         result = smc.run(start, self.path_from(self.start), islands=islands, moves=moves, generator=generator)
         return FreshParticles(result.position, "smc", result.log_normalizer, result.ess, result.acceptance)
 
+    def held_out_particles(self, n: int, draws: int, generator: torch.Generator) -> FreshParticles:
+        """``n`` rows that judge a stage and never teach it."""
+        return self.fresh_particles(n, generator, draws=draws)
+
 
 def _values(ratios: Sequence[nn.Module], u: Tensor) -> list[Tensor]:
     """Every log ratio at ``u``; features of one mixture are evaluated once for all stages that read them."""

@@ -30,6 +30,7 @@ from .ladder import FreshParticles, Stage
 from .latents import as_latents
 from .prior import LatentPrior
 from .stage import LearnedStage, StageLearner, StageSettings, Target, derived_generator
+from .waypoints import learn_waypoints
 from .whitening import Kind
 
 __all__ = ["Callback", "Event", "fit"]
@@ -117,6 +118,8 @@ def fit(
         raise InvalidLatentsError(f"max_stages must not be negative, got {max_stages}")
     run = FitRun(time_budget, tuple(callbacks), None if checkpoint_dir is None else Path(checkpoint_dir))
     settings = settings or StageSettings()
+    if settings.waypoints > max_stages:
+        raise LatentPriorError(f"{settings.waypoints} waypoints need as many stages: raise max_stages ({max_stages})")
     where = checked_device(device, dtype)
     if whitening not in (None, *get_args(Kind)):
         raise LatentPriorError(f"unknown whitening {whitening!r}: choose {', '.join(get_args(Kind))}")
@@ -147,11 +150,15 @@ def _climb(
         prior = saved.prior(base if isinstance(base, torch.distributions.Distribution) else None, where)
         rows = standardised_rows(*held_out, seed, prior.whitening)
     else:
+        # Stages between waypoints are a path of their own: sampling needs no cover.
+        climb = max_stages > 0 and settings.waypoints == 0
         run.tell("base", message=str(base) if isinstance(base, str) else type(base).__name__)
-        prior, rows = start_ladder(target, held_out, base, seed, where, dtype, whitening, max_stages > 0)
+        prior, rows = start_ladder(target, held_out, base, seed, where, dtype, whitening, climb)
         prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())
     aim = Target(target[0], target[1], rows, prior.whitening)
 
+    if settings.waypoints > len(prior.stages):
+        prior = _start_on_waypoints(run, prior, aim, settings, seed)
     reason, particles = "max_stages", None
     while len(prior.stages) < max_stages:
         if not run.time_for(prior.stages):
@@ -181,6 +188,27 @@ def _climb(
         run.save(prior, None)
         run.tell("learned", learner.index, learner.step, settings.steps, learned.gain)
     return _finish(run, prior, rows, seed, reason)
+
+
+def _start_on_waypoints(
+    run: FitRun, prior: LatentPrior, aim: Target, settings: StageSettings, seed: int
+) -> LatentPrior:
+    """Learn the stages between waypoints, saved when all of them are learned."""
+
+    def on_step(now: StageLearner) -> None:
+        run.tell("step", now.index, now.step, settings.steps, now.best_gain)
+
+    def on_learned(now: StageLearner) -> None:
+        run.tell("learned", now.index, now.step, settings.steps, now.best_gain)
+
+    shape = tuple(prior.event_shape)
+    with torch.enable_grad():
+        stages = learn_waypoints(
+            aim, prior.ladder, settings, shape, seed, deadline=run.deadline, on_step=on_step, on_learned=on_learned
+        )
+    prior = prior.replaced(stages)
+    run.save(prior, None)
+    return prior
 
 
 def _learn(

@@ -32,7 +32,8 @@ class StageSettings:
     """How a stage is learned. The defaults were chosen on 16-d MNIST latents and serve every set."""
 
     ratio: str = "auto"
-    """``residual``, ``mlp`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else ``residual``."""
+    """``residual``, ``mlp``, ``quadratic`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else
+    ``residual``."""
     width: int = 256
     depth: int = 2
     bound: float = 5.0
@@ -48,11 +49,16 @@ class StageSettings:
     """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3
     """Evaluations without a better held-out loss after which a stage ends."""
+    waypoints: int = 0
+    """How many of the first stages tell neighbouring waypoints between base and target apart
+    (:class:`~latentprior.waypoints.Waypoint`), for targets too far from the base for one classifier."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
         if min(self.width, self.batch_size, self.patience) < 1 or min(self.depth, self.steps) < 0:
             raise LatentPriorError("width, batch_size and patience must be 1 or more, depth and steps 0 or more")
+        if self.waypoints < 0:
+            raise LatentPriorError(f"waypoints must be 0 or more, got {self.waypoints}")
         if not 0 < self.bound < math.inf or not 0 < self.learning_rate < math.inf:
             raise LatentPriorError("bound and learning_rate must be positive and finite")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.average <= 1:
@@ -213,7 +219,7 @@ class StageLearner:
             return first.position[:cut], first.position[cut:], len(first.position) - cut
         keys = (self.seed, self.index, "held-out particles")
         rows, draws = HELD_OUT_PARTICLES, 8 * HELD_OUT_PARTICLES
-        held_out = self.ladder.fresh_particles(rows, derived_generator(self.device, *keys), draws=draws)
+        held_out = self.ladder.held_out_particles(rows, draws, derived_generator(self.device, *keys))
         effective = rows if held_out.source == "base" else min(rows, int(held_out.ess * draws))
         return first.position, held_out.position, effective
 
