@@ -12,6 +12,7 @@ from _growth_sections import draw_scale, known_truth_section, processes_section,
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _latent_sections import latents_headline, latents_sections
 from _markdown import produced, spread, table
+from _mutual_section import mutual_section
 from _results import read_results
 from _speed_section import draw_speed, speed_section
 from _table_sections import adbench_section, ceilings_section, other_tables_section
@@ -49,6 +50,7 @@ def main() -> None:
     out += latents_sections()
     for name, section in (
         ("known_truth", known_truth_section),
+        ("mutual_information", mutual_section),
         ("faults", faults_section),
         ("fuzz", fuzz_section),
         ("calibration", calibration_section),

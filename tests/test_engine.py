@@ -46,6 +46,8 @@ def ladders() -> dict[str, tuple[Base, list[torch.nn.Module]]]:
     return {
         "residual": (NormalBase(DIM), [ratio(1), ratio(2, width=5, depth=1), ratio(3, depth=0)]),
         "mlp": (NormalBase(DIM), [ratio(1, kind="mlp"), ratio(2, kind="mlp", depth=1), ratio(3, kind="mlp", depth=3)]),
+        "quadratic": (NormalBase(DIM), [ratio(1, kind="quadratic"), ratio(2), ratio(3, kind="quadratic")]),
+        "quadratic, features of the base": (m, [ratio(1, m, kind="quadratic"), ratio(2, m)]),
         "features of the base": (m, [ratio(1, m), ratio(2, m, kind="mlp"), ratio(3)]),
         "features of another mixture": (NormalBase(DIM), [ratio(1, m), ratio(2, m)]),
         "features of two mixtures": (m, [ratio(1, m), ratio(2, other)]),

@@ -13,6 +13,7 @@ from latentprior.ratios import (
     ConvNet,
     Gain,
     MixtureFeatures,
+    Quadratic,
     ResidualMLP,
     build_ratio,
     gain,
@@ -24,6 +25,7 @@ SPECS = [
     {"kind": "mlp", "event_shape": [2, 3], "width": 8, "depth": 3, "bound": 3.0},
     {"kind": "residual", "event_shape": [3], "width": 8, "depth": 2, "bound": 5.0},
     {"kind": "residual", "event_shape": [1], "width": 8, "depth": 0, "bound": 5.0},
+    {"kind": "quadratic", "event_shape": [3], "width": 8, "depth": 2, "bound": 5.0},
     {"kind": "conv", "event_shape": [4, 8, 8], "width": 4, "depth": 2, "bound": 5.0},
     {"kind": "conv", "event_shape": [1, 5, 7], "width": 4, "depth": 4, "bound": 5.0},
     {"kind": "conv", "event_shape": [2, 1, 1], "width": 4, "depth": 2, "bound": 5.0},
@@ -96,6 +98,21 @@ def test_conv_sees_the_map_in_its_own_layout(generator: torch.Generator) -> None
     (grad,) = torch.autograd.grad(net.convs[0](x := u.clone().requires_grad_(True))[0, 0, 0, 0], x)
     assert grad[0, :, :2, :2].abs().min() > 0
     assert grad[0, :, 2:].abs().max() == 0
+
+
+def test_quadratic_is_the_log_ratio_of_gaussians(generator: torch.Generator) -> None:
+    net = Quadratic(2, generator).double()
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double()
+    mean = torch.tensor([0.5, -1.0]).double()
+    precision = torch.linalg.inv(covariance)
+    with torch.no_grad():
+        net.form.weight.copy_(0.5 * (torch.eye(2) - precision))
+        net.form.bias.copy_(precision @ mean)
+        net.offset.copy_(-0.5 * (mean @ precision @ mean + torch.logdet(covariance)))
+    u = torch.randn(7, 2, generator=generator, dtype=torch.float64)
+    wide = torch.distributions.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+    narrow = torch.distributions.MultivariateNormal(mean, covariance)
+    torch.testing.assert_close(net(u), narrow.log_prob(u) - wide.log_prob(u))
 
 
 def test_depth_of_a_perceptron() -> None:
@@ -205,7 +222,7 @@ def test_mixture_features_at_a_component_mean() -> None:
     torch.testing.assert_close(found[:, 2:4], -expected * dim / math.sqrt(2 * dim))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "residual", "conv"])
+@pytest.mark.parametrize("kind", ["mlp", "residual", "quadratic", "conv"])
 def test_ratio_reads_features_and_saves_without_the_mixture(kind: str, generator: torch.Generator) -> None:
     source = mixture(4)
     shape = [1, 2, 2] if kind == "conv" else [4]

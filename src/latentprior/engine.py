@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Base, GaussianMixtureBase
-from .ratios import MLP, BoundedRatio, MixtureFeatures, ResidualMLP
+from .ratios import MLP, BoundedRatio, MixtureFeatures, Quadratic, ResidualMLP
 
 __all__ = ["ValueAndGrad"]
 
@@ -23,7 +23,8 @@ AUTOGRAD_ROWS = 2048
 class ValueAndGrad:
     r""":math:`\log p_0(u) + \sum_k w_k f_k(u)` and its gradient, ``(n, d) -> (n,), (n, d)``.
 
-    For :class:`ResidualMLP` and :class:`MLP` ratios :math:`\mathrm{silu}(x) = x\,\sigma(x)` and its derivative
+    Of :class:`Quadratic` ratios one matrix product gives both. For :class:`ResidualMLP` and :class:`MLP` ratios
+    :math:`\mathrm{silu}(x) = x\,\sigma(x)` and its derivative
     :math:`\sigma + \mathrm{silu}\,(1 - \sigma)` come from one sigmoid on the way forward, and all of a block is
     written into the same buffers. A mixture that is both the base and read by the ratios is evaluated once. Other
     ratios and bases are differentiated automatically.
@@ -34,7 +35,7 @@ class ValueAndGrad:
         self.known: dict[int, tuple[MixtureFeatures | None, list[tuple[BoundedRatio, float]]]] = {}
         self.others: list[tuple[nn.Module, float]] = []
         for ratio, weight in zip(ratios, weights, strict=True):
-            if type(ratio) is BoundedRatio and type(ratio.network) in (ResidualMLP, MLP):
+            if type(ratio) is BoundedRatio and type(ratio.network) in (ResidualMLP, MLP, Quadratic):
                 key = 0 if ratio.features is None else id(ratio.features.mixture)
                 self.known.setdefault(key, (ratio.features, []))[1].append((ratio, weight))
             else:
@@ -133,6 +134,9 @@ def _forward_and_back(
 ) -> None:
     """Add a stage's weighted log ratio and its slopes to ``value``, ``grad`` and ``feature_grad``."""
     network = ratio.network
+    if isinstance(network, Quadratic):
+        _quadratic(ratio, network, weight, x, features, value, grad, feature_grad, scratch)
+        return
     assert isinstance(network, ResidualMLP | MLP)
     first, beside = network.first, network.beside
     n, width = len(x), first.out_features
@@ -172,3 +176,30 @@ def _forward_and_back(
     grad.addcmul_(g @ first.weight, scale)
     if beside is not None and feature_grad is not None:
         feature_grad.addcmul_(g @ beside.weight, scale)
+
+
+def _quadratic(
+    ratio: BoundedRatio,
+    network: Quadratic,
+    weight: float,
+    x: Tensor,
+    features: Tensor | None,
+    value: Tensor,
+    grad: Tensor,
+    feature_grad: Tensor | None,
+    scratch: _Scratch,
+) -> None:
+    r"""The same for a quadratic form: :math:`W + W^\top` gives both the value and the slope."""
+    slope = torch.mm(x, network.symmetric(), out=scratch("h", *x.shape))
+    slope.add_(network.form.bias, alpha=2)
+    h = (0.5 * slope * x).sum(1) + network.offset
+    slope.sub_(network.form.bias)
+    if network.beside is not None:
+        assert features is not None
+        h += network.beside(features).squeeze(1)
+    bounded = torch.tanh(h / ratio.bound)
+    value.add_(bounded, alpha=weight * ratio.bound)
+    scale = (weight * (1 - bounded.square()))[:, None]
+    grad.addcmul_(slope, scale)
+    if network.beside is not None and feature_grad is not None:
+        feature_grad.addcmul_(network.beside.weight, scale)

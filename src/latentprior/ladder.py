@@ -202,6 +202,12 @@ class Ladder:
         )
         return FreshParticles(result.position, "smc", result.log_normalizer, result.ess, result.acceptance)
 
+    def held_out_particles(
+        self, n: int, draws: int, generator: torch.Generator, processes: Processes = ALONE
+    ) -> FreshParticles:
+        """``n`` rows that judge a stage and never teach it."""
+        return self.fresh_particles(n, generator, draws=draws, processes=processes)
+
 
 def _values(ratios: Sequence[nn.Module], u: Tensor) -> list[Tensor]:
     """Every log ratio at ``u``; features of one mixture are evaluated once for all stages that read them."""

@@ -32,6 +32,7 @@ from .latents import as_latents
 from .prior import LatentPrior
 from .processes import Processes, in_unison, launched_processes
 from .stage import LearnedStage, StageLearner, StageSettings, Target, derived_generator
+from .waypoints import learn_waypoints
 from .whitening import Kind
 
 __all__ = ["Callback", "Event", "fit"]
@@ -129,8 +130,12 @@ def fit(
     if max_stages < 0:
         raise InvalidLatentsError(f"max_stages must not be negative, got {max_stages}")
     settings = settings or StageSettings()
+    if settings.waypoints > max_stages:
+        raise LatentPriorError(f"{settings.waypoints} waypoints need as many stages: raise max_stages ({max_stages})")
     where = checked_device(device, dtype)
     processes = processes or launched_processes(device)
+    if settings.waypoints and processes.count > 1:
+        raise LatentPriorError("stages between waypoints are learned in one process: pass processes=SingleProcess()")
     if processes.count > 1 or device is None:
         where = processes.device
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -174,14 +179,16 @@ def _climb(
             saved = run.load() if resume else None
             if saved is None:
                 run.tell("base", message=base if isinstance(base, str) else type(base).__name__)
-                begun = start_ladder(
-                    target, held_out, base, seed, where, dtype, whitening, max_stages > 0, run.deadline
-                )
+                # Stages between waypoints are a path of their own: sampling needs no cover.
+                climb = max_stages > 0 and settings.waypoints == 0
+                begun = start_ladder(target, held_out, base, seed, where, dtype, whitening, climb, run.deadline)
     saved = run.processes.first(saved)
     prior = run.shared(begun, given, where) if saved is None else saved.prior(given, where)
     rows = standardised_rows(*held_out, seed, prior.whitening)
     aim = Target(target[0], target[1], rows, prior.whitening)
 
+    if settings.waypoints > len(prior.stages):
+        prior = _start_on_waypoints(run, prior, aim, settings, seed)
     reason, particles = "max_stages", None
     while len(prior.stages) < max_stages:
         if not run.time_for(prior.stages[-1].diagnostics.get("seconds", 0.0) if prior.stages else 0.0):
@@ -211,6 +218,27 @@ def _climb(
         run.save(prior, None)
         run.tell("learned", learner.index, learner.step, settings.steps, learned.gain)
     return run.shared(_finish(run, prior, rows, seed, reason), given, where)
+
+
+def _start_on_waypoints(
+    run: FitRun, prior: LatentPrior, aim: Target, settings: StageSettings, seed: int
+) -> LatentPrior:
+    """Learn the stages between waypoints, saved when all of them are learned."""
+
+    def on_step(now: StageLearner) -> None:
+        run.tell("step", now.index, now.step, settings.steps, now.best_gain)
+
+    def on_learned(now: StageLearner) -> None:
+        run.tell("learned", now.index, now.step, settings.steps, now.best_gain)
+
+    shape = tuple(prior.event_shape)
+    with torch.enable_grad():
+        stages = learn_waypoints(
+            aim, prior.ladder, settings, shape, seed, deadline=run.deadline, on_step=on_step, on_learned=on_learned
+        )
+    prior = prior.replaced(stages)
+    run.save(prior, None)
+    return prior
 
 
 def _learn(

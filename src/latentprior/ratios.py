@@ -20,6 +20,7 @@ __all__ = [
     "ConvNet",
     "Gain",
     "MixtureFeatures",
+    "Quadratic",
     "ResidualMLP",
     "build_ratio",
     "gain",
@@ -169,6 +170,28 @@ class ResidualMLP(nn.Module):
         return self.last(F.silu(self.blocks(h))).squeeze(1)  # type: ignore[no-any-return]
 
 
+class Quadratic(nn.Module):
+    r"""A quadratic form ``(n, d) -> (n,)``, :math:`u^\top W u + b^\top u + c`, zero but for small weights at first.
+
+    The log ratio of two Gaussians is of this class (Rhodes, Xu and Gutmann, NeurIPS 2020, learn such ratios on
+    theirs). Takes in ``features`` more inputs linearly, if there are any.
+    """
+
+    def __init__(self, dim: int, generator: torch.Generator | None = None, features: int = 0) -> None:
+        super().__init__()
+        self.form = _linear(dim, dim, 0.01 / dim, 0.01 / math.sqrt(dim), generator)
+        self.beside = _beside(features, 1, generator)
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def symmetric(self) -> Tensor:
+        r""":math:`W + W^\top` ``(d, d)``."""
+        return self.form.weight + self.form.weight.T
+
+    def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
+        h = (self.form(u) * u).sum(1) + self.offset
+        return h if self.beside is None else h + self.beside(features).squeeze(1)  # type: ignore[no-any-return]
+
+
 class ConvNet(nn.Module):
     """A convolutional ratio for spatial latents: flat ``(n, C*H*W) -> (n,)``.
 
@@ -269,9 +292,9 @@ def build_ratio(
 ) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 
-    ``kind`` is ``mlp``, ``residual`` or ``conv``; with ``event_shape``, ``width``, ``depth``, ``bound`` and, where the
-    network reads :class:`MixtureFeatures`, ``features`` true. Raises :class:`CheckpointError` for a kind it does
-    not know, or if the mixture is absent.
+    ``kind`` is ``mlp``, ``residual``, ``quadratic`` or ``conv``; with ``event_shape``, ``width``, ``depth``, ``bound``
+    and, where the network reads :class:`MixtureFeatures`, ``features`` true. Raises :class:`CheckpointError` for
+    a kind it does not know, or if the mixture is absent.
     """
     kind, shape = spec.get("kind"), tuple(spec["event_shape"])
     width, depth = int(spec["width"]), int(spec["depth"])
@@ -286,10 +309,12 @@ def build_ratio(
         network = MLP(math.prod(shape), width, depth, generator, extra)
     elif kind == "residual":
         network = ResidualMLP(math.prod(shape), width, depth, generator, extra)
+    elif kind == "quadratic":
+        network = Quadratic(math.prod(shape), generator, extra)
     elif kind == "conv":
         network = ConvNet(shape, width, depth, generator, extra)
     else:
-        raise CheckpointError(f"unknown ratio network {kind!r}: choose mlp, residual or conv")
+        raise CheckpointError(f"unknown ratio network {kind!r}: choose mlp, residual, quadratic or conv")
     return BoundedRatio(network, float(spec["bound"]), spec, features)
 
 

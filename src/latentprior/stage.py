@@ -44,7 +44,8 @@ class StageSettings:
     """How a stage is learned. The defaults were chosen on 16-d MNIST latents and serve every set."""
 
     ratio: str = "auto"
-    """``residual``, ``mlp`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else ``residual``."""
+    """``residual``, ``mlp``, ``quadratic`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else
+    ``residual``."""
     width: int = 256
     depth: int = 2
     bound: float = 5.0
@@ -63,11 +64,16 @@ class StageSettings:
     precision: Precision = "auto"
     """Of the matrix products that training takes: ``float32``, ``bfloat16``, or ``auto``, the latter where the
     processor multiplies it natively. Weights, their average, gains and the learned ratio are in the prior's dtype."""
+    waypoints: int = 0
+    """How many of the first stages tell neighbouring waypoints between base and target apart
+    (:class:`~latentprior.waypoints.Waypoint`), for targets too far from the base for one classifier."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
         if min(self.width, self.batch_size, self.patience) < 1 or min(self.depth, self.steps) < 0:
             raise LatentPriorError("width, batch_size and patience must be 1 or more, depth and steps 0 or more")
+        if self.waypoints < 0:
+            raise LatentPriorError(f"waypoints must be 0 or more, got {self.waypoints}")
         if not 0 < self.bound < math.inf or not 0 < self.learning_rate < math.inf:
             raise LatentPriorError("bound and learning_rate must be positive and finite")
         if self.precision not in get_args(Precision):
@@ -169,7 +175,9 @@ class StageLearner:
         self.optimizer = torch.optim.AdamW(
             self.ratio.parameters(), lr=self.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        native = settings.precision == "auto" and self.dtype == torch.float32 and multiplies_bfloat16(self.device)
+        # A quadratic form is small, and its terms cancel.
+        small = spec["kind"] == "quadratic" or self.dtype != torch.float32
+        native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
         self.halved = native or settings.precision == "bfloat16"
         self.step, self.waited, self.best_gain = 0, 0, Gain(-math.inf, 0.0)
         self.history: list[float] = []
@@ -256,7 +264,8 @@ class StageLearner:
             effective = self.processes.count * (len(first.position) - cut)
             return first.position[:cut], first.position[cut:], effective
         rows, draws = HELD_OUT_PARTICLES, 8 * HELD_OUT_PARTICLES
-        held_out = self._fresh(rows, "held-out particles", draws=draws)
+        drawn = self._draws("held-out particles")
+        held_out = self.ladder.held_out_particles(rows, draws, drawn, self.processes)
         effective = rows if held_out.source == "base" else min(rows, int(held_out.ess * draws))
         return first.position, held_out.position, effective
 
