@@ -143,7 +143,7 @@ def _hold(path: Path) -> int:
     """Open and lock a file; raise :class:`BlockingIOError`, naming the holder, where another process has it."""
     while True:
         # A link there is not ours: what it leads to would be overwritten.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if not _lock(handle):
                 holder = re.fullmatch(rb"process \d+ on [\w.-]+", os.pread(handle, 300, 0))
