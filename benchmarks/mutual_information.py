@@ -35,7 +35,6 @@ QUADRATIC = lp.StageSettings(
     mixture_features=False,
     steps=2000,
     batch_size=512,
-    learning_rate=0.01,
     weight_decay=0.0,
     average=0.99,
     patience=10,
@@ -48,7 +47,8 @@ def methods(dim: int) -> dict[str, dict[str, Any]]:
     count = {80: 10, 160: 14, 320: 20}[dim]
 
     def between(waypoints: int, **changed: Any) -> dict[str, Any]:
-        settings = replace(QUADRATIC, waypoints=waypoints, **changed)
+        # Adam moves each of d^2 weights by about the rate, whatever its gradient: a form sums up what grows with d.
+        settings = replace(QUADRATIC, waypoints=waypoints, **{"learning_rate": 0.8 / dim, **changed})
         return {**ladder, "max_stages": waypoints, "settings": settings}
 
     return {
