@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _markdown import EARLIER_BASE, EARLIER_RULE, produced, spread, table
+from _markdown import produced, spread, table
 from _results import read_results
 
 __all__ = ["latents_headline", "latents_sections"]
@@ -48,9 +48,7 @@ def _documents() -> list[tuple[str, dict[str, Any], Runs]]:
         document = read_results(f"latents_{name}")
         if document is None:
             continue
-        # Files of before a seed could be added to them hold a list.
-        runs = document.get("seeds") or {str(i): run for i, run in enumerate(document["sets"][name])}
-        found.append((name, document, runs))
+        found.append((name, document, document["seeds"]))
     return found
 
 
@@ -74,8 +72,6 @@ def latents_sections() -> list[str]:
         seeds = " ".join(runs)
         out += [f"### {name}: {SETS[name]}, seeds {seeds}", ""]
         out += [f"`python benchmarks/latents.py --sets {name} --seeds {seeds}`. {produced(document)}", ""]
-        if "sets" in document and name in ("mnist16", "vae20"):
-            out += [f"{EARLIER_RULE} {EARLIER_BASE}", ""]
         out += [_table(runs), "", *_verdict(runs), *_floors(name, runs), *_normalizers(runs)]
     return out
 

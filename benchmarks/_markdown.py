@@ -6,12 +6,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["EARLIER_BASE", "EARLIER_RULE", "produced", "spread", "table"]
+__all__ = ["EARLIER_BASE", "produced", "spread", "table"]
 
-EARLIER_RULE = (
-    "These figures are older than the rule that a stage must raise the held-out log density by 0.05 nats: any "
-    "significant gain kept a stage. With the present rule ladders can be shorter."
-)
 EARLIER_BASE = (
     "These figures are older than the base that averages several mixtures, each by EM on fresh draws: a "
     "base was one mixture by scikit-learn."

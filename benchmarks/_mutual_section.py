@@ -37,12 +37,22 @@ def mutual_section(document: dict[str, Any]) -> list[str]:
         "Steps and learning rate were chosen on single stages at d = 80 that were compared with the exact ratio, so "
         "that the rows at d = 80 are slightly selected. Other work shared the core: read seconds loosely.",
         "",
-        table(
-            HEAD,
-            rows,
-        ),
+        table(HEAD, rows),
         "",
+        *_tried(document.get("tried", [])),
     ]
+
+
+def _tried(runs: list[dict[str, Any]]) -> list[str]:
+    """Runs at other settings, before those of the script."""
+    told = []
+    for run in runs:
+        ends = "{:.1f} and {:.1f}".format(*run["log_z_ends"])
+        told.append(
+            f"d = {run['dim']} at rate {run['learning_rate']}, batches of {run['batch_size']}: sum "
+            f"{run['sum_of_log_ratios']:.1f}, normalised {run['normalised']:.1f}, log Z's ends {ends}"
+        )
+    return [f"Other settings, tried before the present ones (one seed): {'; '.join(told)}.", ""] if told else []
 
 
 def _cells(runs: list[dict[str, Any]]) -> list[str]:

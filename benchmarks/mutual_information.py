@@ -100,7 +100,8 @@ def main() -> None:
     ask.add_argument("--only", default="", help="methods whose name holds this")
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
-    results: dict[str, Any] = (read_results("mutual_information") or {}).get("dims", {})
+    known = read_results("mutual_information") or {}
+    results: dict[str, Any] = known.get("dims", {})
     for seed in range(call.seeds):
         for dim in call.dims:
             for name, options in methods(dim).items():
@@ -111,7 +112,8 @@ def main() -> None:
                 print(f"d = {dim}, {name}, seed {seed}: {runs[str(seed)]}", flush=True)
                 done = {d: {m: r for m, r in found.items() if r} for d, found in results.items()}
                 settings = {"rows": ROWS, "test": TEST}
-                write_results("mutual_information", {"dims": done}, threads=call.threads, settings=settings)
+                figures = {"dims": done, "tried": known.get("tried", [])}
+                write_results("mutual_information", figures, threads=call.threads, settings=settings)
 
 
 if __name__ == "__main__":
