@@ -34,7 +34,7 @@ QUADRATIC = lp.StageSettings(
     bound=50.0,
     mixture_features=False,
     steps=2000,
-    batch_size=4096,
+    batch_size=512,
     weight_decay=0.0,
     average=0.99,
     patience=10,
@@ -48,7 +48,7 @@ def methods(dim: int) -> dict[str, dict[str, Any]]:
 
     def between(waypoints: int, **changed: Any) -> dict[str, Any]:
         # Adam moves each of d^2 weights by about the rate, whatever its gradient: a form sums up what grows with d.
-        settings = replace(QUADRATIC, waypoints=waypoints, **{"learning_rate": 0.4 / dim, **changed})
+        settings = replace(QUADRATIC, waypoints=waypoints, **{"learning_rate": 0.8 / dim, **changed})
         return {**ladder, "max_stages": waypoints, "settings": settings}
 
     return {
