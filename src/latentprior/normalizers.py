@@ -91,9 +91,9 @@ def estimate(
     errors by joins the standard error; otherwise the middle of the bracket, and half the bracket's width joins the
     standard error.
 
-    Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats, or its ends cross by more than
-    that and two standard errors. An end that hangs on a single island (a held-out row in the base's far tail) has no
-    error bar to speak of: it crosses nothing where importance sampling gives the value.
+    Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats and two standard errors of its
+    width, or its ends cross by more than both together. An end that hangs on a single island (a held-out row in the
+    base's far tail) has no error bar to speak of: it crosses nothing where importance sampling gives the value.
 
     With a ``deadline`` the bracket takes about half of the time left, with 1,024 ``particles`` at least.
 
@@ -116,7 +116,7 @@ def estimate(
         stderr = math.hypot(0.5 * ends.stderr, 0.5 * ends.width)
         result = Normalizer(middle, stderr, ends.forward.ess, "smc", ends)
     alone = result.source == "importance" and ends.reverse.ess < 2 / islands
-    if ends.width > WIDE or (ends.width < -WIDE - 2 * ends.stderr and not alone):
+    if ends.width > max(WIDE, 2 * ends.stderr) or (ends.width < -WIDE - 2 * ends.stderr and not alone):
         warnings.warn(
             f"log Z is {ends.forward.value:.3f} from the base and {ends.reverse.value:.3f} from the data: the bracket "
             f"is {abs(ends.width):.2f} nats wide; use a better base (base='gmm') or read log_prob up to that constant",

@@ -65,8 +65,8 @@ class StageSettings:
     """Of the matrix products that training takes: ``float32``, ``bfloat16``, or ``auto``, the latter where the
     processor multiplies it natively. Weights, their average, gains and the learned ratio are in the prior's dtype."""
     waypoints: int = 0
-    """How many of the first stages tell neighbouring waypoints between base and target apart
-    (:class:`~latentprior.waypoints.Waypoint`), for targets too far from the base for one classifier."""
+    """How many of the first stages tell neighbouring waypoints between base and target apart, for targets too far from
+    the base for one classifier (Rhodes, Xu and Gutmann, NeurIPS 2020); one process only."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
