@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from . import __version__, explore_command, image_commands, learning, push_command, report_command, training_command
 from .checkpoint import locked
-from .draws import SAMPLE_BLOCK, SAMPLERS
+from .draws import SAMPLE_BLOCK, SAMPLERS, check_options
 from .errors import (
     CheckpointError,
     HubError,
@@ -328,8 +328,7 @@ def sample(
 
     [bold]Example:[/] latentprior sample prior -n 1000 --out samples.npy --seed 1
     """
-    if sampler not in SAMPLERS:
-        raise LatentPriorError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    check_options(sampler, {})
     check_file(out)
     prior = _load(folder)
     shape = (n, *prior.event_shape)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .checkpoint import UNREADABLE
-from .errors import InvalidLatentsError
+from .errors import InvalidImagesError, InvalidLatentsError
 
 __all__ = ["Latents", "LatentsLike", "as_latents", "check_tensor", "read_latents"]
 
@@ -284,24 +284,30 @@ def as_latents(values: Any, *, key: str | None = None) -> Latents:
     return Latents(values)
 
 
-def check_tensor(z: Any, event_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return ``z`` as a flat ``(n, d)`` tensor, or raise :class:`InvalidLatentsError` naming the mismatch."""
-    if isinstance(z, Tensor):
-        tensor = z
+def as_dense(
+    values: Any, name: str = "latents", error: type[InvalidLatentsError | InvalidImagesError] = InvalidLatentsError
+) -> Tensor:
+    """A dense tensor of real numbers, from a tensor or what numpy reads as an array; raises ``error`` for others."""
+    if isinstance(values, Tensor):
+        tensor = values
     else:
         try:
-            array = np.asarray(z)
-        except (ValueError, TypeError) as error:
-            raise InvalidLatentsError(f"latents are not one rectangular array of numbers: {error}") from None
+            array = np.asarray(values)
+        except (ValueError, TypeError) as cause:
+            raise error(f"{name} are not one rectangular array of numbers: {cause}") from None
         if array.dtype.kind not in "fiub":
-            raise InvalidLatentsError(f"latents have type {array.dtype}: give real numbers (float or integer)")
-        # As numpy's own float64: torch knows no other order of bytes, and no negative strides.
-        native = array.dtype.isnative and array.dtype.itemsize <= 8 and array.dtype.kind != "u"
-        tensor = torch.from_numpy(np.array(array, dtype=None if native else np.float64))
+            raise error(f"{name} have type {array.dtype}: give real numbers (float or integer)")
+        # A copy: torch knows no other order of bytes, and no negative strides.
+        wide = array.dtype.itemsize > 8
+        tensor = torch.from_numpy(np.array(array, dtype=np.float64 if wide else array.dtype.newbyteorder("=")))
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
-        raise InvalidLatentsError("latents are complex, sparse, nested or without data: give a dense tensor")
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
+        raise error(f"{name} are complex, sparse, nested or without data: give a dense tensor")
+    return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def check_tensor(z: Any, event_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return ``z`` as a flat ``(n, d)`` tensor, or raise :class:`InvalidLatentsError` naming the mismatch."""
+    tensor = as_dense(z)
     if tuple(tensor.shape[1:]) != tuple(event_shape) or tensor.ndim != len(event_shape) + 1:
         raise InvalidLatentsError(
             f"latents have shape {tuple(tensor.shape)}, the prior expects (n, {', '.join(map(str, event_shape))})"

@@ -11,33 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidImagesError, InvalidLatentsError, LatentPriorError
-from ..latents import check_tensor
+from ..latents import as_dense, check_tensor
 
-__all__ = ["as_dense", "check_chain", "check_images", "check_latents", "check_mask"]
-
-
-def as_dense(values: Any, name: str) -> Tensor:
-    """A tensor, or an array of numbers as one; raises :class:`InvalidImagesError` for what holds no plain numbers."""
-    if isinstance(values, Tensor):
-        x = values
-    else:
-        try:
-            array = np.asarray(values)
-        except (ValueError, TypeError) as error:
-            raise InvalidImagesError(f"{name} are not one rectangular array of numbers: {error}") from None
-        if array.dtype.kind not in "fiub":
-            raise InvalidImagesError(f"{name} have type {array.dtype}: give real numbers")
-        # A copy: torch knows no other order of bytes, and no negative strides.
-        wide = array.dtype.itemsize > 8
-        x = torch.from_numpy(np.array(array, dtype=np.float64 if wide else array.dtype.newbyteorder("=")))
-    if x.is_nested or x.layout != torch.strided or x.is_meta or x.is_complex():
-        raise InvalidImagesError(f"{name} are complex, sparse, nested or without data: give a dense tensor")
-    return x
+__all__ = ["check_chain", "check_images", "check_latents", "check_mask"]
 
 
 def check_images(images: Any, shape: Sequence[int] | None, device: torch.device) -> Tensor:
     """Images ``(n, C, H, W)`` on ``device``; raises :class:`InvalidImagesError` for anything else, or another shape."""
-    x = as_dense(images, "images").to(device=device)
+    x = as_dense(images, "images", InvalidImagesError).to(device=device)
     if x.ndim != 4 or not x.is_floating_point():
         raise InvalidImagesError(
             f"images must be floating point (n, C, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}; "
@@ -52,7 +33,7 @@ def check_images(images: Any, shape: Sequence[int] | None, device: torch.device)
 
 def check_mask(mask: Any, x: Tensor) -> Tensor:
     """A mask of the images' shape and type, numbers from 0 to 1; raises :class:`InvalidImagesError` for another."""
-    given = as_dense(mask, "masks").to(x)
+    given = as_dense(mask, "masks", InvalidImagesError).to(x)
     try:
         seen = given.expand_as(x)
     except RuntimeError:

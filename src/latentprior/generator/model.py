@@ -13,13 +13,14 @@ from torch.distributions import Distribution
 
 from ..bases import DistributionBase, NormalBase
 from ..checkpoint import UNFIT, load_state, tensors_under
-from ..errors import CheckpointError, LatentPriorError
+from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
 from ..hub import find_folder
+from ..latents import as_dense
 from ..prior import LatentPrior
 from ..sampling import LogDensity, langevin, mala
 from ..sharing import Shareable
 from ..whitening import identity_whitening
-from .given import as_dense, check_chain, check_images, check_latents, check_mask
+from .given import check_chain, check_images, check_latents, check_mask
 from .inference import log_gaussian, maximize, posterior_density, short_run
 from .likelihood import LogLikelihood, log_likelihood
 from .networks import build_encoder, build_generator, loaded_network
@@ -307,7 +308,7 @@ class LatentVariableModel(nn.Module, Shareable):
         Shapes: ``(n, C, H, W)`` and a mask that broadcasts to it. ``options`` go to :meth:`infer`; the default
         there is MALA, from draws of the prior, so that repeated calls show what the pixels leave open.
         """
-        x = as_dense(x, "images")
+        x = as_dense(x, "images", InvalidImagesError)
         seen = check_mask(mask, x)
         # What is not seen may be anything, NaN too.
         x = self._images(torch.where(seen.bool(), x, torch.zeros_like(x)))
