@@ -26,6 +26,7 @@ from latentprior.bases import (
     DistributionBase,
     FlowBase,
     GaussianMixtureBase,
+    LowRankMixtureBase,
     NormalBase,
     base_from_state,
     fit_base,
@@ -34,7 +35,7 @@ from latentprior.targets import Banana, SkewedProduct
 from latentprior.whitening import Whitening
 from quadrature import grid, integral
 
-NAMES = ("normal", "gmm", "copula", "flow", "distribution")
+NAMES = ("normal", "gmm", "gmm-lowrank", "copula", "flow", "distribution")
 
 
 def identity(dim: int) -> Whitening:
@@ -54,6 +55,7 @@ def bases(rows: Tensor) -> dict[str, Base]:
     return {
         "normal": NormalBase(2).float(),
         "gmm": GaussianMixtureBase.fit(rows[:1500], rows[1500:], n_components=3, generator=g).float(),
+        "gmm-lowrank": LowRankMixtureBase.fit(rows[:1500], rows[1500:], n_components=3, rank=1, generator=g).float(),
         "copula": CopulaBase.fit(rows).float(),
         "flow": FlowBase.fit(rows[:1500], rows[1500:], max_epochs=3, generator=g),
         "distribution": DistributionBase(mixture, whitening),

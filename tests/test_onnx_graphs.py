@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 import latentprior as lp
-from latentprior.bases import CopulaBase, GaussianMixtureBase, NormalBase
+from latentprior.bases import CopulaBase, GaussianMixtureBase, LowRankMixtureBase, MixtureBase, NormalBase
 from latentprior.generator.networks import build_generator, network_spec
 from latentprior.metrics import two_sample_auc
 from latentprior.ratios import build_ratio
@@ -36,9 +36,16 @@ def mixture(d: int, seed: int) -> GaussianMixtureBase:
     return GaussianMixtureBase(torch.tensor([0.5, 0.3, 0.2]), torch.randn(3, d, generator=g), factors)
 
 
+def low_rank(d: int) -> LowRankMixtureBase:
+    g = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(3, d, 2, generator=g)).Q
+    values, weights = torch.rand(3, 2, generator=g) + 0.2, torch.tensor([0.5, 0.3, 0.2])
+    return LowRankMixtureBase(weights, torch.randn(3, d, generator=g), vectors, values, torch.full((3,), 0.6))
+
+
 def untrained(kind: str, base: Any, shape: tuple[int, ...], cover: GaussianMixtureBase | None = None) -> lp.LatentPrior:
     """A prior whose two stages have random weights: as unlike a constant as a learned one."""
-    read = base if isinstance(base, GaussianMixtureBase) else cover
+    read = base if isinstance(base, MixtureBase) else cover
     spec = {
         "kind": kind, "event_shape": shape, "width": 16, "depth": 1, "bound": 2.0, "features": read is not None
     }  # fmt: skip
@@ -50,9 +57,9 @@ def untrained(kind: str, base: Any, shape: tuple[int, ...], cover: GaussianMixtu
 
 
 def base_dim(base: Any) -> int:
-    return {"normal": lambda: len(base.zero), "gmm": lambda: base.means.shape[1], "copula": lambda: len(base.centers)}[
-        base.name
-    ]()
+    if isinstance(base, MixtureBase):
+        return base.means.shape[1]
+    return len(base.zero if base.name == "normal" else base.centers)
 
 
 def priors() -> dict[str, lp.LatentPrior]:
@@ -62,6 +69,7 @@ def priors() -> dict[str, lp.LatentPrior]:
         "normal, mlp, cover": untrained("mlp", NormalBase(3).float(), (3,), cover=mixture(3, 0)),
         "copula, residual": untrained("residual", CopulaBase(centers, torch.full((3, 5), 0.4)), (3,)),
         "gmm, conv": untrained("conv", mixture(16, 0), (1, 4, 4)),
+        "low rank, residual": untrained("residual", low_rank(5), (5,)),
     }
 
 

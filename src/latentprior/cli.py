@@ -168,7 +168,7 @@ def fit(
     key: Key = None,
     base: Annotated[
         str,
-        typer.Option("--base", metavar="B", help="Where the ladder starts: normal, gmm, gmm:K, copula or flow."),
+        typer.Option("--base", metavar="B", help="Where to start: normal, gmm, gmm:K, gmm-lowrank, copula or flow."),
     ] = "gmm",
     max_stages: Annotated[int, typer.Option("--max-stages", metavar="N", min=0, help="Most stages to learn.")] = 20,
     seed: Seed = 0,

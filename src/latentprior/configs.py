@@ -72,8 +72,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Raise now what :func:`latentprior.fit` would raise after the autoencoder is learned."""
-        if not re.fullmatch(r"normal|copula|flow|gmm(:0*[1-9]\d*)?", self.base):
-            raise LatentPriorError(f"unknown base {self.base!r}: choose normal, gmm, gmm:K, copula or flow")
+        if not re.fullmatch(r"normal|copula|flow|gmm(-lowrank)?(:0*[1-9]\d*)?", self.base):
+            raise LatentPriorError(
+                f"unknown base {self.base!r}: choose normal, gmm, gmm:K, gmm-lowrank, copula or flow"
+            )
         if self.max_stages < 0 or not 0 < self.validation < 1:
             raise LatentPriorError("max_stages must be 0 or more, validation above 0 and below 1")
         if self.time_budget is not None and self.time_budget < 0:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .bases import Base, GaussianMixtureBase
+from .bases import Base, MixtureBase
 from .ratios import MLP, BoundedRatio, MixtureFeatures, Quadratic, ResidualMLP
 
 __all__ = ["ValueAndGrad"]
@@ -56,7 +56,7 @@ class ValueAndGrad:
         for features, ratios in self.known.values():
             rows = ROWS
             if features is not None:
-                rows = min(rows, max(128, RESIDUALS // (u.shape[1] * features.mixture.n_components)))
+                rows = min(rows, max(128, RESIDUALS // features.mixture.residuals_per_row))
             for x, f, slope in zip(*(t.split(rows) for t in (u, value, grad)), strict=True):
                 if features is None:
                     for ratio, weight in ratios:
@@ -74,7 +74,7 @@ class ValueAndGrad:
         grad: Tensor,
         scratch: _Scratch,
     ) -> None:
-        mixture: GaussianMixtureBase = features.mixture
+        mixture: MixtureBase = features.mixture
         residuals, terms = mixture.project(x)
         read = features.of_terms(terms, x.shape[1])
         slope = torch.zeros_like(read)
@@ -84,7 +84,7 @@ class ValueAndGrad:
         if mixture is self.base:
             value += torch.logsumexp(terms, 1)
             by_term += read[:, : mixture.n_components]
-        grad += mixture.pull_back(residuals, by_term)
+        grad += mixture.pull_back(x, residuals, by_term)
 
 
 def _add(to: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:

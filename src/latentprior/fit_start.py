@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import Base, GaussianMixtureBase, fit_base
+from .bases import Base, MixtureBase, fit_base
 from .bases.base import FIT_ROWS
 from .errors import InvalidLatentsError, LatentPriorError
 from .latents import Latents, as_latents
@@ -97,9 +97,9 @@ def start_ladder(
     fresh = redraw if latents.is_posterior else None
     fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline)
     cover = None
-    if climb and fitted.name != "gmm":
+    if climb and not isinstance(fitted, MixtureBase):
         near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"), fresh, deadline)
-        cover = near if isinstance(near, GaussianMixtureBase) else None
+        cover = near if isinstance(near, MixtureBase) else None
     prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
     prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())
     return prior

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bases import Base, BlendBase, GaussianMixtureBase
+from .bases import Base, BlendBase, MixtureBase
 from .engine import ValueAndGrad
 from .processes import ALONE, Processes
 from .ratios import BoundedRatio, Gain
@@ -96,7 +96,7 @@ class Ladder:
     early stages, bounded as they are, put mass in halos around the modes.
     """
 
-    def __init__(self, base: Base, ratios: Sequence[nn.Module] = (), cover: GaussianMixtureBase | None = None) -> None:
+    def __init__(self, base: Base, ratios: Sequence[nn.Module] = (), cover: MixtureBase | None = None) -> None:
         self.base = base
         self.ratios = tuple(ratios)
         self.cover = cover
@@ -121,9 +121,9 @@ class Ladder:
         return len(self.ratios)
 
     @property
-    def mixture(self) -> GaussianMixtureBase | None:
+    def mixture(self) -> MixtureBase | None:
         """The mixture that stages may read features of: the base if it is one, else the cover."""
-        return self.base if isinstance(self.base, GaussianMixtureBase) else self.cover
+        return self.base if isinstance(self.base, MixtureBase) else self.cover
 
     def log_ratios(self, u: Tensor) -> Tensor:
         """Every stage's log ratio, ``(n, d) -> (n, K)``."""

@@ -70,8 +70,9 @@ def fit(
     Arguments
     ---------
     z : ``(n, *event_shape)`` tensor or array, a path (.npy, .npz, .safetensors), or :class:`~latentprior.Latents`.
-    base : ``"gmm"`` (components chosen on held-out rows), ``"gmm:K"``, ``"normal"``, ``"copula"``,
-        ``"flow"`` (extra ``flow``), or a torch Distribution over the user's coordinates.
+    base : ``"gmm"`` (components chosen on held-out rows; of low-rank covariances from 192 coordinates on),
+        ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"``, ``"copula"``, ``"flow"`` (extra ``flow``), or a torch Distribution
+        over the user's coordinates.
     validation : share of rows held out (10,000 at most), or held-out latents of their own.
     whitening : ``"full"``, ``"diagonal"`` or ``"none"``; by default full, diagonal for the base ``"copula"``.
     settings : how a stage is learned, :class:`~latentprior.StageSettings`.

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .bases import Base, CopulaBase, GaussianMixtureBase, NormalBase
+from .bases import Base, CopulaBase, GaussianMixtureBase, LowRankMixtureBase, MixtureBase, NormalBase
 from .checkpoint import write_whole
 from .errors import ExportError, MissingExtraError
 from .generator.model import LatentVariableModel
@@ -82,17 +82,14 @@ def export_onnx(
 
 
 class _Mixture(nn.Module):
-    """A Gaussian mixture in whole batches: :class:`GaussianMixtureBase` works in blocks, which have no free length."""
+    """A Gaussian mixture in whole batches: :class:`MixtureBase` works in blocks, which have no free length."""
 
-    def __init__(self, mixture: GaussianMixtureBase) -> None:
+    def __init__(self, mixture: MixtureBase) -> None:
         super().__init__()
-        self.components = mixture.n_components
-        for name in ("means", "cholesky", "log_weights", "projection", "offset", "constant"):
-            self.register_buffer(name, mixture.get_buffer(name).clone())
+        self.mixture = copy.deepcopy(mixture)
 
     def log_terms(self, u: Tensor) -> Tensor:
-        y = (u @ self.get_buffer("projection") - self.get_buffer("offset")).reshape(-1, u.shape[1], self.components)
-        return self.get_buffer("constant") - 0.5 * y.square().sum(1)
+        return self.mixture.project(u)[1]
 
 
 class _Density(nn.Module):
@@ -100,7 +97,7 @@ class _Density(nn.Module):
 
     def __init__(self, prior: LatentPrior) -> None:
         super().__init__()
-        if not isinstance(prior.base, (NormalBase, GaussianMixtureBase, CopulaBase)):
+        if not isinstance(prior.base, (NormalBase, MixtureBase, CopulaBase)):
             raise ExportError(
                 f"the base {prior.base.name!r} has no ONNX graph: fit with base='gmm', 'normal' or 'copula' to export"
             )
@@ -109,7 +106,7 @@ class _Density(nn.Module):
             raise ExportError("a tilted prior holds a function of yours, which has no ONNX graph: export the prior")
         self.whitening = copy.deepcopy(prior.whitening)
         self.base: Base | _Mixture = (
-            _Mixture(prior.base) if isinstance(prior.base, GaussianMixtureBase) else copy.deepcopy(prior.base)
+            _Mixture(prior.base) if isinstance(prior.base, MixtureBase) else copy.deepcopy(prior.base)
         )
         mixture = prior.ladder.mixture
         self.mixture = None if mixture is None else _Mixture(mixture)
@@ -153,24 +150,24 @@ class _Sampler(nn.Module):
         super().__init__()
         self.density = density
         self.event_shape = tuple(prior.event_shape)
-        self.proposal = _Mixture(_proposal(prior))
+        self.proposal = _proposal(prior)
         self.weighted = bool(prior.stages)
         # Where the base is the proposal its density cancels.
         self.covered = prior.cover is not None
-        self.register_buffer("cumulative", self.proposal.get_buffer("log_weights").exp().cumsum(0)[:-1].clone())
+        self.register_buffer("cumulative", self.proposal.log_weights.exp().cumsum(0)[:-1].clone())
 
     def forward(self, normal: Tensor, uniform: Tensor) -> Tensor:
         d = normal.shape[2]
         which = (uniform[:, :-1, None] >= self.get_buffer("cumulative")).sum(2)
-        scale = self.proposal.get_buffer("cholesky")[which]
-        u = self.proposal.get_buffer("means")[which] + (scale * normal[:, :, None, :]).sum(3)
+        scale = self.proposal.cholesky[which]
+        u = self.proposal.means[which] + (scale * normal[:, :, None, :]).sum(3)
         if not self.weighted:
             return self._event(u[:, 0])
         flat = u.reshape(-1, d)
         terms = self.density.terms(flat)
         log_weight = self.density.log_potential(flat, terms)
         if self.covered:
-            proposed = torch.logsumexp(self.proposal.log_terms(flat), 1)
+            proposed = torch.logsumexp(self.proposal.project(flat)[1], 1)
             log_weight = log_weight + self.density.log_base(flat, terms) - proposed
         share = torch.softmax(log_weight.reshape(-1, normal.shape[1]), 1).cumsum(1)
         # Sums of rounded shares may end below 1: the last candidate takes the rest.
@@ -196,17 +193,26 @@ def _proposal(prior: LatentPrior) -> GaussianMixtureBase:
     if isinstance(base, NormalBase):
         d = len(base.zero)
         base = GaussianMixtureBase(torch.ones(1), torch.zeros(1, d), torch.eye(d)[None])
-    if not isinstance(base, GaussianMixtureBase):
+    if not isinstance(base, MixtureBase):
         raise ExportError(f"the base {base.name!r} has no ONNX sampler: fit with base='gmm' or 'normal' to export one")
+    base = _full(base)
     if prior.cover is None or not prior.stages:
         return base
     # The blend of Ladder.start: half base, half cover at three widths.
-    cover = prior.cover.widened((1.0, 1.5, 2.5))
+    cover = _full(prior.cover.widened((1.0, 1.5, 2.5)))
     return GaussianMixtureBase(
         torch.cat([base.log_weights.exp(), cover.log_weights.exp()]),
         torch.cat([base.means, cover.means]),
         torch.cat([base.cholesky, cover.cholesky]),
     )
+
+
+def _full(mixture: MixtureBase) -> GaussianMixtureBase:
+    """A copy with full covariances."""
+    if isinstance(mixture, LowRankMixtureBase):
+        return mixture.full()
+    assert isinstance(mixture, GaussianMixtureBase)
+    return copy.deepcopy(mixture)
 
 
 def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str | Path) -> Path:

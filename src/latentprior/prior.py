@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from . import normalizers
-from .bases import Base, DistributionBase, GaussianMixtureBase
+from .bases import Base, DistributionBase, GaussianMixtureBase, MixtureBase
 from .checkpoint import load_state
 from .draws import SAMPLE_BLOCK, check_options, draw
 from .errors import LatentPriorError
@@ -74,7 +74,7 @@ class LatentPrior(Distribution, Shareable):
         normalizer: Normalizer | None = None,
         info: Mapping[str, Any] | None = None,
         *,
-        cover: GaussianMixtureBase | None = None,
+        cover: MixtureBase | None = None,
     ) -> None:
         super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
         self.base = base

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bases import GaussianMixtureBase
+from .bases import MixtureBase
 from .blueprint import blank
 from .errors import CheckpointError, LatentPriorError
 
@@ -62,7 +62,7 @@ class MixtureFeatures(nn.Module):
     center: Tensor
     spread: Tensor
 
-    def __init__(self, mixture: GaussianMixtureBase) -> None:
+    def __init__(self, mixture: MixtureBase) -> None:
         super().__init__()
         self.mixture = mixture
         # Moments of log p where components do not overlap.
@@ -288,7 +288,7 @@ class BoundedRatio(nn.Module):
 def build_ratio(
     spec: Mapping[str, Any],
     generator: torch.Generator | None = None,
-    mixture: GaussianMixtureBase | None = None,
+    mixture: MixtureBase | None = None,
 ) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 

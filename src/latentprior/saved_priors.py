@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .bases import Base, DistributionBase, GaussianMixtureBase, base_from_state
+from .bases import Base, DistributionBase, MixtureBase, base_from_state
 from .blueprint import built_for
 from .checkpoint import UNFIT, tensors_under
 from .errors import CheckpointError, LatentPriorError, MissingExtraError
@@ -37,7 +37,7 @@ class PriorParts:
     event_shape: Sequence[int]
     normalizer: Normalizer
     info: Mapping[str, Any]
-    cover: GaussianMixtureBase | None
+    cover: MixtureBase | None
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds the parts."""
@@ -97,9 +97,9 @@ class PriorParts:
                 else base_from_state(config["base"], tensors_under(tensors, "base."))
             )
             cover = base_from_state(config["cover"], tensors_under(tensors, "cover.")) if config["cover"] else None
-            if not isinstance(cover, (GaussianMixtureBase, type(None))):
+            if not isinstance(cover, (MixtureBase, type(None))):
                 raise CheckpointError(f"{where}: its cover is not a mixture")
-            mixture = start if isinstance(start, GaussianMixtureBase) else cover
+            mixture = start if isinstance(start, MixtureBase) else cover
             stages = []
             for i, entry in enumerate(config["stages"]):
                 network = _rebuilt(entry["spec"], shape, tensors_under(tensors, f"stages.{i}."), mixture)
@@ -134,7 +134,7 @@ def _rebuilt(
     spec: Mapping[str, Any],
     shape: Sequence[int],
     weights: Mapping[str, Tensor],
-    mixture: GaussianMixtureBase | None,
+    mixture: MixtureBase | None,
 ) -> BoundedRatio:
     """The ratio network of a saved stage, with its weights; raises :class:`ValueError` where they are not of it."""
     if list(spec["event_shape"]) != list(shape) or not 0 <= int(spec["depth"]) <= len(weights):

@@ -6,7 +6,9 @@ from .by_name import base_from_state, fit_base
 from .copula import CopulaBase
 from .distribution import DistributionBase
 from .flow import FlowBase
+from .low_rank import LowRankMixtureBase
 from .mixture import GaussianMixtureBase
+from .mixtures import MixtureBase
 from .normal import NormalBase
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "DistributionBase",
     "FlowBase",
     "GaussianMixtureBase",
+    "LowRankMixtureBase",
+    "MixtureBase",
     "NormalBase",
     "base_from_state",
     "fit_base",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,10 +17,14 @@ from .base import Base
 from .copula import CopulaBase
 from .distribution import DistributionBase
 from .flow import FlowBase
+from .low_rank import LowRankMixtureBase
 from .mixture import GaussianMixtureBase
 from .normal import NormalBase
 
 __all__ = ["base_from_state", "fit_base"]
+
+WIDE = 192
+"""Coordinates from which a mixture's covariances are of low rank, unless asked for otherwise."""
 
 
 def fit_base(
@@ -33,6 +38,8 @@ def fit_base(
 ) -> Base:
     """Make the base ``kind`` from standardised rows; ``"gmm:20"`` fixes the number of components.
 
+    ``"gmm"`` has full covariances below 192 coordinates and low-rank ones from there on, where full ones would allow
+    few components; ``"gmm-lowrank"`` and ``"gmm-lowrank:20"`` ask for them, ``"gmm:20"`` for full ones.
     ``redraw`` gives new draws of the rows, where the latents are posteriors. A mixture that would not be done by the
     ``deadline`` (:func:`time.monotonic`) does without more components or members.
 
@@ -48,16 +55,21 @@ def fit_base(
         base = CopulaBase.fit(train)
     elif kind == "flow":
         base = FlowBase.fit(train, validation, generator=generator)
-    elif kind == "gmm" or (kind.startswith("gmm:") and kind[4:].isdecimal() and int(kind[4:]) > 0):
-        k = int(kind[4:]) if kind != "gmm" else None
-        base = GaussianMixtureBase.fit(
-            train, validation, n_components=k, generator=generator, redraw=redraw, deadline=deadline
-        )
+    elif found := re.fullmatch(r"(gmm|gmm-lowrank)(?::0*([1-9]\d*))?", kind):
+        k = int(found[2]) if found[2] else None
+        low_rank = found[1] == "gmm-lowrank" or (k is None and _is_wide(*train.shape))
+        mixture = LowRankMixtureBase if low_rank else GaussianMixtureBase
+        base = mixture.fit(train, validation, n_components=k, generator=generator, redraw=redraw, deadline=deadline)
     else:
         raise LatentPriorError(
-            f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow or give a torch Distribution"
+            f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow, gmm-lowrank or give a torch Distribution"
         )
     return base.to(device=train.device, dtype=train.dtype).requires_grad_(False)
+
+
+def _is_wide(n: int, d: int) -> bool:
+    """Whether many rows have so many coordinates that full covariances allow few components."""
+    return d >= WIDE and n > 2 * d
 
 
 def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Base:
@@ -73,6 +85,15 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         # The derived buffers too, lest they differ in their last bits.
         mixture.load_state_dict(dict(tensors))
         return mixture
+    if name == "gmm-lowrank":
+        k, d, r = tensors["vectors"].shape
+        shapes = {"means": (k, d), "log_weights": (k,), "values": (k, r), "noise": (k,)}
+        if any(tensors[part].shape != shape for part, shape in shapes.items()):
+            raise ValueError("the mixture's shapes differ")
+        parts = (tensors[part] for part in ("means", "vectors", "values", "noise"))
+        low_rank = LowRankMixtureBase(tensors["log_weights"].exp(), *parts)
+        low_rank.load_state_dict(dict(tensors))
+        return low_rank
     if name == "copula":
         if tensors["centers"].shape != tensors["widths"].shape:
             raise ValueError("the copula's shapes differ")

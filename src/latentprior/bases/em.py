@@ -1,7 +1,8 @@
-"""Expectation maximisation for Gaussian mixtures of full covariances, on fresh draws of the rows where there are any.
+"""Expectation maximisation for Gaussian mixtures, on fresh draws of the rows where there are any.
 
 Dempster, Laird and Rubin (1977). scikit-learn's takes one fixed set of rows on the CPU; here each iteration may see new
-draws of posteriors, which keeps components from shrinking onto single draws, on the device where the rows are.
+draws of posteriors, which keeps components from shrinking onto single draws, on the device where the rows are, and
+covariances are shrunk.
 """
 
 from __future__ import annotations
@@ -12,108 +13,107 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Mixture", "expectation_maximisation"]
+__all__ = ["Moments", "expectation_maximisation"]
 
 RIDGE = 1e-4
 """What is added to variances, in the rows' own units."""
+LEAST_SHARE = 1e-4
+"""Responsibilities below it are left out of moments: with many components nearly all of them are."""
 BLOCK = 8192
 
 
-class Mixture(NamedTuple):
-    """Weights ``(K,)``, means ``(K, d)`` and lower Cholesky factors of the covariances ``(K, d, d)``; float64."""
+class Moments(NamedTuple):
+    """Weights ``(K,)``, means ``(K, d)`` and shrunk covariances ``(K, d, d)`` of rows under responsibilities; float64.
+
+    A component of less than one row keeps the moments of all rows.
+    """
 
     weights: Tensor
     means: Tensor
-    cholesky: Tensor
+    covariances: Tensor
 
+    @classmethod
+    def of(cls, rows: Tensor, shares: Tensor, prior_rows: float, overall: Tensor) -> Moments:
+        r"""Of rows ``(n, d)`` under shares ``(K, n)``, the maximising step.
 
-class _Sums(NamedTuple):
-    """Responsibilities summed ``(K,)``, and the rows' first and second moments under them."""
+        Each covariance is :math:`(n_k S_k + \nu s_k \Sigma) / (n_k + \nu)` with S_k the component's own,
+        :math:`\Sigma` the ``overall`` one, :math:`s_k = \mathrm{tr}(\Sigma^{-1} S_k) / d` and :math:`\nu` the number of
+        ``prior_rows``: the mode under an inverse Wishart prior of that weight (Fraley and Raftery 2007), which keeps
+        small components from following single rows.
+        """
+        d = rows.shape[1]
+        precision = torch.linalg.inv(overall)
+        weights = shares.sum(1, dtype=torch.float64)
+        means, covariances = rows.new_zeros(len(shares), d), []
+        for j, share in enumerate(shares):
+            index = (share > LEAST_SHARE).nonzero().squeeze(1)
+            some, weight = (rows[index], share[index]) if weights[j] >= 1 else (rows, torch.ones_like(rows[:, 0]))
+            total = weight.sum()
+            means[j] = weight @ some / total
+            centred = some - means[j]
+            covariance = ((centred * weight[:, None]).T @ centred / total).double()
+            shape = (precision * covariance).sum() / d * overall
+            own = float(total)
+            covariances.append((own * covariance + prior_rows * shape) / (own + prior_rows))
+        weights = weights.clamp_min(1e-12)
+        return cls(weights / weights.sum(), means.double(), torch.stack(covariances) + _ridge(overall))
 
-    rows: Tensor
-    first: Tensor
-    second: Tensor
-
-    def mixture(self) -> Mixture:
-        """The maximising step. A component of less than one row keeps the moments of all rows."""
-        n, d = self.rows.double().sum(), self.first.shape[1]
-        rows, first, second = (x.double() for x in self)
-        overall = first.sum(0) / n
-        spread = second.sum(0) / n - torch.outer(overall, overall)
-        empty = rows < 1
-        means = torch.where(empty[:, None], overall, first / rows.clamp_min(1)[:, None])
-        covariances = second / rows.clamp_min(1)[:, None, None] - means[:, :, None] * means[:, None, :]
-        covariances = torch.where(empty[:, None, None], spread, covariances)
-        ridge = RIDGE * torch.eye(d, dtype=means.dtype, device=means.device)
-        weights = rows.clamp_min(1e-12)
+    def cholesky(self) -> Tensor:
+        """Lower factors of the covariances ``(K, d, d)``, with more on their diagonals where rounding asks for it."""
+        more = 0.0
+        factors: Tensor
         while True:
             # Rounding of the rows' type can leave a flat component less than semidefinite.
-            cholesky, failed = torch.linalg.cholesky_ex(covariances + ridge)
+            factors, failed = torch.linalg.cholesky_ex(self.covariances + more * _ridge(self.means))
             if not failed.any():
-                return Mixture(weights / weights.sum(), means, cholesky)
-            ridge = 10 * ridge
+                return factors
+            more = 10 * more + 1
 
 
 def expectation_maximisation(
     draw: Callable[[], Tensor],
     n_components: int,
-    log_terms: Callable[[Mixture], Callable[[Tensor], Tensor]],
+    log_terms: Callable[[Moments], Callable[[Tensor], Tensor]],
     *,
     iterations: int,
+    prior_rows: float,
     generator: torch.Generator | None = None,
-) -> Iterator[tuple[Mixture, float]]:
-    r"""Mixtures after each iteration, with the mean log density that the one before gave its rows, in nats.
+) -> Iterator[tuple[Moments, float]]:
+    r"""Moments after each iteration, with the mean log density that the ones before gave their rows, in nats.
 
     Starts from k-means++ seeds (Arthur and Vassilvitskii 2007) among a part of the rows, and three rounds of k-means.
 
     Arguments
     ---------
     draw : rows ``(n, d)``, called once an iteration.
-    log_terms : of a mixture, the map ``(n, d) -> (n, K)`` to :math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)`.
+    log_terms : of moments, the map ``(n, d) -> (n, K)`` to :math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)`.
+    prior_rows : how many rows a component's covariance is shrunk by, :meth:`Moments.of`.
     """
     rows = draw()
-    sums = _sums(rows, n_components, _nearest(_centres(rows, n_components, generator)))
-    density = float("nan")
+    overall = torch.cov(rows.T).double().reshape(rows.shape[1], -1) + _ridge(rows)
+    centres = _centres(rows, n_components, generator)
+    shares = rows.new_zeros(n_components, len(rows))
+    for block, part in zip(rows.split(BLOCK), shares.split(BLOCK, 1), strict=True):
+        part.scatter_(0, torch.cdist(block, centres).argmin(1)[None], 1.0)
+    found, density = Moments.of(rows, shares, prior_rows, overall), float("nan")
     for _ in range(iterations):
-        mixture = sums.mixture()
-        yield mixture, density
-        terms = log_terms(mixture)
-        total = 0.0
-
-        def responsibilities(block: Tensor, terms: Callable[[Tensor], Tensor] = terms) -> Tensor:
-            nonlocal total
-            value = terms(block)
-            highest = value.amax(1, keepdim=True)
-            shares = value.sub_(highest).exp_()
-            mass = shares.sum(1, keepdim=True)
+        yield found, density
+        rows, total, evaluate = draw(), 0.0, log_terms(found)
+        if len(rows) != shares.shape[1]:
+            shares = rows.new_zeros(n_components, len(rows))
+        for block, part in zip(rows.split(BLOCK), shares.split(BLOCK, 1), strict=True):
+            terms = evaluate(block)
+            highest = terms.amax(1, keepdim=True)
+            terms = terms.sub_(highest).exp_()
+            mass = terms.sum(1, keepdim=True)
             total += float((highest + mass.log()).double().sum())
-            return shares.div_(mass)
-
-        rows = draw()
-        sums = _sums(rows, n_components, responsibilities)
-        density = total / len(rows)
-    yield sums.mixture(), density
+            part.copy_(terms.div_(mass).T)
+        found, density = Moments.of(rows, shares, prior_rows, overall), total / len(rows)
+    yield found, density
 
 
-def _sums(rows: Tensor, k: int, shares: Callable[[Tensor], Tensor]) -> _Sums:
-    """Moments of ``rows`` under ``shares(block)`` ``(n, K)``."""
-    d = rows.shape[1]
-    sums = _Sums(rows.new_zeros(k), rows.new_zeros(k, d), rows.new_zeros(k, d, d))
-    for block in rows.split(BLOCK):
-        r = shares(block)
-        sums.rows.add_(r.sum(0))
-        sums.first.add_(r.T @ block)
-        for j in range(k):
-            sums.second[j].addmm_((block * r[:, j : j + 1]).T, block)
-    return sums
-
-
-def _nearest(centres: Tensor) -> Callable[[Tensor], Tensor]:
-    def shares(block: Tensor) -> Tensor:
-        nearest = torch.cdist(block, centres).argmin(1)
-        return torch.nn.functional.one_hot(nearest, len(centres)).to(block)
-
-    return shares
+def _ridge(like: Tensor) -> Tensor:
+    return RIDGE * torch.eye(like.shape[1], dtype=torch.float64, device=like.device)
 
 
 def _centres(rows: Tensor, k: int, generator: torch.Generator | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..bases import DistributionBase, GaussianMixtureBase
+from ..bases import DistributionBase, MixtureBase
 from ..prior import LatentPrior
 from ..ratios import BoundedRatio
 from ..summary import record
@@ -109,7 +109,7 @@ def _sentence(prior: LatentPrior, found: Mapping[str, Any]) -> str:
 
 def _base_name(prior: LatentPrior) -> str:
     base = prior.base
-    if isinstance(base, GaussianMixtureBase):
+    if isinstance(base, MixtureBase):
         return f"a mixture of {base.n_components} Gaussians"
     if isinstance(base, DistributionBase):
         return f"a distribution of yours ({type(base.distribution).__name__})"
