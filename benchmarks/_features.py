@@ -83,6 +83,7 @@ def decode_taef2(z: Tensor) -> Tensor:
 DECODERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "mnist16": ("mnist", "lenet", decode_mnist16),
     "vae20": ("mnist", "lenet", decode_vae20),
+    "cifar32": ("cifar10", "efficientnet_lite0", decode_cifar),
     "cifar64": ("cifar10", "efficientnet_lite0", decode_cifar),
     "cifar128": ("cifar10", "efficientnet_lite0", decode_cifar),
     "taef512": ("cifar10", "efficientnet_lite0", decode_taef2),

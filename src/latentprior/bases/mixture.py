@@ -15,9 +15,10 @@ __all__ = ["GaussianMixtureBase"]
 
 MOST_COMPONENTS = 64
 """Of one mixture: more take over what the stages learn better."""
-ITERATIONS = 30
 WORK = int(2.4e10)
 """Multiplications in an iteration of EM, beyond which no more components are tried."""
+ITERATIONS = 30
+"""Of EM at most."""
 
 
 class GaussianMixtureBase(MixtureBase):
@@ -58,7 +59,7 @@ class GaussianMixtureBase(MixtureBase):
     @classmethod
     def most_components(cls, n: int, d: int) -> int:
         """How many components the search may come to on ``n`` rows."""
-        return min(MOST_COMPONENTS, n // (8 * (d + 1)), WORK // (n * (d * d + 60 * d)))
+        return min(MOST_COMPONENTS, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d)))
 
     @classmethod
     def fit(
@@ -75,10 +76,11 @@ class GaussianMixtureBase(MixtureBase):
 
         Covariances are shrunk by d rows of a component's mean variance, :meth:`~latentprior.bases.em.Moments.of`.
         The search doubles K until the held-out log density has twice not risen by 0.01 nats and two standard errors,
-        K is 64, a component would have fewer than 8 (d + 1) rows, or an iteration of EM would pass a fixed amount of
+        K is 64, a component would have fewer than 16 (d + 1) rows, or an iteration of EM would pass a fixed amount of
         work. Mixtures of that size from other starts then join in equal shares, :math:`\frac1R \sum_r p^{(r)}(u)`,
-        while the held-out log density rises by 0.05 nats and two standard errors: an average varies less with the
-        rows than its members do (Ormoneit and Tresp 1998). EM itself stops after three iterations without a
+        while the held-out log density rises by two standard errors and 0.05 nats, or 0.2 nats below 32 coordinates: an
+        average varies less with the rows than its members do (Ormoneit and Tresp 1998), and makes every step of the
+        stages slower. EM itself stops after three iterations without a
         rise of 0.004 nats, since averaging and the ladder mend what a rough mixture leaves.
 
         ``redraw`` gives new draws of the rows, where the latents are posteriors; each iteration of EM sees others.

@@ -22,6 +22,9 @@ LEAST_RISE = 0.004
 """Nats an iteration below which EM ends."""
 MEMBERS = 6
 """Most mixtures that are averaged."""
+WORTH, FEW, WORTH_OF_FEW = 0.05, 32, 0.2
+"""Nats by which one more must raise an average; more below 32 coordinates, where a stage, whose every step a larger
+mixture slows, learns the same sooner."""
 NUMBERS = 1 << 18
 """Most residuals of a block of rows: what fits a core's cache."""
 
@@ -169,7 +172,7 @@ class Search:
             members.append(self.fitted(best.n_components, made))
             candidate = best.averaged(members)
             there = self._level(candidate)
-            if not _rises(here, there, 0.05):
+            if not _rises(here, there, WORTH if self.held_out.shape[1] >= FEW else WORTH_OF_FEW):
                 break
             bag, here = candidate, there
         return bag
