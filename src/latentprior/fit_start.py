@@ -95,10 +95,11 @@ def start_ladder(
         return whitening.whiten(latents.draw(some[:FIT_ROWS], generator, device=device, dtype=dtype))
 
     fresh = redraw if latents.is_posterior else None
-    fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline)
+    fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline, climb)
     cover = None
     if climb and not isinstance(fitted, MixtureBase):
-        near = fit_base("gmm", u, rows, whitening, derived_generator(device, seed, "cover"), fresh, deadline)
+        drawn = derived_generator(device, seed, "cover")
+        near = fit_base("gmm", u, rows, whitening, drawn, fresh, deadline, climb)
         cover = near if isinstance(near, MixtureBase) else None
     prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
     prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())

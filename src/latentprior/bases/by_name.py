@@ -35,13 +35,15 @@ def fit_base(
     generator: torch.Generator | None = None,
     redraw: Callable[[], Tensor] | None = None,
     deadline: float | None = None,
+    below_stages: bool = False,
 ) -> Base:
     """Make the base ``kind`` from standardised rows; ``"gmm:20"`` fixes the number of components.
 
     ``"gmm"`` has full covariances below 192 coordinates and low-rank ones from there on, where full ones would allow
     few components; ``"gmm-lowrank"`` and ``"gmm-lowrank:20"`` ask for them, ``"gmm:20"`` for full ones.
-    ``redraw`` gives new draws of the rows, where the latents are posteriors. A mixture that would not be done by the
-    ``deadline`` (:func:`time.monotonic`) does without more components or members.
+    ``below_stages`` says that stages follow, which learn what a larger mixture would. ``redraw`` gives new draws of
+    the rows, where the latents are posteriors. A mixture that would not be done by the ``deadline``
+    (:func:`time.monotonic`) does without more components or members.
 
     Raises :class:`LatentPriorError` for an unknown name, :class:`MissingExtraError` where an extra is absent.
     """
@@ -58,8 +60,11 @@ def fit_base(
     elif found := re.fullmatch(r"(gmm|gmm-lowrank)(?::0*([1-9]\d*))?", kind):
         k = int(found[2]) if found[2] else None
         low_rank = found[1] == "gmm-lowrank" or (k is None and _is_wide(*train.shape))
-        mixture = LowRankMixtureBase if low_rank else GaussianMixtureBase
-        base = mixture.fit(train, validation, n_components=k, generator=generator, redraw=redraw, deadline=deadline)
+        options: dict[str, Any] = {"n_components": k, "generator": generator, "redraw": redraw, "deadline": deadline}
+        if low_rank:
+            base = LowRankMixtureBase.fit(train, validation, **options)
+        else:
+            base = GaussianMixtureBase.fit(train, validation, below_stages=below_stages, **options)
     else:
         raise LatentPriorError(
             f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow, gmm-lowrank or give a torch Distribution"

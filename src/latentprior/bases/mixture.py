@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import FIT_ROWS, LOG_2PI
 from .em import Moments
-from .mixtures import MixtureBase, Search, checked_components
+from .mixtures import WORTH, WORTH_BELOW_STAGES, MixtureBase, Search, checked_components
 
 __all__ = ["GaussianMixtureBase"]
 
@@ -17,6 +17,8 @@ MOST_COMPONENTS = 64
 """Of one mixture: more take over what the stages learn better."""
 WORK = int(2.4e10)
 """Multiplications in an iteration of EM, beyond which no more components are tried."""
+FEW = 32
+"""Coordinates below which stages learn what an average gains sooner than it is fitted."""
 ITERATIONS = 30
 """Of EM at most."""
 
@@ -71,6 +73,7 @@ class GaussianMixtureBase(MixtureBase):
         generator: torch.Generator | None = None,
         redraw: Callable[[], Tensor] | None = None,
         deadline: float | None = None,
+        below_stages: bool = False,
     ) -> GaussianMixtureBase:
         r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
 
@@ -78,9 +81,9 @@ class GaussianMixtureBase(MixtureBase):
         The search doubles K until the held-out log density has twice not risen by 0.01 nats and two standard errors,
         K is 64, a component would have fewer than 16 (d + 1) rows, or an iteration of EM would pass a fixed amount of
         work. Mixtures of that size from other starts then join in equal shares, :math:`\frac1R \sum_r p^{(r)}(u)`,
-        while the held-out log density rises by two standard errors and 0.05 nats, or 0.2 nats below 32 coordinates: an
-        average varies less with the rows than its members do (Ormoneit and Tresp 1998), and makes every step of the
-        stages slower. EM itself stops after three iterations without a
+        while the held-out log density rises by two standard errors and 0.05 nats, or 0.2 nats ``below_stages`` of
+        fewer than 32 coordinates: an average varies less with the rows than its members do (Ormoneit and Tresp 1998),
+        and makes every step of a stage slower. EM itself stops after three iterations without a
         rise of 0.004 nats, since averaging and the ladder mend what a rough mixture leaves.
 
         ``redraw`` gives new draws of the rows, where the latents are posteriors; each iteration of EM sees others.
@@ -97,7 +100,8 @@ class GaussianMixtureBase(MixtureBase):
             one = torch.ones(1, dtype=torch.float64, device=train.device)
             return cls(one, one.new_zeros(1, d), torch.eye(d, dtype=one.dtype, device=one.device)[None])
         sizes = [2**i for i in range(max(1, cls.most_components(n, d)).bit_length())]
-        return search.best(cls.of, sizes, patience=2)
+        worth = WORTH_BELOW_STAGES if below_stages and d < FEW else WORTH
+        return search.best(cls.of, sizes, patience=2, worth=worth)
 
     @classmethod
     def averaged(cls, members: Sequence[GaussianMixtureBase]) -> GaussianMixtureBase:

@@ -16,15 +16,15 @@ from ..errors import LatentPriorError
 from .base import Base, device_of, normal_noise
 from .em import Moments, expectation_maximisation
 
-__all__ = ["MixtureBase", "Search", "checked_components"]
+__all__ = ["WORTH", "WORTH_BELOW_STAGES", "MixtureBase", "Search", "checked_components"]
 
 LEAST_RISE = 0.004
 """Nats an iteration below which EM ends."""
 MEMBERS = 6
 """Most mixtures that are averaged."""
-WORTH, FEW, WORTH_OF_FEW = 0.05, 32, 0.2
-"""Nats by which one more must raise an average; more below 32 coordinates, where a stage, whose every step a larger
-mixture slows, learns the same sooner."""
+WORTH, WORTH_BELOW_STAGES = 0.05, 0.2
+"""Nats by which one more must raise an average; and below stages that learn the same sooner, each of whose steps a
+larger mixture slows."""
 NUMBERS = 1 << 18
 """Most residuals of a block of rows: what fits a core's cache."""
 
@@ -151,10 +151,11 @@ class Search:
                 break
         return made(moments)
 
-    def best(self, made: Callable[[Moments], B], sizes: Sequence[int], patience: int) -> B:
+    def best(self, made: Callable[[Moments], B], sizes: Sequence[int], patience: int, worth: float = WORTH) -> B:
         """Take more components, then average; see :meth:`GaussianMixtureBase.fit`.
 
-        ``sizes`` rise from 1; ``patience`` is how many of them in turn may bring nothing.
+        ``sizes`` rise from 1; ``patience`` is how many of them in turn may bring nothing; one more mixture must raise
+        the average by ``worth`` nats.
         """
         begun = time.monotonic()
         failed, best = 0, self.fitted(sizes[0], made)
@@ -172,7 +173,7 @@ class Search:
             members.append(self.fitted(best.n_components, made))
             candidate = best.averaged(members)
             there = self._level(candidate)
-            if not _rises(here, there, WORTH if self.held_out.shape[1] >= FEW else WORTH_OF_FEW):
+            if not _rises(here, there, worth):
                 break
             bag, here = candidate, there
         return bag
