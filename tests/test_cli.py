@@ -327,6 +327,33 @@ def test_score_refuses_another_shape(run, work, tmp_path):
 @pytest.mark.parametrize(
     "call",
     [
+        "demo --out {long}",
+        "fit {z} --out {long}",
+        "fit {z} --out {long}/p --resume",
+        "fit {long}.npy --out {t}/p",
+        "sample {p} -n 5 --out {long}.npy",
+        "sample {p} -n 5 --out {nearly}.npy",
+        "sample {long} -n 5 --out {t}/x.npy",
+        "score {p} {z} --out {long}.npy",
+        "score {p} {z} --out {nearly}.npy",
+        "score {p} {long}.npy",
+        "info {long}",
+        "report {p} --out {long}.html",
+        "report {p} --out {nearly}.html",
+        "explore {long}",
+    ],
+)
+def test_names_longer_than_the_file_system_allows(run, work, tmp_path, call):
+    # ``nearly`` leaves no room for the name that a file has while it is written.
+    names = {"long": tmp_path / ("n" * 300), "nearly": tmp_path / ("n" * 245)}
+    words = call.format(p=work / "prior", z=work / "z.npy", t=tmp_path, **names).split()
+    assert_refused(run(*words), "File name too long")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
         "fit {z}",
         "fit {z} --out {t}/p --base gaussian",
         "fit {z} --out {t}/p --base gmm:0",

@@ -528,6 +528,10 @@ def test_images_of_another_shape_are_refused(run, work, bad, command):
         ("train {i} --out {t}/m --limit 0", "--limit"),
         ("train {i} --out {t}/m --device teapot", "teapot"),
         ("train {i} --out {i}", "cannot write"),
+        ("train {i} --out {t}/{long}", "File name too long"),
+        ("train {i} --out {t}/{long} --resume", "File name too long"),
+        ("train {i} --out {t}/m --config {t}/{long}.yaml", "File name too long"),
+        ("train {t}/{long} --out {t}/m", "File name too long"),
         ("train {i} --out {b}/foreign", "nothing was overwritten"),
         ("train {i}", "--out"),
         ("generate {m} -n 0 --out {t}/x.png", "-n"),
@@ -535,6 +539,10 @@ def test_images_of_another_shape_are_refused(run, work, bad, command):
         ("generate {m} -n 4 --out {t}/x.jpg", ".npy or .png"),
         ("generate {m} -n 4 --out {b}/full", "new folder"),
         ("generate {m} -n 4 --out {i}/x.png", "cannot write"),
+        ("generate {m} -n 4 --out {t}/{long}.png", "File name too long"),
+        ("generate {m} -n 4 --out {t}/{long}.npy", "File name too long"),
+        ("generate {m} -n 4 --out {t}/{long}", "File name too long"),
+        ("generate {m} -n 4 --out {t}/{nearly}", "File name too long"),
         ("generate {m} -n 5000 --out {t}/x.png", "4,096"),
         ("generate {m} -n 4 --out {t}/x.png --sampler gibbs", "smc"),
         ("generate {b}/absent -n 4 --out {t}/x.png", "no such folder"),
@@ -559,7 +567,8 @@ def test_images_of_another_shape_are_refused(run, work, bad, command):
     ],
 )
 def test_wrong_calls_are_refused(run, work, bad, tmp_path, call, word):
-    words = call.format(i=work / "i.npz", m=work / "run", b=bad, t=tmp_path).split()
+    names = {"long": "n" * 300, "nearly": "n" * 250}
+    words = call.format(i=work / "i.npz", m=work / "run", b=bad, t=tmp_path, **names).split()
     assert_refused(run(*words), word)
     assert not (tmp_path / "x.png").exists()
     assert [path.name for path in (bad / "full").iterdir()] == ["mine.txt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -102,7 +103,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, LatentPriorError):
         return 2, str(error)
     if isinstance(error, OSError) and error.strerror:
-        return 1, f"{error.filename or 'input or output'}: {error.strerror}"
+        # The names are those of the call.
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
+        return code, f"{error.filename or 'input or output'}: {error.strerror}"
     kind = type(error).__name__
     return 1, f"unexpected {kind}: {error}; add --debug for the traceback" if str(error) else f"unexpected {kind}"
 

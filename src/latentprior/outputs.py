@@ -24,24 +24,28 @@ __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "imag
 MOST_IN_GRID = 4096
 
 
-def check_folder(folder: Path) -> None:
-    """Raise now, not after hours of work, if files cannot be written there."""
+def check_folder(folder: Path, name: str = "") -> None:
+    """Raise now, not after hours of work, if files, or one of this name, cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.partial"
+        # The longest name that is given to a file on its way.
+        probe = folder / f".{name}.{os.getpid()}.partial"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise LatentPriorError(f"{folder}: cannot write there ({error.strerror}); choose another --out") from None
+        raise LatentPriorError(
+            f"{folder / name}: cannot write there ({error.strerror}); choose another --out"
+        ) from None
 
 
 def check_file(path: Path) -> None:
     """Raise now if no ``.npy`` file of this name can be written."""
     if path.suffix != ".npy":
         raise LatentPriorError(f"--out {path}: give a name that ends in .npy")
-    if path.is_dir():
+    # Unlike Path.is_dir, this is False for names too long for the file system, which check_folder refuses.
+    if os.path.isdir(path):
         raise LatentPriorError(f"--out {path}: is a folder; give a file name that ends in .npy")
-    check_folder(path.parent)
+    check_folder(path.parent, path.name)
 
 
 @contextlib.contextmanager
@@ -77,19 +81,20 @@ def check_images_out(out: Path, n: int) -> None:
         raise LatentPriorError(f"--out {out}: give a name that ends in .npy or .png, or a folder")
     _pillow()
     if out.suffix == ".png":
-        if out.is_dir():
+        if os.path.isdir(out):
             raise LatentPriorError(f"--out {out}: is a folder; give a file name that ends in .png")
         if n > MOST_IN_GRID:
             raise LatentPriorError(
                 f"--out {out}: a grid shows {MOST_IN_GRID:,} images at most, not {n:,}; give a folder or a .npy"
             )
-    elif out.is_dir() and any(out.iterdir()):
+    elif os.path.isdir(out) and any(out.iterdir()):
         raise LatentPriorError(
             f"--out {out}: holds files already; give a new folder, so that no other image joins them"
         )
-    elif out.is_file():
+    elif os.path.isfile(out):
         raise LatentPriorError(f"--out {out}: is a file; give a name that ends in .npy or .png, or a new folder")
-    check_folder(Path(os.path.abspath(out)).parent)
+    whole = Path(os.path.abspath(out))
+    check_folder(whole.parent, whole.name)
 
 
 @contextlib.contextmanager

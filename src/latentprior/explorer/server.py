@@ -10,6 +10,7 @@ import contextlib
 import io
 import ipaddress
 import json
+import re
 import socket
 import socketserver
 import sys
@@ -18,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import resources
 from typing import Any
@@ -33,6 +35,12 @@ __all__ = ["Server", "is_loopback"]
 CONNECTIONS = 256
 """Most connections that have a thread; more wait in the listening queue."""
 REQUEST_SECONDS, ANSWER_SECONDS, LINGER_SECONDS = 20.0, 30.0, 2.0
+MOST_HEAD = 1 << 16
+"""Most bytes of a request's headers."""
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/1\.[0-9]\r?\n")
+HEADER_LINE = re.compile(TOKEN + rb":[^\0\r\n]*\r?\n")
+HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::[0-9]*)?")
 PAGE = {
     "/": ("text/html; charset=utf-8", ("explorer/page/index.html",)),
     "/script.js": ("text/javascript; charset=utf-8", ("explorer/page/script.js",)),
@@ -93,7 +101,10 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
 
         A page whose name was made to point here (DNS rebinding) still sends its own name.
         """
-        name = (host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host).lower()
+        parts = HOST.fullmatch(host)
+        if parts is None:
+            return False
+        name = (parts[1] or parts[2] or "").lower()
         if is_loopback(name) or name == self.host.lower():
             return True
         if is_loopback(self.host):
@@ -146,11 +157,22 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
         self.worker.close()
 
 
+class _Headers(HTTPMessage):
+    """Headers alone: the parser, made for mail, would else look for the parts of a multipart body in them."""
+
+    def get_content_type(self) -> str:
+        return "text/plain"
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request a connection."""
 
     server: Server
     protocol_version = "HTTP/1.1"
+    MessageClass = _Headers
+    # What an answer needs even where nothing could be read.
+    command, requestline, request_version = "", "", protocol_version
+    raw_requestline: bytes
 
     def setup(self) -> None:
         """Read from a stream that ends at a deadline, however slowly bytes drip in."""
@@ -167,6 +189,26 @@ class Handler(BaseHTTPRequestHandler):
             while left > 0 and (n := rest.readinto(buffer)):
                 left -= n
         super().finish()
+
+    def parse_request(self) -> bool:
+        """Read the head; one that is too long, cut off, or that others might read otherwise, is refused."""
+        if not REQUEST_LINE.fullmatch(self.raw_requestline):
+            self.send_error(400, "the first line must be METHOD PATH HTTP/1.1")
+            return False
+        head = bytearray()
+        while (line := self.rfile.readline(MOST_HEAD + 1 - len(head))) not in (b"\r\n", b"\n"):
+            head += line
+            if len(head) > MOST_HEAD:
+                self.send_error(431, f"the headers have more than {MOST_HEAD:,} bytes")
+                return False
+            if not HEADER_LINE.fullmatch(line):
+                self.send_error(400, "every header must be one line, NAME: VALUE, and an empty line must end them")
+                return False
+        stream, self.rfile = self.rfile, io.BytesIO(head + line)
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = stream
 
     def do_GET(self) -> None:
         """The page's files and ``/api/info``."""
@@ -194,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
         action = self._actions().get(path)
         if action is None:
             raise Refused(404, "there is nothing of this name")
-        kind = (self.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
+        kind = self._header("Content-Type", "").partition(";")[0].strip().lower()
         pictures = path == "/api/score" and self.server.explorer.model is not None
         if kind not in (TYPES if pictures else ("application/json",)):
             known = " or ".join(TYPES) if pictures else "application/json"
@@ -228,15 +270,21 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(421, "the Host header does not name this server")
         path = self.path.partition("?")[0]
         if path != "/":
-            origin = self.headers.get("Origin")
-            foreign = origin is not None and origin.rstrip("/").lower() != f"http://{hosts[0].strip().lower()}"
-            if foreign or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            own = f"http://{hosts[0].strip().lower()}"
+            foreign = self._header("Origin", own).rstrip("/").lower() != own
+            if foreign or self._header("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
                 raise Refused(403, "requests from other sites are refused")
         return path
 
+    def _header(self, name: str, default: str) -> str:
+        values = self.headers.get_all(name) or [default]
+        if len(values) > 1:
+            raise Refused(400, f"the header {name} must be given once")
+        return str(values[0])
+
     def _body(self, most: int) -> bytes:
         lengths = self.headers.get_all("Content-Length") or []
-        if self.headers.get("Transfer-Encoding") or len(lengths) != 1:
+        if "Transfer-Encoding" in self.headers or len(lengths) != 1:
             raise Refused(411, "give the length of the body, once, in Content-Length")
         if not (lengths[0].isascii() and lengths[0].isdigit()) or len(lengths[0]) > 18:
             raise Refused(400, "Content-Length is not a number")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +35,22 @@ def read_picture(body: bytes, kind: str, shape: Sequence[int]) -> Tensor:
         from PIL import Image
     except ImportError:
         raise MissingExtraError("reading pictures", "explore") from None
+    # What Pillow thinks of a stranger's picture is not for the terminal, and each new text would be kept for good.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pixels = _decoded(Image, body, kind)
+    x = pixels[None, None].float() if pixels.ndim == 2 else pixels.permute(2, 0, 1)[None].float()
+    x = _resized(x, shape[1], shape[2])
+    if shape[0] == 1 and x.shape[1] == 3:
+        x = (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+    return (x.expand(1, shape[0], -1, -1) / 127.5 - 1).clamp(-1, 1)
+
+
+def _decoded(Image: Any, body: bytes, kind: str) -> Tensor:
+    """Pixels ``(H, W)`` or ``(H, W, 3)``, uint8."""
     try:
         image = Image.open(io.BytesIO(body), formats=(TYPES[kind],))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise Refused(413, f"the picture is too large: {MOST_PIXELS:,} pixels are the most") from None
     except Exception:
         # Pillow's readers raise almost anything on damaged input.
@@ -44,14 +59,9 @@ def read_picture(body: bytes, kind: str, shape: Sequence[int]) -> Tensor:
     if width * height > MOST_PIXELS:
         raise Refused(413, f"the picture has {width} x {height} pixels; {MOST_PIXELS:,} are the most")
     try:
-        pixels = torch.from_numpy(picture(image, "the picture").copy())
+        return torch.from_numpy(picture(image, "the picture").copy())
     except InvalidImagesError as error:
         raise Refused(400, str(error)) from None
-    x = pixels[None, None].float() if pixels.ndim == 2 else pixels.permute(2, 0, 1)[None].float()
-    x = _resized(x, shape[1], shape[2])
-    if shape[0] == 1 and x.shape[1] == 3:
-        x = (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-    return (x.expand(1, shape[0], -1, -1) / 127.5 - 1).clamp(-1, 1)
 
 
 def _resized(x: Tensor, height: int, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,6 @@ def check_report_out(out: Path) -> None:
     """Raise :class:`LatentPriorError` now if no ``.html`` of this name can be written."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise LatentPriorError(f"--out {out}: give a name that ends in .html")
-    if out.is_dir():
+    if os.path.isdir(out):
         raise LatentPriorError(f"--out {out}: is a folder; give a file name that ends in .html")
-    check_folder(out.parent)
+    check_folder(out.parent, out.name)
