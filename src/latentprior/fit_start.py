@@ -99,7 +99,7 @@ def start_ladder(
     cover = None
     if climb and not isinstance(fitted, MixtureBase):
         drawn = derived_generator(device, seed, "cover")
-        near = fit_base("gmm", u, rows, whitening, drawn, fresh, deadline, climb)
+        near = fit_base("gmm", u, rows, whitening, drawn, fresh, deadline)
         cover = near if isinstance(near, MixtureBase) else None
     prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
     prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())

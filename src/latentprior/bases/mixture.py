@@ -18,7 +18,7 @@ MOST_COMPONENTS = 64
 WORK = int(2.4e10)
 """Multiplications in an iteration of EM, beyond which no more components are tried."""
 FEW = 32
-"""Coordinates below which stages learn what an average gains sooner than it is fitted."""
+"""Coordinates below which covariances need no shrinkage, and stages learn what an average gains sooner."""
 ITERATIONS = 30
 """Of EM at most."""
 
@@ -77,7 +77,7 @@ class GaussianMixtureBase(MixtureBase):
     ) -> GaussianMixtureBase:
         r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
 
-        Covariances are shrunk by d rows of a component's mean variance, :meth:`~latentprior.bases.em.Moments.of`.
+        From 32 coordinates on covariances are shrunk by d rows, :meth:`~latentprior.bases.em.Moments.of`.
         The search doubles K until the held-out log density has twice not risen by 0.01 nats and two standard errors,
         K is 64, a component would have fewer than 16 (d + 1) rows, or an iteration of EM would pass a fixed amount of
         work. Mixtures of that size from other starts then join in equal shares, :math:`\frac1R \sum_r p^{(r)}(u)`,
@@ -93,7 +93,8 @@ class GaussianMixtureBase(MixtureBase):
         """
         train = train[:FIT_ROWS]
         n, d = train.shape
-        search = Search(redraw or (lambda: train), validation.to(train), d, ITERATIONS, generator, deadline)
+        held_out, prior_rows = validation.to(train), d if d >= FEW else 0
+        search = Search(redraw or (lambda: train), held_out, prior_rows, ITERATIONS, generator, deadline)
         if n_components is not None:
             return search.fitted(checked_components(n_components, n), cls.of)
         if n < 2:
