@@ -263,8 +263,8 @@ def test_a_compressed_bomb_of_text_is_refused(model_server):
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
     picture = png(8, 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call(model_server, "POST", "/api/score", picture[:33] + chunk + picture[33:], kind="image/png")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250 << 10
+    refused(model_server, 400, "POST", "/api/score", picture[:33] + chunk + picture[33:], kind="image/png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
 @pytest.mark.parametrize(
@@ -350,11 +350,11 @@ def test_slow_clients_hold_nobody_up(model_server, monkeypatch):
         connection.sendall(head if i % 2 else head[:30])
     assert call(model_server, "GET", "/api/info")[0] == 200
     began = time.monotonic()
-    for connection in slow:
+    for i, connection in enumerate(slow):
         answer = b""
         while block := connection.recv(4096):
             answer += block
-        assert answer == b"" or answer.split()[1] in (b"408", b"503")
+        assert answer.split()[1] in (b"408", b"503") if i % 2 else answer == b""
         connection.close()
     assert time.monotonic() - began < 5
     assert call(model_server, "POST", "/api/sample", {"n": 1})[0] == 200
