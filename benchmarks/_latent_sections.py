@@ -39,7 +39,8 @@ ABOUT = [
     "coordinates was chosen on mnist16, vae20 and cifar64 at seed 0, test rows in view; the shrinkage of covariances "
     "on cifar64 and cifar128; rank, shrinkage and size of the low-rank mixture on taef512. Two sets were held aside "
     "until all this was fixed: cifar32 and pca50; there rivals ran two at a time on one core. Seeds 1 and 2 of the "
-    "ladder on cifar64 are older than the shrinkage, which mixtures of mnist16 and vae20 had here and since do without.",
+    "ladder on cifar64 are older than the shrinkage, which mixtures of mnist16 and vae20 had here and since do "
+    "without.",
 ]
 
 
