@@ -1,4 +1,4 @@
-"""Mixtures of low-rank covariances, and the shrinkage that all mixtures learn with."""
+"""Mixtures of low-rank covariances, and the shrinkage of covariances."""
 
 import functools
 import itertools
