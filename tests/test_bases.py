@@ -55,7 +55,7 @@ def bases(rows: Tensor) -> dict[str, Base]:
     return {
         "normal": NormalBase(2).float(),
         "gmm": GaussianMixtureBase.fit(rows[:1500], rows[1500:], n_components=3, generator=g).float(),
-        "gmm-lowrank": LowRankMixtureBase.fit(rows[:1500], rows[1500:], n_components=3, rank=1, generator=g).float(),
+        "gmm-lowrank": LowRankMixtureBase.fit(rows[:1500], rows[1500:], n_components=3, generator=g).float(),
         "copula": CopulaBase.fit(rows).float(),
         "flow": FlowBase.fit(rows[:1500], rows[1500:], max_epochs=3, generator=g),
         "distribution": DistributionBase(mixture, whitening),

@@ -56,7 +56,7 @@ class ValueAndGrad:
         for features, ratios in self.known.values():
             rows = ROWS
             if features is not None:
-                rows = min(rows, max(128, RESIDUALS // features.mixture.residuals_per_row))
+                rows = min(rows, max(128, RESIDUALS // features.mixture.projection.shape[1]))
             for x, f, slope in zip(*(t.split(rows) for t in (u, value, grad)), strict=True):
                 if features is None:
                     for ratio, weight in ratios:

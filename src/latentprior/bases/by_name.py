@@ -60,11 +60,11 @@ def fit_base(
     elif found := re.fullmatch(r"(gmm|gmm-lowrank)(?::0*([1-9]\d*))?", kind):
         k = int(found[2]) if found[2] else None
         low_rank = found[1] == "gmm-lowrank" or (k is None and _is_wide(*train.shape))
-        options: dict[str, Any] = {"n_components": k, "generator": generator, "redraw": redraw, "deadline": deadline}
-        if low_rank:
-            base = LowRankMixtureBase.fit(train, validation, **options)
-        else:
-            base = GaussianMixtureBase.fit(train, validation, below_stages=below_stages, **options)
+        mixture = LowRankMixtureBase if low_rank else GaussianMixtureBase
+        base = mixture.fit(
+            train, validation, n_components=k, generator=generator, redraw=redraw, deadline=deadline,
+            below_stages=below_stages,
+        )  # fmt: skip
     else:
         raise LatentPriorError(
             f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow, gmm-lowrank or give a torch Distribution"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .base import FIT_ROWS, LOG_2PI
+from .base import LOG_2PI
 from .em import Moments
 from .mixture import GaussianMixtureBase
-from .mixtures import MixtureBase, Search, checked_components
+from .mixtures import MixtureBase, Plan
 
 __all__ = ["LowRankMixtureBase"]
 
@@ -45,7 +44,6 @@ class LowRankMixtureBase(MixtureBase):
     noise: Tensor
     offset: Tensor
     excess: Tensor
-    projection: Tensor
 
     def __init__(self, weights: Tensor, means: Tensor, vectors: Tensor, values: Tensor, noise: Tensor) -> None:
         super().__init__()
@@ -61,13 +59,11 @@ class LowRankMixtureBase(MixtureBase):
         self.register_buffer("excess", (1 / values - 1 / noise[:, None]).T.contiguous())
         self.register_buffer("constant", log_weights - 0.5 * (log_det + d * LOG_2PI))
         # A rearrangement of the vectors: nothing to save.
-        self.register_buffer("projection", self._arranged(), persistent=False)
-
-    def _arranged(self) -> Tensor:
-        return self.vectors.permute(1, 2, 0).reshape(self.vectors.shape[1], -1).contiguous()
+        arranged = vectors.permute(1, 2, 0).reshape(d, -1).contiguous()
+        self.register_buffer("projection", arranged, persistent=False)
 
     @classmethod
-    def of(cls, moments: Moments, rank: int) -> LowRankMixtureBase:
+    def of(cls, moments: Moments, rank: int = RANK) -> LowRankMixtureBase:
         r"""Covariances by their eigenvalues farthest from the rest, by :math:`\lambda / s - 1 - \log(\lambda / s)`."""
         values, vectors = (x.double() for x in torch.linalg.eigh(moments.covariances.float()))
         values = values.clamp_min(1e-6)
@@ -81,35 +77,11 @@ class LowRankMixtureBase(MixtureBase):
         return cls(moments.weights, moments.means, vectors, values[:, :rank], rest.mean(1))
 
     @classmethod
-    def fit(
-        cls,
-        train: Tensor,
-        validation: Tensor,
-        *,
-        n_components: int | None = None,
-        rank: int = RANK,
-        generator: torch.Generator | None = None,
-        redraw: Callable[[], Tensor] | None = None,
-        deadline: float | None = None,
-    ) -> LowRankMixtureBase:
-        """Fit by at most ten iterations of EM, and average, as :meth:`GaussianMixtureBase.fit` does.
-
-        Covariances are shrunk by 4 d rows. The search begins at 8 components and ends where twice as many do not raise
-        the held-out log density, at 16, or where a component would have fewer than 10 d rows.
-
-        Raises :class:`LatentPriorError` for fewer rows than components.
-        """
-        train = train[:FIT_ROWS]
-        n, d = train.shape
-        search = Search(
-            redraw or (lambda: train), validation.to(train), PRIOR_ROWS * d, ITERATIONS, generator, deadline
-        )
-        made = functools.partial(cls.of, rank=min(rank, d))
-        if n_components is not None:
-            return search.fitted(checked_components(n_components, n), made)
+    def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
+        """Try 8 components, then 16, of 10 d rows each at least; covariances shrunk by 4 d rows."""
         limit = min(MOST_COMPONENTS, n // (10 * d))
         sizes = [1, *(k for k in (min(8, limit), 16) if 1 < k <= limit)]
-        return search.best(made, sizes, patience=1)
+        return Plan(sizes, ITERATIONS, prior_rows=PRIOR_ROWS * d, patience=1)
 
     @classmethod
     def averaged(cls, members: Sequence[LowRankMixtureBase]) -> LowRankMixtureBase:
@@ -128,10 +100,6 @@ class LowRankMixtureBase(MixtureBase):
         along = (self.values - self.noise[:, None])[:, None] * self.vectors
         covariances = self.noise[:, None, None] * eye + along @ self.vectors.mT
         return GaussianMixtureBase(self.log_weights.exp(), self.means, torch.linalg.cholesky(covariances))
-
-    @property
-    def residuals_per_row(self) -> int:
-        return self.offset.numel()
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates :math:`q_k` ``(n, r, K)`` and log terms ``(n, K)``; components last, so that sums are fast."""

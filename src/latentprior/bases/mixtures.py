@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import LatentPriorError
-from .base import Base, device_of, normal_noise
+from .base import FIT_ROWS, Base, device_of, normal_noise
 from .em import Moments, expectation_maximisation
 
-__all__ = ["WORTH", "WORTH_BELOW_STAGES", "MixtureBase", "Search", "checked_components"]
+__all__ = ["WORTH", "MixtureBase", "Plan"]
 
 LEAST_RISE = 0.004
 """Nats an iteration below which EM ends."""
 MEMBERS = 6
 """Most mixtures that are averaged."""
-WORTH, WORTH_BELOW_STAGES = 0.05, 0.2
-"""Nats by which one more must raise an average; and below stages that learn the same sooner, each of whose steps a
-larger mixture slows."""
+WORTH = 0.05
+"""Nats by which one more must raise an average."""
 NUMBERS = 1 << 18
 """Most residuals of a block of rows: what fits a core's cache."""
 
 
-class MixtureBase(Base):
+B = TypeVar("B", bound="MixtureBase")
+
+
+class Plan(NamedTuple):
+    """How the mixtures of a kind are fitted to so many rows, and their size is searched for."""
+
+    sizes: Sequence[int]
+    """Numbers of components to try, rising from 1."""
+    iterations: int
+    """Of EM at most."""
+    prior_rows: float
+    """By how many rows covariances are shrunk, :meth:`~latentprior.bases.em.Moments.of`."""
+    patience: int = 2
+    """How many sizes in turn may bring nothing."""
+    worth: float = WORTH
+    """Nats by which one more mixture must raise the average."""
+
+
+class MixtureBase(Base, abc.ABC):
     r"""A Gaussian mixture, :math:`\log p_0(u) = \log \sum_k \pi_k \mathcal N(u; m_k, \Sigma_k)`.
 
     A kind says how covariances are held: :meth:`project` and :meth:`pull_back` are the way there and back from the
@@ -38,39 +56,88 @@ class MixtureBase(Base):
 
     means: Tensor
     log_weights: Tensor
+    projection: Tensor
+    """Of rows to the residuals of all components."""
     constant: Tensor
     """Log terms where a row stands on its component's mean ``(K,)``."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, moments: Moments) -> Any:
+        """The mixture of these moments."""
+
+    @classmethod
+    @abc.abstractmethod
+    def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
+        """How to fit it to ``n`` rows of ``d`` coordinates."""
+
+    @classmethod
+    @abc.abstractmethod
+    def averaged(cls, members: Sequence[Any]) -> Any:
+        """Equal shares of several mixtures, as one."""
+
+    @abc.abstractmethod
+    def widened(self, factors: tuple[float, ...]) -> MixtureBase:
+        """Equal shares of this mixture with its components' scales multiplied by each factor: halos around modes."""
+
+    @abc.abstractmethod
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals, which :meth:`pull_back` knows how to read, and log terms, ``(n, d) -> (n, ...), (n, K)``."""
+
+    @abc.abstractmethod
+    def pull_back(self, u: Tensor, residuals: Tensor, by_term: Tensor) -> Tensor:
+        """Gradient in u ``(n, d)`` of what has the slopes ``by_term`` ``(n, K)`` in the log terms."""
+
+    @abc.abstractmethod
+    def coloured(self, k: int, noise: Tensor) -> Tensor:
+        """Draws of component k about its mean from standard normal ``noise``, ``(n, d) -> (n, d)``."""
+
+    @classmethod
+    def fit(
+        cls: type[B],
+        train: Tensor,
+        validation: Tensor,
+        *,
+        n_components: int | None = None,
+        generator: torch.Generator | None = None,
+        redraw: Callable[[], Tensor] | None = None,
+        deadline: float | None = None,
+        below_stages: bool = False,
+    ) -> B:
+        r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
+
+        The search takes more components, as the kind's :meth:`plan` says, while they raise the held-out log density
+        by 0.01 nats and two standard errors. Mixtures of that size from other starts then join in equal shares,
+        :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log density rises by two standard errors and what the plan
+        asks for: an average varies less with the rows than its members do (Ormoneit and Tresp 1998), and makes every
+        step of a stage slower. EM itself stops after three iterations without a rise of 0.004 nats, since averaging
+        and the ladder mend what a rough mixture leaves.
+
+        Arguments
+        ---------
+        redraw : new draws of the rows, where the latents are posteriors; each iteration of EM sees others.
+        deadline : no mixture is begun that would not be done by then (:func:`time.monotonic`), by the last one's time.
+        below_stages : whether stages follow, which learn what a larger mixture would.
+
+        Raises :class:`LatentPriorError` for fewer rows than components.
+        """
+        train = train[:FIT_ROWS]
+        n, d = train.shape
+        if n_components is not None and n_components > n:
+            raise LatentPriorError(
+                f"a mixture of {n_components} components needs at least {n_components} rows, got {n}"
+            )
+        if n < 2 and n_components is None:
+            one = torch.ones(1, dtype=torch.float64, device=train.device)
+            return cls.of(Moments(one, one.new_zeros(1, d), torch.eye(d).to(one)[None]))  # type: ignore[no-any-return]
+        plan = cls.plan(n, d, below_stages)
+        search = _Search(cls, plan, redraw or (lambda: train), validation.to(train), generator, deadline)
+        return search.best() if n_components is None else search.fitted(n_components)
 
     @property
     def n_components(self) -> int:
         """Number K of components."""
         return len(self.means)
-
-    @property
-    def residuals_per_row(self) -> int:
-        """Numbers that :meth:`project` makes of a row."""
-        raise NotImplementedError
-
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals, which :meth:`pull_back` knows how to read, and log terms, ``(n, d) -> (n, ...), (n, K)``."""
-        raise NotImplementedError
-
-    def pull_back(self, u: Tensor, residuals: Tensor, by_term: Tensor) -> Tensor:
-        """Gradient in u ``(n, d)`` of what has the slopes ``by_term`` ``(n, K)`` in the log terms."""
-        raise NotImplementedError
-
-    def coloured(self, k: int, noise: Tensor) -> Tensor:
-        """Draws of component k about its mean from standard normal ``noise``, ``(n, d) -> (n, d)``."""
-        raise NotImplementedError
-
-    def widened(self, factors: tuple[float, ...]) -> MixtureBase:
-        """Equal shares of this mixture with its components' scales multiplied by each factor: halos around modes."""
-        raise NotImplementedError
-
-    @classmethod
-    def averaged(cls, members: Sequence[Any]) -> Any:
-        """Equal shares of several mixtures, as one."""
-        raise NotImplementedError
 
     def log_terms(self, u: Tensor) -> Tensor:
         r""":math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)` of every component, ``(n, d) -> (n, K)``."""
@@ -91,7 +158,7 @@ class MixtureBase(Base):
         return torch.cat(values), torch.cat(grads)
 
     def _rows(self) -> int:
-        return max(64, NUMBERS // self.residuals_per_row)
+        return max(64, NUMBERS // self.projection.shape[1])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         device = device_of(generator)
@@ -106,41 +173,30 @@ class MixtureBase(Base):
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
-B = TypeVar("B", bound=MixtureBase)
-
-
-class Search:
-    """Mixtures by EM and the size that held-out rows choose, within a time.
-
-    Arguments
-    ---------
-    rows : rows ``(n, d)``, called once an iteration of EM.
-    held_out : ``(m, d)``.
-    prior_rows : by how many rows covariances are shrunk, :meth:`~latentprior.bases.em.Moments.of`.
-    iterations : of EM at most.
-    deadline : in seconds of :func:`time.monotonic`; nothing is begun that would not be done by then.
-    """
+class _Search(Generic[B]):
+    """Mixtures of one kind by EM, and the size that held-out rows choose within a time."""
 
     def __init__(
         self,
+        kind: type[B],
+        plan: Plan,
         rows: Callable[[], Tensor],
         held_out: Tensor,
-        prior_rows: float,
-        iterations: int,
-        generator: torch.Generator | None = None,
-        deadline: float | None = None,
+        generator: torch.Generator | None,
+        deadline: float | None,
     ) -> None:
-        self.rows, self.held_out, self.prior_rows, self.iterations = rows, held_out, prior_rows, iterations
+        self.kind, self.plan, self.rows, self.held_out = kind, plan, rows, held_out
         self.generator, self.deadline = generator, deadline
 
-    def fitted(self, k: int, made: Callable[[Moments], B]) -> B:
-        """A mixture of ``k`` components; EM ends after three iterations without a rise of 0.004 nats."""
+    def fitted(self, k: int) -> B:
+        """A mixture of ``k`` components."""
 
         def log_terms(moments: Moments) -> Callable[[Tensor], Tensor]:
-            return made(moments).to(self.held_out.dtype).log_terms
+            return self.kind.of(moments).to(self.held_out.dtype).log_terms  # type: ignore[no-any-return]
 
+        plan = self.plan
         steps = expectation_maximisation(
-            self.rows, k, log_terms, iterations=self.iterations, prior_rows=self.prior_rows, generator=self.generator
+            self.rows, k, log_terms, iterations=plan.iterations, prior_rows=plan.prior_rows, generator=self.generator
         )
         moments, highest, waited = next(steps)[0], -math.inf, 0
         for moments, density in steps:  # noqa: B007
@@ -149,31 +205,27 @@ class Search:
             highest = max(highest, density)
             if waited == 3:
                 break
-        return made(moments)
+        return self.kind.of(moments)  # type: ignore[no-any-return]
 
-    def best(self, made: Callable[[Moments], B], sizes: Sequence[int], patience: int, worth: float = WORTH) -> B:
-        """Take more components, then average; see :meth:`GaussianMixtureBase.fit`.
-
-        ``sizes`` rise from 1; ``patience`` is how many of them in turn may bring nothing; one more mixture must raise
-        the average by ``worth`` nats.
-        """
-        begun = time.monotonic()
-        failed, best = 0, self.fitted(sizes[0], made)
+    def best(self) -> B:
+        """Take more components, then average."""
+        begun, sizes = time.monotonic(), self.plan.sizes
+        failed, best = 0, self.fitted(sizes[0])
         here, took = self._level(best), time.monotonic() - begun
         for before, k in itertools.pairwise(sizes):
-            if failed == patience or not self._in_time(took * k / before):
+            if failed == self.plan.patience or not self._in_time(took * k / before):
                 break
             failed, begun = failed + 1, time.monotonic()
-            candidate = self.fitted(k, made)
+            candidate = self.fitted(k)
             there, took = self._level(candidate), time.monotonic() - begun
             if _rises(here, there, 0.01):
                 best, here, failed = candidate, there, 0
         members, bag = [best], best
         while best.n_components > 1 and len(members) < MEMBERS and self._in_time(took):
-            members.append(self.fitted(best.n_components, made))
-            candidate = best.averaged(members)
+            members.append(self.fitted(best.n_components))
+            candidate = self.kind.averaged(members)
             there = self._level(candidate)
-            if not _rises(here, there, worth):
+            if not _rises(here, there, self.plan.worth):
                 break
             bag, here = candidate, there
         return bag
@@ -183,13 +235,6 @@ class Search:
 
     def _in_time(self, seconds: float) -> bool:
         return self.deadline is None or time.monotonic() + seconds <= self.deadline
-
-
-def checked_components(k: int, n: int) -> int:
-    """``k``; raises :class:`LatentPriorError` for fewer rows than components."""
-    if k > n:
-        raise LatentPriorError(f"a mixture of {k} components needs at least {k} rows, got {n}")
-    return k
 
 
 def _rises(before: Tensor, after: Tensor, least: float) -> bool:
