@@ -58,7 +58,8 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
     Arguments
     ---------
     contamination : share of outliers in the training rows, in (0, 0.5]: where ``threshold_`` is put, nothing else.
-    base : ``"copula"`` (product of marginals), ``"gmm"``, ``"gmm:K"``, ``"normal"`` or ``"flow"``.
+    base : ``"copula"`` (product of marginals), ``"gmm"``, ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"`` or
+        ``"flow"``.
     max_stages : most stages above the base; each must raise the held-out log density.
     smoothing : kernel width around every row, in scales of the columns (a standard deviation where normal).
     width, bound, steps : of a stage, see :class:`~latentprior.StageSettings`.

@@ -33,7 +33,8 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     Arguments
     ---------
-    base : ``"gmm"`` (components chosen on held-out rows), ``"gmm:K"``, ``"normal"``, ``"copula"`` or ``"flow"``.
+    base : ``"gmm"`` (components chosen on held-out rows), ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"``, ``"copula"``
+        or ``"flow"``.
     max_stages : most stages above the base; the ladder ends sooner where held-out rows no longer gain.
     whitening : ``"full"``, ``"diagonal"``, ``"none"``, or None for the base's own.
     validation : share of distinct rows held out; copies of a row stay together.
