@@ -37,6 +37,6 @@ nitpick_ignore_regex = [
         r"(Tensor|Array|NDArray|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|ClassVar|NamedTuple)",
     ),
     (r"py:.*", r"(nn|constraints)\..*"),
-    (r"py:.*", r"latentprior\.processes\.T"),
+    (r"py:.*", r"latentprior\.(processes\.T|bases\.mixtures\.B)"),
     (r"py:.*", r"(Distribution|Dataset|TextIO|Kind|Rows|Range|Method|Score|FitCallback|Callback|optional|Self)"),
 ]
