@@ -43,12 +43,15 @@ class Foreign(torch.nn.Module):
 
 def ladders() -> dict[str, tuple[Base, list[torch.nn.Module]]]:
     m, other = mixture(), mixture(3, 1)
+    average = GaussianMixtureBase.averaged([mixture(3, seed) for seed in range(2)])
     return {
         "residual": (NormalBase(DIM), [ratio(1), ratio(2, width=5, depth=1), ratio(3, depth=0)]),
         "mlp": (NormalBase(DIM), [ratio(1, kind="mlp"), ratio(2, kind="mlp", depth=1), ratio(3, kind="mlp", depth=3)]),
         "quadratic": (NormalBase(DIM), [ratio(1, kind="quadratic"), ratio(2), ratio(3, kind="quadratic")]),
         "quadratic, features of the base": (m, [ratio(1, m, kind="quadratic"), ratio(2, m)]),
         "features of the base": (m, [ratio(1, m), ratio(2, m, kind="mlp"), ratio(3)]),
+        "features of the first of an average": (average, [ratio(1, average), ratio(2, average, kind="quadratic")]),
+        "features of an average that is no base": (NormalBase(DIM), [ratio(1, average), ratio(2, m)]),
         "features of another mixture": (NormalBase(DIM), [ratio(1, m), ratio(2, m)]),
         "features of two mixtures": (m, [ratio(1, m), ratio(2, other)]),
         "mixture, features unread": (m, [ratio(1), ratio(2)]),

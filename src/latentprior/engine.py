@@ -75,16 +75,25 @@ class ValueAndGrad:
         scratch: _Scratch,
     ) -> None:
         mixture: MixtureBase = features.mixture
-        residuals, terms = mixture.project(x)
+        residuals, all_terms = mixture.project(x)
+        terms = features.terms_read(all_terms)
         read = features.of_terms(terms, x.shape[1])
         slope = torch.zeros_like(read)
         for ratio, weight in ratios:
             _forward_and_back(ratio, weight, x, read, value, grad, slope, scratch)
         by_term = features.pull_back(read, slope, terms, x.shape[1])
+        if mixture.members > 1:
+            by_term = torch.cat([by_term, by_term.new_zeros(len(x), mixture.n_components - by_term.shape[1])], 1)
         if mixture is self.base:
-            value += torch.logsumexp(terms, 1)
-            by_term += read[:, : mixture.n_components]
+            level = torch.logsumexp(all_terms, 1)
+            value += level
+            by_term += _shares(all_terms, level)
         grad += mixture.pull_back(x, residuals, by_term)
+
+
+def _shares(terms: Tensor, level: Tensor) -> Tensor:
+    # Denormal numbers would slow the next matrix product down many times.
+    return (terms - level[:, None]).clamp_min(-60).exp()
 
 
 def _add(to: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:

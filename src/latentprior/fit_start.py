@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 from dataclasses import asdict
 from typing import Any
@@ -11,16 +13,19 @@ from torch import Tensor
 
 from .bases import Base, MixtureBase, fit_base
 from .bases.base import FIT_ROWS
-from .errors import InvalidLatentsError, LatentPriorError
+from .errors import InvalidLatentsError, LatentPriorError, LearningDivergedError
+from .ladder import Ladder
 from .latents import Latents, as_latents
 from .prior import LatentPrior
-from .stage import StageSettings, derived_generator
+from .stage import StageLearner, StageSettings, Target, derived_generator
 from .whitening import Kind, Whitening
 
 __all__ = ["Rows", "checked_device", "fit_identity", "split_rows", "standardised_rows", "start_ladder"]
 
 HELD_OUT_LIMIT = 10_000
 BASE_ROWS = 200_000
+TRIAL_STEPS, TRIAL_GAIN = 200, 0.15
+"""A stage of so few steps and so large a gain, in nats, shows that it has more to learn than an average of mixtures."""
 
 Rows = tuple[Latents, Tensor]
 """Latents, and the indices of those rows of them that are meant."""
@@ -73,11 +78,13 @@ def start_ladder(
     dtype: torch.dtype,
     kind: Kind | None,
     climb: bool,
+    settings: StageSettings,
     deadline: float | None = None,
-) -> LatentPrior:
-    """Standardise, and fit the base: a ladder of no stages.
+) -> tuple[LatentPrior, StageLearner | None]:
+    """Standardise, and fit the base: a ladder of no stages; and the first stage, if its first steps were tried.
 
-    A base that is no mixture gets one beside it, as cover for importance sampling on the way up.
+    A base that is no mixture gets one beside it, as cover for importance sampling on the way up, where there is a
+    ``climb``.
     """
     latents, train = target
     kind = kind or ("diagonal" if base == "copula" else "full")
@@ -94,8 +101,22 @@ def start_ladder(
         """New draws of as many rows as a mixture takes."""
         return whitening.whiten(latents.draw(some[:FIT_ROWS], generator, device=device, dtype=dtype))
 
+    begun: list[StageLearner] = []
+
+    def stage_gains(mixture: MixtureBase) -> bool:
+        """Whether the first steps of a stage on the mixture tell data from its draws."""
+        ladder = Ladder(copy.deepcopy(mixture).to(device=device, dtype=dtype).requires_grad_(False))
+        aim = Target(latents, train, rows, whitening)
+        learner = StageLearner(aim, ladder, settings, tuple(latents.event_shape), seed)
+        # One that diverges is learned anew on the average, more slowly if need be.
+        with torch.enable_grad(), contextlib.suppress(LearningDivergedError):
+            learner.learn(learner.particles(), deadline=deadline, until=TRIAL_STEPS)
+        gains = learner.best_gain.value > TRIAL_GAIN
+        begun.extend([learner] if gains else [])
+        return gains
+
     fresh = redraw if latents.is_posterior else None
-    fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline, climb)
+    fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline, stage_gains if climb else None)
     cover = None
     if climb and not isinstance(fitted, MixtureBase):
         drawn = derived_generator(device, seed, "cover")
@@ -103,7 +124,7 @@ def start_ladder(
         cover = near if isinstance(near, MixtureBase) else None
     prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
     prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())
-    return prior
+    return prior, begun[0] if begun else None
 
 
 def _check_precision(whitening: Whitening) -> None:

@@ -25,7 +25,7 @@ from .errors import (
     LearningRetriedWarning,
     StageSaturatedWarning,
 )
-from .fit_run import Callback, Event, FitRun
+from .fit_run import Callback, Event, FitRun, SavedFit
 from .fit_start import Rows, checked_device, fit_identity, split_rows, standardised_rows, start_ladder
 from .ladder import FreshParticles, Stage
 from .latents import as_latents
@@ -174,7 +174,7 @@ def _climb(
 ) -> LatentPrior:
     """Stand where the run was saved, or fit the base; then add stages until there is a reason to stop."""
     given = base if isinstance(base, torch.distributions.Distribution) else None
-    saved, begun = None, None
+    saved, begun, tried = None, None, None
     with in_unison(run.processes):
         if run.processes.rank == 0:
             saved = run.load() if resume else None
@@ -182,7 +182,10 @@ def _climb(
                 run.tell("base", message=base if isinstance(base, str) else type(base).__name__)
                 # Stages between waypoints are a path of their own: sampling needs no cover.
                 climb = max_stages > 0 and settings.waypoints == 0
-                begun = start_ladder(target, held_out, base, seed, where, dtype, whitening, climb, run.deadline)
+                begun, tried = start_ladder(
+                    target, held_out, base, seed, where, dtype, whitening, climb, settings, run.deadline
+                )
+                saved = None if tried is None else SavedFit.of(begun, tried)
     saved = run.processes.first(saved)
     prior = run.shared(begun, given, where) if saved is None else saved.prior(given, where)
     rows = standardised_rows(*held_out, seed, prior.whitening)

@@ -56,7 +56,8 @@ class MixtureFeatures(nn.Module):
     The responsibilities :math:`r_k(u)`; the squared Mahalanobis distance to each component, standardised, where
     that component is responsible, :math:`r_k(u)\,(\|y_k\|^2 - d) / \sqrt{2 d}`; and the standardised
     :math:`\log p(u)`. What a mixture gets wrong is mostly radial and differs from component to component, which a
-    perceptron on the coordinates alone finds slowly and from many rows.
+    perceptron on the coordinates alone finds slowly and from many rows. Of an average of mixtures the first one is
+    read: more of them would say little more, and take most of a step's time.
     """
 
     center: Tensor
@@ -65,9 +66,10 @@ class MixtureFeatures(nn.Module):
     def __init__(self, mixture: MixtureBase) -> None:
         super().__init__()
         self.mixture = mixture
+        self.read = mixture.first_member()
         # Moments of log p where components do not overlap.
-        dim, weights = mixture.means.shape[1], mixture.log_weights.exp()
-        level = mixture.constant
+        dim, weights = mixture.means.shape[1], self.read.log_weights.exp()
+        level = self.read.constant
         center = (weights * level).sum()
         self.register_buffer("center", center - 0.5 * dim, persistent=False)
         spread = (0.5 * dim + (weights * (level - center).square()).sum()).sqrt()
@@ -76,25 +78,30 @@ class MixtureFeatures(nn.Module):
     @property
     def size(self) -> int:
         """Number of features."""
-        return 2 * self.mixture.n_components + 1
+        return 2 * self.read.n_components + 1
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.of_terms(self.mixture.log_terms(u), u.shape[1])
+        return self.of_terms(self.read.log_terms(u), u.shape[1])
+
+    def terms_read(self, terms: Tensor) -> Tensor:
+        """Log terms ``(n, K)`` of the mixture that is read, from those of the whole average."""
+        members = self.mixture.members
+        return terms if members == 1 else terms[:, : self.read.n_components] + math.log(members)
 
     def of_terms(self, terms: Tensor, dim: int) -> Tensor:
-        """Features of rows from the mixture's log terms ``(n, K)`` there."""
+        """Features of rows from the log terms ``(n, K)`` there of the mixture that is read."""
         log_prob = torch.logsumexp(terms, 1, keepdim=True)
         # Denormal numbers would slow the next matrix product down many times.
         share = (terms - log_prob).clamp_min(-60).exp()
-        radius = (2 * (self.mixture.constant - terms) - dim) / math.sqrt(2 * dim)
+        radius = (2 * (self.read.constant - terms) - dim) / math.sqrt(2 * dim)
         return torch.cat([share, share * radius, (log_prob - self.center) / self.spread], 1)
 
     def pull_back(self, features: Tensor, slope: Tensor, terms: Tensor, dim: int) -> Tensor:
         """Slopes in the log terms ``(n, K)`` of what has ``slope`` ``(n, 2 K + 1)`` in the features there."""
-        k = self.mixture.n_components
+        k = self.read.n_components
         share, by_share, by_radius, by_level = features[:, :k], slope[:, :k], slope[:, k:-1], slope[:, -1:]
         scale = 2 / math.sqrt(2 * dim)
-        radius = scale * (self.mixture.constant - terms) - dim / math.sqrt(2 * dim)
+        radius = scale * (self.read.constant - terms) - dim / math.sqrt(2 * dim)
         along = torch.addcmul(by_share, by_radius, radius)
         mean = (share * along).sum(1, keepdim=True)
         return share * (along - mean + by_level / self.spread - scale * by_radius)

@@ -137,7 +137,7 @@ class LearnedStage(NamedTuple):
 EVALUATE = 100
 WARM_UP = 50
 HELD_OUT_PARTICLES = 8192
-LAST_PARTICLES = 65_536
+LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 
 
 class StageLearner:
@@ -200,23 +200,27 @@ class StageLearner:
         ``last``: no stage will learn from them, and the normaliser is all that is wanted.
         """
         rows = self.chunk * self.batch
-        return self._fresh(min(rows, LAST_PARTICLES) if last else rows, "particles", 0)
+        if last:
+            few = {"smc_particles": LAST_SMC_PARTICLES}
+            return self._fresh(min(rows, LAST_PARTICLES), "particles", 0, **few)
+        return self._fresh(rows, "particles", 0)
 
     def learn(
         self,
         first: FreshParticles,
         *,
         deadline: float | None = None,
+        until: int | None = None,
         on_step: Callable[[StageLearner], None] = lambda learner: None,
         on_evaluate: Callable[[StageLearner], None] = lambda learner: None,
     ) -> LearnedStage:
-        """Go on until the schedule, the patience or the ``deadline`` (:func:`time.monotonic`) ends.
+        """Go on until the schedule, the patience or the ``deadline`` (:func:`time.monotonic`) ends, or a step's number.
 
         Raises :class:`LearningDivergedError` when the held-out loss is not finite.
         """
         own, held_out, effective = self._split(first)
-        begun = time.monotonic()
-        while not self.finished:
+        begun, until = time.monotonic(), until or self.settings.steps
+        while not self.finished and self.step < until:
             if self._late(deadline):
                 break
             chunk = self.step // self.chunk
@@ -235,7 +239,7 @@ class StageLearner:
                     on_step(self)
                 self._evaluate(held_out, effective)
                 on_evaluate(self)
-                if self._late(deadline):
+                if self._late(deadline) or self.step >= until:
                     break
         self.ratio.load_weights(self.best)
         ratio = self.ratio.eval().requires_grad_(False)
@@ -251,8 +255,8 @@ class StageLearner:
     def _draws(self, *keys: int | str) -> torch.Generator:
         return derived_generator(self.device, self.seed, self.index, *keys, *self.processes.keys)
 
-    def _fresh(self, rows: int, *keys: int | str, draws: int | None = None) -> FreshParticles:
-        return self.ladder.fresh_particles(rows, self._draws(*keys), draws=draws, processes=self.processes)
+    def _fresh(self, rows: int, *keys: int | str, **how: int) -> FreshParticles:
+        return self.ladder.fresh_particles(rows, self._draws(*keys), processes=self.processes, **how)
 
     def _late(self, deadline: float | None) -> bool:
         return deadline is not None and self.processes.first(time.monotonic() >= deadline)

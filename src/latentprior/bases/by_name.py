@@ -19,6 +19,7 @@ from .distribution import DistributionBase
 from .flow import FlowBase
 from .low_rank import LowRankMixtureBase
 from .mixture import GaussianMixtureBase
+from .mixtures import MixtureBase
 from .normal import NormalBase
 
 __all__ = ["base_from_state", "fit_base"]
@@ -35,15 +36,15 @@ def fit_base(
     generator: torch.Generator | None = None,
     redraw: Callable[[], Tensor] | None = None,
     deadline: float | None = None,
-    below_stages: bool = False,
+    stage_gains: Callable[[MixtureBase], bool] | None = None,
 ) -> Base:
     """Make the base ``kind`` from standardised rows; ``"gmm:20"`` fixes the number of components.
 
     ``"gmm"`` has full covariances below 192 coordinates and low-rank ones from there on, where full ones would allow
     few components; ``"gmm-lowrank"`` and ``"gmm-lowrank:20"`` ask for them, ``"gmm:20"`` for full ones.
-    ``below_stages`` says that stages follow, which learn what a larger mixture would. ``redraw`` gives new draws of
-    the rows, where the latents are posteriors. A mixture that would not be done by the ``deadline``
-    (:func:`time.monotonic`) does without more components or members.
+    ``redraw`` gives new draws of the rows, where the latents are posteriors. Where stages follow, ``stage_gains`` says
+    whether one would gain much on a mixture, so that an average is not worth its time. A mixture that would not be done
+    by the ``deadline`` (:func:`time.monotonic`) does without more components or members.
 
     Raises :class:`LatentPriorError` for an unknown name, :class:`MissingExtraError` where an extra is absent.
     """
@@ -63,13 +64,21 @@ def fit_base(
         mixture = LowRankMixtureBase if low_rank else GaussianMixtureBase
         base = mixture.fit(
             train, validation, n_components=k, generator=generator, redraw=redraw, deadline=deadline,
-            below_stages=below_stages,
+            stage_gains=stage_gains,
         )  # fmt: skip
     else:
         raise LatentPriorError(
             f"unknown base {kind!r}: choose normal, gmm, gmm:K, copula, flow, gmm-lowrank or give a torch Distribution"
         )
     return base.to(device=train.device, dtype=train.dtype).requires_grad_(False)
+
+
+def _members(config: Mapping[str, Any], components: int) -> int:
+    """Of how many mixtures the saved one is the average; before there was a word for it, it was read whole."""
+    members = int(config.get("members", 1))
+    if not 1 <= members <= components or components % members:
+        raise ValueError(f"{components} components of {members} mixtures")
+    return members
 
 
 def _is_wide(n: int, d: int) -> bool:
@@ -86,7 +95,8 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         k, d = tensors["means"].shape
         if tensors["cholesky"].shape != (k, d, d) or tensors["log_weights"].shape != (k,):
             raise ValueError("the mixture's shapes differ")
-        mixture = GaussianMixtureBase(tensors["log_weights"].exp(), tensors["means"], tensors["cholesky"])
+        parts = (tensors[part] for part in ("means", "cholesky"))
+        mixture = GaussianMixtureBase(tensors["log_weights"].exp(), *parts, members=_members(config, k))
         # The derived buffers too, lest they differ in their last bits.
         mixture.load_state_dict(dict(tensors))
         return mixture
@@ -96,7 +106,7 @@ def base_from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         if any(tensors[part].shape != shape for part, shape in shapes.items()):
             raise ValueError("the mixture's shapes differ")
         parts = (tensors[part] for part in ("means", "vectors", "values", "noise"))
-        low_rank = LowRankMixtureBase(tensors["log_weights"].exp(), *parts)
+        low_rank = LowRankMixtureBase(tensors["log_weights"].exp(), *parts, members=_members(config, k))
         low_rank.load_state_dict(dict(tensors))
         return low_rank
     if name == "copula":

@@ -36,17 +36,20 @@ class LowRankMixtureBase(MixtureBase):
     ---------
     weights, means : ``(K,)`` and ``(K, d)``.
     vectors, values, noise : :math:`V_k` ``(K, d, r)``, :math:`\lambda_k` ``(K, r)`` and :math:`\sigma_k^2` ``(K,)``.
+    members : of how many mixtures this is the average.
     """
 
     name = "gmm-lowrank"
     vectors: Tensor
     values: Tensor
     noise: Tensor
-    offset: Tensor
     excess: Tensor
 
-    def __init__(self, weights: Tensor, means: Tensor, vectors: Tensor, values: Tensor, noise: Tensor) -> None:
+    def __init__(
+        self, weights: Tensor, means: Tensor, vectors: Tensor, values: Tensor, noise: Tensor, *, members: int = 1
+    ) -> None:
         super().__init__()
+        self.members = members
         _, d, r = vectors.shape
         log_weights = weights.log() - weights.sum().log()
         log_det = values.log().sum(1) + (d - r) * noise.log()
@@ -86,7 +89,11 @@ class LowRankMixtureBase(MixtureBase):
     @classmethod
     def averaged(cls, members: Sequence[LowRankMixtureBase]) -> LowRankMixtureBase:
         parts = zip(*((m.log_weights.exp(), m.means, m.vectors, m.values, m.noise) for m in members), strict=True)
-        return cls(*map(torch.cat, parts))
+        return cls(*map(torch.cat, parts), members=len(members))
+
+    def leading(self, k: int) -> LowRankMixtureBase:
+        parts = (self.log_weights.exp(), self.means, self.vectors, self.values, self.noise)
+        return LowRankMixtureBase(*(part[:k] for part in parts))
 
     def widened(self, factors: tuple[float, ...]) -> LowRankMixtureBase:
         m = len(factors)

@@ -15,6 +15,8 @@ __all__ = ["GaussianMixtureBase"]
 
 MOST_COMPONENTS = 64
 """Of one mixture: more take over what the stages learn better."""
+MOST_COMPONENTS_BELOW_STAGES = 32
+"""Of few coordinates, where stages follow: they read each component, and more would slow their steps."""
 WORK = int(2.4e10)
 """Multiplications in an iteration of EM, beyond which no more components are tried."""
 FEW = 32
@@ -33,14 +35,15 @@ class GaussianMixtureBase(MixtureBase):
     Arguments
     ---------
     weights, means, cholesky : ``(K,)``, ``(K, d)``, ``(K, d, d)`` lower factors of the covariances.
+    members : of how many mixtures this is the average.
     """
 
     name = "gmm"
     cholesky: Tensor
-    offset: Tensor
 
-    def __init__(self, weights: Tensor, means: Tensor, cholesky: Tensor) -> None:
+    def __init__(self, weights: Tensor, means: Tensor, cholesky: Tensor, *, members: int = 1) -> None:
         super().__init__()
+        self.members = members
         k, d = means.shape
         eye = torch.eye(d, dtype=means.dtype, device=means.device).expand(k, d, d)
         inverse = torch.linalg.solve_triangular(cholesky, eye, upper=False)
@@ -62,19 +65,26 @@ class GaussianMixtureBase(MixtureBase):
     def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
         """Double K up to 64, 16 (d + 1) rows a component, or a fixed amount of work an iteration of EM.
 
+        From 16 components on the last step but one is left out, which would take a quarter of the time.
         From 32 coordinates on covariances are shrunk by d rows; below, stages that follow learn what an average gains
         in less time, and one more mixture must raise it by 0.2 nats.
         """
-        most = max(1, min(MOST_COMPONENTS, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d))))
+        limit = MOST_COMPONENTS_BELOW_STAGES if below_stages and d < FEW else MOST_COMPONENTS
+        most = max(1, min(limit, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d))))
         sizes = [2**i for i in range(most.bit_length())]
+        if most >= 16:
+            del sizes[-2]
         worth = WORTH_BELOW_STAGES if below_stages and d < FEW else WORTH
-        return Plan(sizes, ITERATIONS, prior_rows=d if d >= FEW else 0, worth=worth)
+        return Plan(sizes, ITERATIONS, prior_rows=d if d >= FEW else 0, worth=worth, ask=True)
 
     @classmethod
     def averaged(cls, members: Sequence[GaussianMixtureBase]) -> GaussianMixtureBase:
         parts = zip(*((m.log_weights.exp(), m.means, m.cholesky) for m in members), strict=True)
         weights, means, cholesky = map(torch.cat, parts)
-        return cls(weights, means, cholesky)
+        return cls(weights, means, cholesky, members=len(members))
+
+    def leading(self, k: int) -> GaussianMixtureBase:
+        return GaussianMixtureBase(self.log_weights[:k].exp(), self.means[:k], self.cholesky[:k])
 
     def widened(self, factors: tuple[float, ...]) -> GaussianMixtureBase:
         m = len(factors)

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Plan(NamedTuple):
     """How many sizes in turn may bring nothing."""
     worth: float = WORTH
     """Nats by which one more mixture must raise the average."""
+    ask: bool = False
+    """Whether to ask, where time is short, if a stage would gain more than an average."""
 
 
 class MixtureBase(Base, abc.ABC):
@@ -58,8 +60,12 @@ class MixtureBase(Base, abc.ABC):
     log_weights: Tensor
     projection: Tensor
     """Of rows to the residuals of all components."""
+    offset: Tensor
+    """What residuals are less by."""
     constant: Tensor
     """Log terms where a row stands on its component's mean ``(K,)``."""
+    members: int = 1
+    """How many mixtures of as many components each this is the average of."""
 
     @classmethod
     @abc.abstractmethod
@@ -74,7 +80,11 @@ class MixtureBase(Base, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def averaged(cls, members: Sequence[Any]) -> Any:
-        """Equal shares of several mixtures, as one."""
+        """Equal shares of several mixtures of as many components, as one."""
+
+    @abc.abstractmethod
+    def leading(self, k: int) -> MixtureBase:
+        """The mixture of the first ``k`` components, their weights rescaled."""
 
     @abc.abstractmethod
     def widened(self, factors: tuple[float, ...]) -> MixtureBase:
@@ -102,7 +112,7 @@ class MixtureBase(Base, abc.ABC):
         generator: torch.Generator | None = None,
         redraw: Callable[[], Tensor] | None = None,
         deadline: float | None = None,
-        below_stages: bool = False,
+        stage_gains: Callable[[MixtureBase], bool] | None = None,
     ) -> B:
         r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
 
@@ -111,13 +121,14 @@ class MixtureBase(Base, abc.ABC):
         :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log density rises by two standard errors and what the plan
         asks for: an average varies less with the rows than its members do (Ormoneit and Tresp 1998), and makes every
         step of a stage slower. EM itself stops after three iterations without a rise of 0.004 nats, since averaging
-        and the ladder mend what a rough mixture leaves.
+        and the ladder mend what a rough mixture leaves. Where time is short and a stage would gain much on the single
+        mixture, there is no average: time goes to the stage.
 
         Arguments
         ---------
         redraw : new draws of the rows, where the latents are posteriors; each iteration of EM sees others.
         deadline : no mixture is begun that would not be done by then (:func:`time.monotonic`), by the last one's time.
-        below_stages : whether stages follow, which learn what a larger mixture would.
+        stage_gains : given where stages follow: whether one would gain much on the mixture that it is called with.
 
         Raises :class:`LatentPriorError` for fewer rows than components.
         """
@@ -130,14 +141,30 @@ class MixtureBase(Base, abc.ABC):
         if n < 2 and n_components is None:
             one = torch.ones(1, dtype=torch.float64, device=train.device)
             return cls.of(Moments(one, one.new_zeros(1, d), torch.eye(d).to(one)[None]))  # type: ignore[no-any-return]
-        plan = cls.plan(n, d, below_stages)
-        search = _Search(cls, plan, redraw or (lambda: train), validation.to(train), generator, deadline)
+        plan = cls.plan(n, d, stage_gains is not None)
+        ask = stage_gains if plan.ask and deadline is not None else None
+        search = _Search(cls, plan, redraw or (lambda: train), validation.to(train), generator, deadline, ask)
         return search.best() if n_components is None else search.fitted(n_components)
 
     @property
     def n_components(self) -> int:
         """Number K of components."""
         return len(self.means)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | ({"members": self.members} if self.members > 1 else {})
+
+    def first_member(self: B) -> B:
+        """The first mixture of an average; the mixture itself where it is no average."""
+        if self.members == 1:
+            return self
+        k, d = self.n_components // self.members, self.means.shape[1]
+        first = cast(B, self.leading(k))
+        # Parts of this one's, to their last bits.
+        first.projection = self.projection.view(d, -1, self.n_components)[..., :k].reshape(d, -1)
+        first.offset = self.offset.view(-1, self.n_components)[:, :k].reshape(-1)
+        first.constant = self.constant[:k] + math.log(self.members)
+        return first
 
     def log_terms(self, u: Tensor) -> Tensor:
         r""":math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)` of every component, ``(n, d) -> (n, K)``."""
@@ -184,9 +211,10 @@ class _Search(Generic[B]):
         held_out: Tensor,
         generator: torch.Generator | None,
         deadline: float | None,
+        stage_gains: Callable[[MixtureBase], bool] | None,
     ) -> None:
         self.kind, self.plan, self.rows, self.held_out = kind, plan, rows, held_out
-        self.generator, self.deadline = generator, deadline
+        self.generator, self.deadline, self.stage_gains = generator, deadline, stage_gains
 
     def fitted(self, k: int) -> B:
         """A mixture of ``k`` components."""
@@ -221,6 +249,8 @@ class _Search(Generic[B]):
             if _rises(here, there, 0.01):
                 best, here, failed = candidate, there, 0
         members, bag = [best], best
+        if self.stage_gains is not None and best.n_components > 1 and self.stage_gains(best):
+            return best
         while best.n_components > 1 and len(members) < MEMBERS and self._in_time(took):
             members.append(self.fitted(best.n_components))
             candidate = self.kind.averaged(members)
