@@ -79,7 +79,8 @@ def fit(
     checkpoint_dir : where the state is saved at every evaluation; with ``resume=True`` a run goes on from there
         and ends, on a CPU with the same number of threads, with the same bytes as one never stopped.
     time_budget : seconds this call may take, normaliser included. A stage that has begun is shortened to fit, and a
-        mixture as base does without the components that time does not allow; other bases take their time.
+        mixture as base does without the components that time does not allow, and without an average of mixtures where
+        a stage's first steps gain much; other bases take their time.
     callbacks : called with every :class:`Event`; what they raise ends the run, which can then be resumed.
     processes : which ones learn this prior together; by default all that ``accelerate launch`` or ``torchrun`` started.
 
