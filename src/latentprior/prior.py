@@ -32,6 +32,8 @@ from .whitening import Whitening
 
 __all__ = ["LatentPrior", "Stage"]
 
+MANY = 32
+"""Coordinates from which mixtures that check a normaliser are averaged; their covariances are shrunk there."""
 FAR = 1e6
 """Standard deviations beyond which a density that is not a number is none at all."""
 
@@ -263,10 +265,10 @@ class LatentPrior(Distribution, Shareable):
 
         Arguments
         ---------
-        reference : ``"gmm"``, a mixture fitted to draws of this prior, two thirds of it widened by 3%, a third by a
-            fifth, and mixed with one part in ten of a wide normal so that weights stay bounded; ``"base"``, fresh
-            draws of the base;
-            or a torch Distribution over the user's coordinates.
+        reference : ``"gmm"``, a mixture fitted to draws of this prior (from 32 coordinates on the average of two of
+            them), two thirds of it widened by 3%, a third by a fifth, and mixed with one part in ten of a wide normal
+            so that weights stay bounded; ``"base"``, fresh draws of the base; or a torch Distribution over the user's
+            coordinates.
 
         Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
         :attr:`log_prob_stderr`. Warns
@@ -290,10 +292,17 @@ class LatentPrior(Distribution, Shareable):
 
     def _reference(self, generator: torch.Generator) -> Base:
         d = len(self.whitening.loc)
-        u = draw(self.ladder, max(20_000, min(60_000, 10 * d * d)), generator, "smc", {})
-        # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
-        k = max(1, min(32, len(u) // max(10 * d, 5 * d * d // 8)))
-        fitted = GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator)
+        if d < MANY:
+            n, members = max(20_000, min(60_000, 10 * d * d)), 1
+            # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
+            k = max(1, min(32, n // max(10 * d, 5 * d * d // 8)))
+        else:
+            # Shrunk covariances need fewer rows, and an average varies less with the draws.
+            n, members = 60_000, 2
+            k = GaussianMixtureBase.plan(n, d, False).sizes[-1]
+        u = draw(self.ladder, n, generator, "smc", {})
+        parts = [GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator) for _ in range(members)]
+        fitted = GaussianMixtureBase.averaged(parts)
         spread = torch.linalg.cholesky(torch.cov(u.T).double().reshape(d, d)).to(fitted.cholesky)
         weights = torch.cat([share * fitted.log_weights.exp() for share in (0.6, 0.3)])
         means = torch.cat([fitted.means, fitted.means, u.mean(0, keepdim=True).to(fitted.means)])
