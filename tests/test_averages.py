@@ -11,6 +11,7 @@ from torch import Tensor
 import latentprior as lp
 from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase, MixtureBase
 from latentprior.bases.em import Moments
+from latentprior.checkpoint import _checksum
 from latentprior.errors import CheckpointError
 from latentprior.ratios import MixtureFeatures, build_ratio
 
@@ -85,8 +86,8 @@ def test_a_saved_average_of_senseless_parts_is_refused(tmp_path: Path, members: 
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     config["base"]["members"] = members
-    file.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as caught:
+    file.write_text(json.dumps({**config, "checksum": _checksum(config)}))
+    with pytest.raises(CheckpointError, match="do not fit together") as caught:
         lp.LatentPrior.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
