@@ -12,6 +12,7 @@ from latentprior import LatentPriorError, LearningDivergedError, LearningRetried
 from latentprior.generator import two_phase
 from latentprior.generator.model import LatentVariableModel, standard_normal_prior
 from latentprior.generator.networks import build_encoder, build_generator, network_spec
+from latentprior.generator.run import epoch_rows
 from latentprior.generator.training import TrainingEvent
 from latentprior.generator.two_phase import (
     AutoencoderConfig,
@@ -20,6 +21,7 @@ from latentprior.generator.two_phase import (
     train_two_phase,
 )
 from latentprior.images import Images
+from latentprior.stage import derived_generator
 from linear_gaussian import PIXELS, LinearDecoder
 
 SPEC = network_spec("mlp", 2, 16, PIXELS)
@@ -132,9 +134,20 @@ def test_one_step_of_the_vae_is_that_of_its_loss(images: Images) -> None:
     train_autoencoder(
         model, images, replace(QUICK, steps=1, learn_sigma=False, batch_size=1000), callbacks=[events.append]
     )
-    mean, scale = copy.encoder(images.batch(torch.arange(1000)))
+    for network in (copy.encoder, copy.generator):
+        network.requires_grad_(True)
+    cpu = torch.device("cpu")
+    x = images.batch(epoch_rows(1000, 0, 1000, lambda epoch: derived_generator(cpu, 0, "epoch", epoch)))
+    mean, scale = copy.encoder(x)
+    z = mean + scale * torch.randn(mean.shape, generator=derived_generator(cpu, 0, "autoencoder", 0))
+    made = copy.generator(z)
     divergence = kl_divergence(Normal(mean, scale), Normal(0.0, 1.0)).sum(1).mean()
+    (divergence - Normal(made, 0.2).log_prob(x).sum((1, 2, 3)).mean()).backward()
     assert events[0].losses["divergence"] == pytest.approx(float(divergence.detach()), rel=1e-4)
+    assert events[0].losses["reconstruction"] == pytest.approx(float((made - x).square().mean().detach()), rel=1e-4)
+    for network, other in ((model.encoder, copy.encoder), (model.generator, copy.generator)):
+        for mine, exact in zip(network.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, exact.grad, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scaleless", [False, True])
