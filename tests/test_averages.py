@@ -87,7 +87,8 @@ def test_a_saved_average_of_senseless_parts_is_refused(tmp_path: Path, members: 
     config = json.loads(file.read_text())
     config["base"]["members"] = members
     file.write_text(json.dumps({**config, "checksum": _checksum(config)}))
-    with pytest.raises(CheckpointError, match="do not fit together") as caught:
+    says = r"do not fit together \((6 components of -?\d mixtures|invalid literal for int|int\(\) argument)"
+    with pytest.raises(CheckpointError, match=says) as caught:
         lp.LatentPrior.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
