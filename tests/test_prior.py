@@ -317,6 +317,8 @@ def test_missing_and_surplus_tensors(learned: lp.LatentPrior) -> None:
     for name in tensors:
         with pytest.raises(CheckpointError, match="do not fit together"):
             lp.LatentPrior.from_state(config, {k: v for k, v in tensors.items() if k != name})
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        lp.LatentPrior.from_state(config, {**tensors, "stages.0.network.stranger": torch.ones(1)})
 
 
 @pytest.mark.parametrize("name", ["whitening.matrix", "stages.0.network.last.weight"])
