@@ -138,7 +138,7 @@ def test_no_path_is_no_work(path: Ladder) -> None:
     assert result.levels == 0
 
 
-def test_levels_meet_integers_and_the_end_exactly(path: Ladder) -> None:
+def test_levels_rise_and_meet_the_end_exactly(path: Ladder) -> None:
     g = torch.Generator().manual_seed(0)
     state = smc.init(path.base.sample(256, g), 0.0, 4)
     seen = []
@@ -147,6 +147,19 @@ def test_levels_meet_integers_and_the_end_exactly(path: Ladder) -> None:
         seen.append(state.t)
     assert seen == sorted(seen)
     assert seen[-1] == 1.3
+
+
+@pytest.mark.parametrize(("start", "end", "next_level"), [(0.0, 1.0, 1e-3), (1.0, 0.0, 0.999), (0.9998, 1.0, 1.0)])
+def test_a_path_too_steep_for_any_level_is_still_walked(start: float, end: float, next_level: float) -> None:
+    class Cliff(torch.nn.Module):
+        def forward(self, u: Tensor) -> Tensor:
+            return 1e6 * u[:, 0]
+
+    g = torch.Generator().manual_seed(0)
+    state = smc.init(torch.randn(64, 1, generator=g), start, 1)
+    state, info = smc.step(state, Ladder(NormalBase(1).float(), [Cliff()]), end, moves=0, generator=g)
+    assert state.t == pytest.approx(next_level, abs=1e-12)
+    assert info.ess < 0.1
 
 
 def test_population_must_divide(path: Ladder) -> None:
