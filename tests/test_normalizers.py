@@ -10,8 +10,10 @@ from torch import Tensor
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder
-from latentprior.normalizers import bracket, check, estimate
+from latentprior.normalizers import _direct, bracket, check, estimate
+from latentprior.processes import ALONE
 from latentprior.sampling import mala
+from latentprior.sampling.resampling import LogMean
 from quadrature import integral
 
 
@@ -105,6 +107,31 @@ def test_late_estimates_take_fewer_particles(
         # 5 standard errors: 1 in 1.7 million.
         assert abs(got.value - log_z) < 5 * got.stderr
     assert taken == [1024, 4096]
+
+
+def test_draws_go_on_until_the_error_is_small_or_they_are_used_up(
+    ladder: Ladder, log_z: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentprior.normalizers.ROUND", 2048)
+    real, taken = Ladder.importance, []
+    monkeypatch.setattr(Ladder, "importance", lambda self, n, g: taken.append(n) or real(self, n, g))
+
+    def rounds(tolerance: float, deadline: float | None = None) -> tuple[int, LogMean]:
+        taken.clear()
+        found = _direct(ladder, 2, torch.Generator().manual_seed(0), 4 * 2048, tolerance, deadline, ALONE)
+        # 4.5 standard errors: 1 in 150,000.
+        assert abs(found.value - log_z) < 4.5 * found.stderr
+        assert set(taken) == {2048}
+        return len(taken), found
+
+    one, first = rounds(1.0)
+    # Two rounds have an error of 0.71, four of 0.5 of the first's, or nearly so.
+    two, second = rounds(0.85 * first.stderr)
+    four, all_of_them = rounds(0.0)
+    assert (one, two, four) == (1, 2, 4)
+    assert second.stderr < 0.85 * first.stderr
+    assert all_of_them.stderr == pytest.approx(0.5 * first.stderr, rel=0.15)
+    assert rounds(0.0, time.monotonic() - 1)[0] == 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 5000])
