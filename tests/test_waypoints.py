@@ -35,12 +35,13 @@ def aim(n: int = 2000) -> Target:
 def test_waypoints_have_the_covariance_between(step: int) -> None:
     angle = 0.5 * math.pi * step / 3
     waypoint = Waypoint(aim(40_000), NormalBase(DIM).float(), angle)
-    for draw in (waypoint.draw, waypoint.held_out):
+    for draw, rows in ((waypoint.draw, 20_000), (waypoint.held_out, 500)):
         u = draw(20_000, torch.Generator().manual_seed(1))
-        found = (u[:, ::2] * u[:, 1::2]).mean()
-        # Four pairs of 20,000 rows made of 500 held-out rows at the least: six standard errors, by the variance
-        # 1 + c^2 < 2 of a product; a false alarm in fewer than 1 of 10^7.
-        assert abs(found - 0.9 * math.sin(angle) ** 2) < 6 * math.sqrt(2 / (4 * 500))
+        # Four pairs of 20,000 rows made of so many rows: six standard errors, by the variance 1 + c^2 < 2 of a product
+        # and of the mean of two squares; a false alarm in fewer than 1 of 10^7.
+        error = 6 * math.sqrt(2 / (4 * rows))
+        assert abs((u[:, ::2] * u[:, 1::2]).mean() - 0.9 * math.sin(angle) ** 2) < error
+        assert abs(u.square().mean() - 1) < error
     held_out = waypoint.held_out(500, torch.Generator().manual_seed(2))
     if step == 3:
         torch.testing.assert_close(held_out, waypoint.target.held_out, atol=1e-6, rtol=0)
