@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import latentprior as lp
 from latentprior import cli, fit_run, fit_start, learning
+from latentprior.checkpoint import _checksum
 from latentprior.cli import main
 from latentprior.errors import LearningDivergedError, StageSaturatedWarning
 from latentprior.summary import record, strict_json, text
@@ -404,6 +405,7 @@ def test_wrong_calls_are_refused(run, work, tmp_path, call):
     config = (work / "prior" / "config.json").read_text()
     weights = next((work / "prior").glob("*.safetensors"))
     half = {k: v for k, v in json.loads(config).items() if k != "stages"}
+    half["checksum"] = _checksum(half)
     for name, content in {
         "foreign": '{"model_type": "bert"}',
         "not-json": config[: len(config) // 2],
