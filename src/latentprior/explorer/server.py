@@ -1,7 +1,8 @@
 """The page and its JSON over HTTP, by the standard library alone.
 
-Every request costs a bounded share of threads, time and memory: connections, bytes, seconds to send a request, places
-in the line for the model. Requests that a foreign page could make a browser send are refused.
+Every request costs a bounded share of threads, time and memory: connections, bytes, seconds to send a request, bodies
+that arrive at once, places in the line for the model. Requests that a foreign page could make a browser send are
+refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..errors import LatentPriorError
 from .explorer import Explorer
 from .requests import Fields, Refused, most_bytes, parse
 from .uploads import MOST_BYTES, TYPES, read_picture
-from .work import Worker
+from .work import Bodies, Worker
 
 __all__ = ["Server", "is_loopback"]
 
@@ -79,6 +80,7 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
     def __init__(self, explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, *, places: int = 16) -> None:
         self.explorer, self.host = explorer, host
         self.worker = Worker(places)
+        self.bodies = Bodies(8 * max(MOST_BYTES, most_bytes(explorer.dim)))
         self.pages = {path: (kind, _page(files)) for path, (kind, files) in PAGE.items()}
         self.info = _json(explorer.info)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
@@ -241,9 +243,9 @@ class Handler(BaseHTTPRequestHandler):
         if kind not in (TYPES if pictures else ("application/json",)):
             known = " or ".join(TYPES) if pictures else "application/json"
             raise Refused(415, f"the content type must be {known}")
-        # The place comes first: what waits for one has not been read into memory.
+        body = self._body(MOST_BYTES if pictures else most_bytes(self.server.explorer.dim))
+        # Not before all has arrived: a client that sends slowly would keep the others out.
         with self.server.worker.place():
-            body = self._body(MOST_BYTES if pictures else most_bytes(self.server.explorer.dim))
             if pictures:
                 return "application/json", self.server.worker(lambda: _json(self._scored(body, kind)))
             fields = parse(body)
@@ -291,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(lengths[0])
         if length > most:
             raise Refused(413, f"the body has {length:,} bytes; {most:,} are the most")
-        body = self.rfile.read(length)
+        body = self.server.bodies.read(self.rfile, length)
         if len(body) < length:
             raise Refused(400, "the body ended early")
         return body

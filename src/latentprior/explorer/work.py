@@ -1,8 +1,12 @@
-"""One model, one worker: requests that need it wait in a short line, and are sent away when it is full."""
+"""One model, one worker: requests that need it wait in a short line, and are sent away when it is full.
+
+Only what has wholly arrived may stand in the line; memory for what is still to arrive has a bound of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -13,10 +17,45 @@ import torch
 
 from .requests import Refused
 
-__all__ = ["Worker"]
+__all__ = ["Bodies", "Worker"]
 
 T = TypeVar("T")
 RETRY = {"Retry-After": "2"}
+BLOCK = 1 << 16
+
+
+class Bodies:
+    """Reads bodies, of which those that have arrived in part hold ``most`` bytes together.
+
+    One byte more and the body that began first is dropped (503), however slowly its client would go on: who holds
+    memory by sending all but the end keeps nobody else out.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._held: dict[int, bytearray] = {}
+
+    def read(self, stream: io.BufferedIOBase, length: int) -> bytes:
+        """The next ``length`` bytes of a stream, fewer where it ends; raises what the stream raises."""
+        body, left = bytearray(), length
+        with self._lock:
+            self._held[id(body)] = body
+        try:
+            while left and (block := stream.read1(min(left, BLOCK))):
+                left -= len(block)
+                with self._lock:
+                    if id(body) not in self._held:
+                        break
+                    body += block
+                    while sum(map(len, self._held.values())) > self._most:
+                        self._held.pop(next(iter(self._held))).clear()
+        finally:
+            with self._lock:
+                dropped = self._held.pop(id(body), None) is None
+        if dropped:
+            raise Refused(503, "busy: too many bodies arrive at once; try again", RETRY)
+        return bytes(body)
 
 
 class Worker:
@@ -24,7 +63,7 @@ class Worker:
 
     Arguments
     ---------
-    places : most requests that are read, wait or run at once; memory grows with them, so the rest is refused (503).
+    places : most requests that wait or run at once; memory grows with them, so the rest is refused (503).
     seconds : how long one waits for its result before it is refused (503).
     """
 
