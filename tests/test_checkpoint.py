@@ -39,6 +39,16 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits, and some none")
+def test_a_folder_in_which_names_would_be_too_long_is_refused_before_the_run(tmp_path: Path) -> None:
+    left = os.pathconf("/", "PC_PATH_MAX") - 30 - len(os.fsencode(tmp_path))
+    with pytest.raises(CheckpointError, match="File name too long"), locked(tmp_path / ("d/" * (left // 2))):
+        pass
+    with pytest.raises(CheckpointError, match="File name too long"), locked(tmp_path / ("d" * 300)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_round_trip_keeps_config_tensors_and_types(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {
         "half": torch.randn(3, generator=torch.Generator().manual_seed(0)).half(),

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 import latentprior as lp
-from latentprior import cli, fit_run, fit_start, learning
-from latentprior.checkpoint import _checksum
+from latentprior import cli, fit_run, fit_start, learning, training_command
+from latentprior.checkpoint import LONGEST, _checksum
 from latentprior.cli import main
 from latentprior.errors import LearningDivergedError, StageSaturatedWarning
+from latentprior.outputs import ROOM
 from latentprior.summary import record, strict_json, text
 
 SMALL = lp.StageSettings(steps=200, width=16, batch_size=128)
@@ -350,6 +351,58 @@ def test_names_longer_than_the_file_system_allows(run, work, tmp_path, call):
     words = call.format(p=work / "prior", z=work / "z.npy", t=tmp_path, **names).split()
     assert_refused(run(*words), "File name too long")
     assert list(tmp_path.iterdir()) == []
+
+
+def deep(folder, length):
+    """A path in ``folder`` of so many bytes, in which no name is long."""
+    left = length - len(os.fsencode(folder))
+    names = ["d" * 99] * ((left - 2) // 100)
+    return folder.joinpath(*names, "e" * (left - 100 * len(names) - 1))
+
+
+LONGEST_PATH = os.pathconf("/", "PC_PATH_MAX") - 1 if hasattr(os, "pathconf") else 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits, and some none")
+@pytest.mark.parametrize("spare", [0, 5, 10])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "demo --out {}",
+        "fit {z} --out {}",
+        "fit {z} --out {} --resume",
+        "fit {z} --out {}/p",
+        "sample {p} -n 5 --out {}.npy",
+        "score {p} {z} --out {}.npy",
+        "report {p} --out {}.html",
+    ],
+)
+def test_paths_longer_than_the_file_system_allows(run, work, tmp_path, call, spare):
+    """The path itself may be given to the system, what is written in it or beside it on the way may not."""
+    ending = call.partition("{}")[2].partition(" ")[0]
+    if ending in ("", "/p"):
+        # In a folder, states of a run have longer names than the file of results beside its place.
+        spare *= 6
+    out = deep(tmp_path, LONGEST_PATH - spare - len(ending))
+    with pytest.raises(FileNotFoundError):
+        os.lstat(f"{out}{ending}")
+    words = call.format(out, p=work / "prior", z=work / "z.npy").split()
+    assert_refused(run(*words), "File name too long")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits, and some none")
+def test_the_longest_paths_that_are_taken_hold_all_that_is_written(run, work, tmp_path):
+    file = deep(tmp_path, LONGEST_PATH - len(f"..{os.getpid()}.partial.npy")).with_suffix(".npy")
+    assert run("sample", work / "prior", "-n", 5, "--out", file)[0] == 0
+    assert os.listdir(file.parent) == [file.name]
+    folder = deep(tmp_path, LONGEST_PATH - ROOM - 1)
+    assert run("fit", work / "z.npy", "--out", folder, "--base", "normal", "--max-stages", 1)[0] == 0
+    assert run("info", folder)[0] == 0
+    for part, kind in training_command.SAVED:
+        name = f".{kind}-{'0' * 16}.safetensors.{1 << 22}.partial"
+        assert len(name) <= LONGEST
+        assert len(f"/checkpoint/{part}/{name}") <= ROOM
 
 
 @pytest.mark.parametrize(

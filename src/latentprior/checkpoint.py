@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ __all__ = [
     "FORMAT_VERSION",
     "UNFIT",
     "UNREADABLE",
+    "check_lengths",
     "load_state",
     "locked",
     "read_config",
@@ -39,6 +41,8 @@ FORMAT = "latentprior"
 FORMAT_VERSION = 1
 CONFIG_LIMIT = 64 << 20
 LOCK = ".lock"
+LONGEST = 64
+"""Most bytes in the name of a file that is saved in a folder, while it is written: ``.KIND-<digest>...partial``."""
 
 UNFIT = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ArithmeticError, MemoryError)
 """What rebuilding an object may raise where a document, whole as it is, describes none."""
@@ -117,8 +121,9 @@ def locked(folder: str | Path | None) -> Iterator[None]:
         yield
         return
     folder = Path(folder)
-    made = not folder.exists()
+    made = not os.path.exists(folder)
     try:
+        check_lengths(folder / ("x" * LONGEST))
         folder.mkdir(parents=True, exist_ok=True)
         handle = _hold(folder / LOCK)
     except BlockingIOError as error:
@@ -170,6 +175,18 @@ def _lock(handle: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def check_lengths(path: Path) -> None:
+    """Raise :class:`OSError` if a path, or a name in it, is longer than the system allows; none of it need exist."""
+    known = next((parent for parent in path.parents if os.path.lexists(parent)), Path())
+    for place in (path, *(known / name for name in path.relative_to(known).parts)):
+        try:
+            os.lstat(place)
+        except OSError as error:
+            # The names between may be absent or no folders: whoever makes them will say so.
+            if error.errno == errno.ENAMETOOLONG:
+                raise
 
 
 def write_whole(path: Path, blob: bytes) -> None:

@@ -16,20 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import write_whole
+from .checkpoint import check_lengths, write_whole
 from .errors import LatentPriorError, MissingExtraError
 
 __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
 
 MOST_IN_GRID = 4096
+ROOM = 160
+"""Bytes of a path that are kept for what a run makes in its folder: states of its phases, TensorBoard's events."""
 
 
-def check_folder(folder: Path, name: str = "") -> None:
-    """Raise now, not after hours of work, if files, or one of this name, cannot be written there."""
+def check_folder(folder: Path, name: str = "", inside: str = "") -> None:
+    """Raise now, not after hours of work, if files, or one of this name, cannot be written there.
+
+    ``inside`` is the longest name in it where the one of this name is a folder.
+    """
+    # The longest name that is given to a file on its way.
+    probe = folder / f".{name}.{os.getpid()}.partial"
     try:
+        check_lengths(probe / inside if name else folder / ("x" * ROOM))
         folder.mkdir(parents=True, exist_ok=True)
-        # The longest name that is given to a file on its way.
-        probe = folder / f".{name}.{os.getpid()}.partial"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -94,7 +100,7 @@ def check_images_out(out: Path, n: int) -> None:
     elif os.path.isfile(out):
         raise LatentPriorError(f"--out {out}: is a file; give a name that ends in .npy or .png, or a new folder")
     whole = Path(os.path.abspath(out))
-    check_folder(whole.parent, whole.name)
+    check_folder(whole.parent, whole.name, f"{n:05}.png" if out.suffix == "" else "")
 
 
 @contextlib.contextmanager
