@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from .errors import InvalidImagesError, MissingExtraError
 
-__all__ = ["Pair", "Row", "channels_first", "gather", "one_line", "picture", "square"]
+__all__ = ["Pair", "Row", "Upright", "channels_first", "gather", "one_line", "picture", "square"]
 
 Array = NDArray[Any]
 Pair = tuple["Tensor | Array", Any]
@@ -72,24 +73,44 @@ def picture(source: Any, name: str) -> Array:
     Bilevel and grey pictures stay grey, palettes become RGB, 16-bit grey is scaled to 8 bits, transparent pixels
     show white. Raises :class:`InvalidImagesError` that names a damaged file.
     """
-    try:
+    with _decoding(name):
         from PIL import Image, ImageOps
-    except ImportError:
-        raise MissingExtraError("reading pictures", "images") from None
-    try:
+
         if isinstance(source, Path):
             source = source.read_bytes()
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-        image = ImageOps.exif_transpose(image)
-        if deep:
-            return np.rint(np.asarray(image) / 257).astype(np.uint8)
-        if image.mode in ("I", "F"):
-            raise InvalidImagesError(f"{name}: has 32-bit pixels; save it with 8 or 16 bits a channel")
-        grey = image.mode in ("1", "L", "LA", "La")
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(image.convert("L" if grey else "RGB"))
+        return _eight_bits(ImageOps.exif_transpose(image), _is_deep(image), name)
+
+
+class Upright:
+    """A Pillow image, turned in place, whose pixels are read box by box: all at once would take far more memory.
+
+    Raises what :func:`picture` raises, and gives the same pixels.
+    """
+
+    def __init__(self, image: Any, name: str) -> None:
+        self._image, self._name, self._deep = image, name, _is_deep(image)
+        with _decoding(name):
+            from PIL import ImageOps
+
+            ImageOps.exif_transpose(image, in_place=True)
+        self.width, self.height = image.size
+
+    def pixels(self, box: tuple[int, int, int, int]) -> Array:
+        """Those from ``(left, top)`` to before ``(right, bottom)``, uint8 ``(H, W)`` or ``(H, W, 3)``."""
+        with _decoding(self._name):
+            return _eight_bits(self._image.crop(box), self._deep, self._name)
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever is raised into :class:`InvalidImagesError`."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("reading pictures", "images") from None
+    try:
+        yield
     except InvalidImagesError:
         raise
     except FileNotFoundError:
@@ -97,6 +118,23 @@ def picture(source: Any, name: str) -> Array:
     except Exception as error:
         # Pillow's decoders raise almost anything on damaged input.
         raise InvalidImagesError(f"{name}: damaged or not a picture ({one_line(error)})") from None
+
+
+def _is_deep(image: Any) -> bool:
+    return bool(image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"))
+
+
+def _eight_bits(image: Any, deep: bool, name: str) -> Array:
+    from PIL import Image
+
+    if deep:
+        return np.rint(np.asarray(image) / 257).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise InvalidImagesError(f"{name}: has 32-bit pixels; save it with 8 or 16 bits a channel")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("L" if grey else "RGB"))
 
 
 def gather(rows: Iterable[Row], count: int | None, size: int | None = None) -> Pair:

@@ -1,10 +1,15 @@
 """What the answers mean: samples, walks, p-values and tilts against what is known."""
 
+import io
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 import latentprior as lp
 from latentprior.explorer.calibration import joint_score
@@ -13,6 +18,7 @@ from latentprior.explorer.properties import Brightness, Classes, Towards, fit_br
 from latentprior.explorer.requests import Fields, Refused
 from latentprior.explorer.uploads import read_picture
 from latentprior.model_folders import load_model
+from latentprior.pictures import picture
 
 
 def test_samples_repeat_and_stages_are_coupled(model_explorer):
@@ -154,8 +160,6 @@ def test_three_classes_keep_their_order():
 
 
 def png(shape, colour=0):
-    import io
-
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -172,6 +176,82 @@ def test_pictures_of_any_size_and_colour_fit():
     assert red[0, :, 0, 0].tolist() == [1, -1, -1]
     grey = read_picture(png((8, 8), colour=1), "image/png", (1, 8, 8))
     torch.testing.assert_close(grey, torch.full((1, 1, 8, 8), 0.299 * 2 - 1))
+
+
+def at_once(body, shape):
+    """What ``read_picture`` gives, from all pixels as floats together."""
+    pixels = torch.from_numpy(picture(body, "x").copy())
+    x = pixels[None, None].float() if pixels.ndim == 2 else pixels.permute(2, 0, 1)[None].float()
+    h, w = x.shape[-2:]
+    tall, wide = min(h, max(1, w * shape[1] // shape[2])), min(w, max(1, h * shape[2] // shape[1]))
+    top, left = (h - tall) // 2, (w - wide) // 2
+    x = x[..., top : top + tall, left : left + wide]
+    if (tall, wide) != tuple(shape[1:]):
+        x = interpolate(x, tuple(shape[1:]), mode="bilinear", antialias=True)
+    if shape[0] == 1 and x.shape[1] == 3:
+        x = (x * x.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(1, keepdim=True)
+    return (x.expand(1, shape[0], -1, -1) / 127.5 - 1).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "turned"])
+def test_pictures_read_in_strips_are_those_read_at_once(monkeypatch, mode):
+    """To the byte; what fits into one strip has the same strides, too, which a network's arithmetic may follow."""
+    image = pytest.importorskip("PIL.Image")
+    draws = np.random.default_rng(0)
+    for width, height in ((211, 90), (37, 230), (64, 64), (8, 8), (5, 3), (1, 50), (300, 1)):
+        noise = image.fromarray(draws.integers(0, 256, (height, width, 4), dtype=np.uint8))
+        kind, options = "PNG", {}
+        if mode == "I;16":
+            noise = image.fromarray(draws.integers(0, 1 << 16, (height, width), dtype=np.uint16))
+        elif mode == "turned":
+            exif = image.Exif()
+            exif[0x112] = 6
+            noise, kind, options = noise.convert("RGB"), "JPEG", {"exif": exif}
+        elif mode != "RGBA":
+            noise, kind = noise.convert("RGB").convert(mode), "JPEG" if mode == "CMYK" else "PNG"
+        buffer = io.BytesIO()
+        noise.save(buffer, kind, **options)
+        for shape in ((1, 8, 8), (3, 16, 12), (3, 64, 64), (1, 3, 5)):
+            wanted = at_once(buffer.getvalue(), shape)
+            for strip in (700, 1 << 20):
+                monkeypatch.setattr("latentprior.explorer.uploads.STRIP", strip)
+                got = read_picture(buffer.getvalue(), f"image/{kind.lower()}", shape)
+                assert torch.equal(got, wanted)
+            if min(width, height) > 1:
+                assert got.stride() == wanted.stride()
+
+
+PEAK = """
+import re, sys, warnings
+from pathlib import Path
+import torch
+from latentprior.explorer.uploads import read_picture
+from PIL import Image
+
+Image.init()
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+torch.set_num_threads(1)
+warnings.simplefilter("error")
+for name in sys.argv[1:]:
+    body, before = Path(name).read_bytes(), peak()
+    read_picture(body, "image/" + name.rpartition(".")[2], (3, 64, 64))
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of memory")
+@pytest.mark.parametrize(("kind", "mode", "most"), [("png", "RGBA", 160), ("jpeg", "RGB", 160)])
+def test_memory_for_the_largest_picture(tmp_path, kind, mode, most):
+    """Four bytes a pixel are 64 MiB; floats of all pixels would be 192, and a few times over."""
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / f"x.{kind}"
+    image.new(mode, (1 << 12, 1 << 12), "red").save(path, **({"compress_level": 1} if kind == "png" else {}))
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < most
 
 
 def test_wrong_folders_and_data_are_refused(saved, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import InvalidImagesError, MissingExtraError
-from ..pictures import picture
+from ..pictures import Upright
 from .requests import Refused
 
 __all__ = ["MOST_BYTES", "TYPES", "read_picture"]
@@ -21,6 +21,8 @@ TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 """Formats whose headers give the size without any decoding (WebP, say, takes memory for the picture at once)."""
 MOST_BYTES = 8 << 20
 MOST_PIXELS = 1 << 24
+STRIP = 1 << 20
+"""Most pixels that are floats at a time (or one row)."""
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 
@@ -38,16 +40,16 @@ def read_picture(body: bytes, kind: str, shape: Sequence[int]) -> Tensor:
     # What Pillow thinks of a stranger's picture is not for the terminal, and each new text would be kept for good.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pixels = _decoded(Image, body, kind)
-    x = pixels[None, None].float() if pixels.ndim == 2 else pixels.permute(2, 0, 1)[None].float()
-    x = _resized(x, shape[1], shape[2])
+        try:
+            x = _resized(_opened(Image, body, kind), shape[1], shape[2])
+        except InvalidImagesError as error:
+            raise Refused(400, str(error)) from None
     if shape[0] == 1 and x.shape[1] == 3:
         x = (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
     return (x.expand(1, shape[0], -1, -1) / 127.5 - 1).clamp(-1, 1)
 
 
-def _decoded(Image: Any, body: bytes, kind: str) -> Tensor:
-    """Pixels ``(H, W)`` or ``(H, W, 3)``, uint8."""
+def _opened(Image: Any, body: bytes, kind: str) -> Upright:
     try:
         image = Image.open(io.BytesIO(body), formats=(TYPES[kind],))
     except Image.DecompressionBombError:
@@ -58,17 +60,29 @@ def _decoded(Image: Any, body: bytes, kind: str) -> Tensor:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise Refused(413, f"the picture has {width} x {height} pixels; {MOST_PIXELS:,} are the most")
-    try:
-        return torch.from_numpy(picture(image, "the picture").copy())
-    except InvalidImagesError as error:
-        raise Refused(400, str(error)) from None
+    return Upright(image, "the picture")
 
 
-def _resized(x: Tensor, height: int, width: int) -> Tensor:
-    h, w = x.shape[-2:]
+def _resized(source: Upright, height: int, width: int) -> Tensor:
+    """The middle as floats ``(1, C, height, width)`` in [0, 255].
+
+    Rows of a large picture are resized strip by strip, then the columns of all: what torch does to the whole, in less
+    memory.
+    """
+    h, w = source.height, source.width
     tall, wide = min(h, max(1, w * height // width)), min(w, max(1, h * width // height))
     top, left = (h - tall) // 2, (w - wide) // 2
-    x = x[..., top : top + tall, left : left + wide]
-    if (tall, wide) == (height, width):
+    rows = max(1, STRIP // wide)
+    strips: list[Tensor] = []
+    for y in range(top, top + tall, rows):
+        pixels = torch.from_numpy(source.pixels((left, y, left + wide, min(y + rows, top + tall))).copy())
+        strip = (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))[None].float()
+        strips.append(strip if tall <= rows else _scaled(strip, strip.shape[2], width))
+    # What is of one strip keeps its strides, too.
+    return _scaled(strips[0] if len(strips) == 1 else torch.cat(strips, 2), height, width)
+
+
+def _scaled(x: Tensor, height: int, width: int) -> Tensor:
+    if x.shape[2:] == (height, width):
         return x
     return interpolate(x, (height, width), mode="bilinear", antialias=True)
