@@ -2,6 +2,7 @@ import inspect
 import pickle
 
 import pytest
+import torch
 
 import latentprior as lp
 from latentprior import errors
@@ -49,3 +50,14 @@ def test_missing_extra_names_the_command() -> None:
         str(lp.MissingExtraError("base='flow'", "flow"))
         == "base='flow' needs an extra: pip install 'latentprior[flow]'"
     )
+
+
+def test_warnings_name_the_line_that_called(generator: torch.Generator) -> None:
+    prior = lp.fit(torch.randn(300, 2, generator=generator), base="normal", max_stages=0)
+    far = torch.distributions.Independent(torch.distributions.Normal(torch.full((2,), 40.0), torch.ones(2)), 1)
+    with pytest.warns(lp.LowESSWarning) as caught:
+        prior.check_normalizer(far, draws=1000)
+    assert [w.filename for w in caught] == [__file__]
+    with pytest.warns(lp.LowESSWarning) as caught:
+        errors.warn("told at once", lp.LowESSWarning)
+    assert [w.filename for w in caught] == [__file__]

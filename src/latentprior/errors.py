@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 __all__ = [
     "CheckpointError",
     "ExportError",
@@ -96,3 +99,14 @@ class LearningRetriedWarning(LatentPriorWarning):
 
 class LowESSWarning(LatentPriorWarning):
     """A weighted population stands on too few effective particles for its result to be trusted."""
+
+
+INSIDE = {"latentprior", "torch", "contextlib"}
+
+
+def warn(message: str, category: type[LatentPriorWarning]) -> None:
+    """Warn of the line that called this package, however deep inside the reason was found."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -6,7 +6,6 @@ import contextlib
 import math
 import platform
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +23,7 @@ from .errors import (
     LearningDivergedError,
     LearningRetriedWarning,
     StageSaturatedWarning,
+    warn,
 )
 from .fit_run import Callback, Event, FitRun, SavedFit
 from .fit_start import Rows, checked_device, fit_identity, split_rows, standardised_rows, start_ladder
@@ -279,7 +279,7 @@ def _learn(
             if attempt == 1 or learner.learning_rate < learner.settings.learning_rate:
                 raise
             rate = learner.learning_rate / 4
-            warnings.warn(f"{error}; learned once more at {rate:g}", LearningRetriedWarning, stacklevel=4)
+            warn(f"{error}; learned once more at {rate:g}", LearningRetriedWarning)
             learner = learner.anew(learning_rate=rate)
     raise AssertionError("unreachable")
 
@@ -312,11 +312,10 @@ def _finish(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: st
             last.diagnostics,
         )
         if reason in ("max_stages", "time_budget") and last.gain > SATURATED_GAIN:
-            warnings.warn(
+            warn(
                 f"the ladder ended ({reason}) while stage {len(stages) - 1} still told data from samples almost "
                 f"perfectly (gain {last.gain:.2f} of 1.39): raise max_stages or use a better base (base='gmm')",
                 StageSaturatedWarning,
-                stacklevel=4,
             )
     info = {
         **prior.info,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import LowESSWarning, NormalizerBracketWarning
+from .errors import LowESSWarning, NormalizerBracketWarning, warn
 from .ladder import MIN_ESS, Ladder
 from .processes import ALONE, Processes
 from .sampling import mala, smc
@@ -117,11 +116,10 @@ def estimate(
         result = Normalizer(middle, stderr, ends.forward.ess, "smc", ends)
     alone = result.source == "importance" and ends.reverse.ess < 2 / islands
     if ends.width > max(WIDE, 2 * ends.stderr) or (ends.width < -WIDE - 2 * ends.stderr and not alone):
-        warnings.warn(
+        warn(
             f"log Z is {ends.forward.value:.3f} from the base and {ends.reverse.value:.3f} from the data: the bracket "
             f"is {abs(ends.width):.2f} nats wide; use a better base (base='gmm') or read log_prob up to that constant",
             NormalizerBracketWarning,
-            stacklevel=3,
         )
     return result
 
@@ -215,11 +213,10 @@ def check(
     weights = torch.cat([log_prob(b).double() - reference_log_prob(b).double() for b in blocks])
     value = log_mean_exp(weights)
     if value.ess * len(weights) < 100:
-        warnings.warn(
+        warn(
             f"only {value.ess * len(weights):.0f} effective draws of the reference {name!r} reach the prior: "
             "the check says little; try another reference (gmm, base, a Distribution of yours) or more draws",
             LowESSWarning,
-            stacklevel=3,
         )
     z = math.exp(value.value)
     return NormalizerCheck(z, z * value.stderr, value.ess, name)

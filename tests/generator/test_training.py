@@ -522,8 +522,9 @@ def test_divergence_is_mended_by_a_smaller_step(
         return train(perceptrons(encoder=False), images, HURRIED, **options)
 
     says = "not finite at step 3; .* gone back to step 2 of stage 0"
-    with pytest.warns(LearningRetriedWarning, match=says):
+    with pytest.warns(LearningRetriedWarning, match=says) as caught:
         whole = call()
+    assert caught[0].filename == __file__
     assert all(p.isfinite().all() for p in whole.generator.parameters())
     seen: list[TrainingEvent] = []
 

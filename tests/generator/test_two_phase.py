@@ -240,8 +240,11 @@ def test_divergence_is_mended_by_a_smaller_step(images: Images, monkeypatch: pyt
 
     monkeypatch.setattr(two_phase._AutoencoderLearner, "update", poisoned)
     events: list[TrainingEvent] = []
-    with pytest.warns(LearningRetriedWarning, match="at step 6; .* gone back to step 4, on at a quarter of it"):
+    with pytest.warns(
+        LearningRetriedWarning, match="at step 6; .* gone back to step 4, on at a quarter of it"
+    ) as caught:
         model = train_autoencoder(fresh(), images, replace(QUICK, steps=10), callbacks=[events.append])
+    assert caught[0].filename == __file__
     assert [e.step for e in events] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]
     assert all(p.isfinite().all() for p in model.generator.parameters())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .. import normalizers
 from ..checkpoint import locked
-from ..errors import LatentPriorError, LearningDivergedError, LearningRetriedWarning
+from ..errors import LatentPriorError, LearningDivergedError, LearningRetriedWarning, warn
 from ..images import Images
 from ..ladder import Ladder
 from ..prior import Stage
@@ -81,7 +80,7 @@ def train(
                 message = (
                     f"{error}; gone back to step {learner.step} of stage {learner.stage}, on at a quarter of these"
                 )
-                warnings.warn(message, LearningRetriedWarning, stacklevel=2)
+                warn(message, LearningRetriedWarning)
         run.tell("normalizer", {})
         learner.normalize()
         model.prior.info["total_seconds"] = run.seconds()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ..checkpoint import UNFIT, load_state, locked, save_state
-from ..errors import CheckpointError, LatentPriorError, LearningDivergedError, LearningRetriedWarning
+from ..errors import CheckpointError, LatentPriorError, LearningDivergedError, LearningRetriedWarning, warn
 from ..images import Images
 from ..latents import Latents
 from ..learning import Callback as FitCallback
@@ -76,7 +75,7 @@ def _learn(
             learner.restore(*kept)
             learner.pace = 0.25
             message = f"{error}; gone back to step {learner.step}, on at a quarter of it"
-            warnings.warn(message, LearningRetriedWarning, stacklevel=3)
+            warn(message, LearningRetriedWarning)
             continue
         if learner.step % SAVE_EVERY == 0 and learner.pace == 1:
             kept = _copied(learner.state())
