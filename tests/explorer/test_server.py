@@ -386,10 +386,11 @@ def test_bodies_that_stop_before_their_end_hold_bounded_memory():
     """The one that began first is dropped, so the next is read."""
     bodies, wait = Bodies(100), 20
     ends = [socket.socketpair() for _ in range(3)]
+    streams = [theirs.makefile("rb") for _, theirs in ends]
     with ThreadPoolExecutor(3) as pool:
         futures = []
-        for (ours, theirs), sent, held in zip(ends, (60, 30, 0), (60, 90, 90), strict=True):
-            futures.append(pool.submit(bodies.read, theirs.makefile("rb"), 64))
+        for (ours, _), stream, sent, held in zip(ends, streams, (60, 30, 0), (60, 90, 90), strict=True):
+            futures.append(pool.submit(bodies.read, stream, 64))
             ours.sendall(bytes(sent))
             late = time.monotonic() + wait
             while sum(map(len, bodies._held.values())) != held:
@@ -403,9 +404,8 @@ def test_bodies_that_stop_before_their_end_hold_bounded_memory():
         with pytest.raises(Refused, match="busy"):
             futures[0].result(wait)
     assert not bodies._held
-    for pair in ends:
-        for end in pair:
-            end.close()
+    for opened in (*streams, *(end for pair in ends for end in pair)):
+        opened.close()
 
 
 def test_a_defect_is_not_shown_to_the_client(prior_explorer, served, monkeypatch, capfd):
