@@ -10,7 +10,7 @@ from torch import Tensor
 
 import latentprior as lp
 from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase, fit_base
-from latentprior.bases.em import Moments, expectation_maximisation
+from latentprior.bases.em import Moments, Scatter, expectation_maximisation
 from latentprior.engine import ValueAndGrad
 from latentprior.ratios import build_ratio
 
@@ -54,7 +54,7 @@ def test_draws_have_the_components_covariances() -> None:
 def test_all_eigenvectors_give_the_moments_back() -> None:
     u = scale_mixture(2000, 4, 0)
     shares = torch.rand(3, 2000, generator=torch.Generator().manual_seed(0))
-    moments = Moments.of(u, shares / shares.sum(0), 0.0, torch.eye(4, dtype=torch.float64))
+    moments = Scatter.of(u, shares / shares.sum(0), torch.eye(4, dtype=torch.float64)).shrunk(0.0)
     whole = LowRankMixtureBase.of(moments, 4)
     expected = GaussianMixtureBase.of(moments).log_prob(u.double())
     torch.testing.assert_close(whole.log_prob(u.double()), expected, atol=1e-4, rtol=0)
@@ -121,12 +121,12 @@ def test_shrinkage_is_the_mode_of_the_posterior() -> None:
     u = scale_mixture(40, 3, 0).double()
     overall = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, 0.2], [0.0, 0.2, 0.5]], dtype=torch.float64)
     one = torch.ones(1, 40, dtype=torch.float64)
-    plain = Moments.of(u, one, 0.0, overall)
+    plain = Scatter.of(u, one, overall).shrunk(0.0)
     ridge = 1e-4 * torch.eye(3, dtype=torch.float64)
     sample = torch.cov(u.T, correction=0)
     torch.testing.assert_close(plain.covariances[0], sample + ridge)
     scale = torch.trace(torch.linalg.inv(overall) @ sample) / 3
-    shrunk = Moments.of(u, one, 20.0, overall).covariances[0]
+    shrunk = Scatter.of(u, one, overall).shrunk(20.0).covariances[0]
     torch.testing.assert_close(shrunk, (40 * sample + 20 * scale * overall) / 60 + ridge)
 
 
@@ -137,7 +137,7 @@ def test_shrunk_components_fit_other_rows_better() -> None:
     def level(prior_rows: float) -> float:
         steps = expectation_maximisation(
             lambda: rows, 8, lambda moments: GaussianMixtureBase.of(moments).float().log_terms,
-            iterations=15, prior_rows=prior_rows, generator=torch.Generator().manual_seed(0),
+            iterations=15, shrink=lambda found: found.shrunk(prior_rows), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         *_, (moments, _) = steps
         return float(GaussianMixtureBase.of(moments).float().log_prob(test).mean())
@@ -149,9 +149,41 @@ def test_iterations_raise_the_density() -> None:
     rows = scale_mixture(1500, 10, 0)
     made = functools.partial(LowRankMixtureBase.of, rank=4)
     steps = expectation_maximisation(
-        lambda: rows, 3, lambda moments: made(moments).float().log_terms, iterations=8, prior_rows=0.0,
-        generator=torch.Generator().manual_seed(0),
+        lambda: rows, 3, lambda moments: made(moments).float().log_terms, iterations=8,
+        shrink=lambda found: found.shrunk(0.0), generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     levels = [density for _, density in steps][1:]
     assert levels[-1] > levels[0] + 0.2
     assert all(b > a - 0.05 for a, b in itertools.pairwise(levels))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_held_out_rows_choose_how_far_covariances_are_shrunk(flat: bool) -> None:
+    """Components that are flat in directions of their own lose by any shrinkage, few rows of round ones gain by it."""
+    d, k = 32, 4
+
+    def rows(n: int, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        fixed = torch.Generator().manual_seed(99)
+        u = torch.randn(k, n, d, generator=g)
+        if flat:
+            axes = torch.linalg.qr(torch.randn(k, d, d, generator=fixed)).Q
+            u = (u * torch.logspace(-2, 0.3, d)) @ axes
+        return (u + 6 * torch.randn(k, 1, d, generator=fixed)).flatten(0, 1)
+
+    n = 2000 if flat else 70
+    train, held_out, test = rows(n, 0), rows(500, 1), rows(1000, 2)
+
+    def level(*prior_rows: float) -> float:
+        with pytest.MonkeyPatch.context() as patch:
+            plan = GaussianMixtureBase.plan(len(train), d, False)
+            chosen = plan._replace(prior_rows=prior_rows or plan.prior_rows)
+            patch.setattr(GaussianMixtureBase, "plan", classmethod(lambda *_: chosen))
+            same = torch.Generator().manual_seed(0)
+            mixture = GaussianMixtureBase.fit(train, held_out, n_components=k, generator=same)
+        return float(mixture.float().log_prob(test).mean())
+
+    # By d rows, as it was for all, or by none: the choice must be near the better, and far above the worse.
+    shrunk, plain, chosen = level(d), level(0), level()
+    assert (plain - shrunk if flat else shrunk - plain) > 1
+    assert chosen > max(shrunk, plain) - 0.2

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "expectation_maximisation"]
+__all__ = ["Moments", "Scatter", "expectation_maximisation"]
 
 RIDGE = 1e-4
 """What is added to variances, in the rows' own units."""
@@ -23,40 +23,11 @@ BLOCK = 8192
 
 
 class Moments(NamedTuple):
-    """Weights ``(K,)``, means ``(K, d)`` and shrunk covariances ``(K, d, d)`` of rows under responsibilities; float64.
-
-    A component of less than one row keeps the moments of all rows.
-    """
+    """Weights ``(K,)``, means ``(K, d)`` and covariances ``(K, d, d)`` of a mixture's components; float64."""
 
     weights: Tensor
     means: Tensor
     covariances: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, shares: Tensor, prior_rows: float, overall: Tensor) -> Moments:
-        r"""Of rows ``(n, d)`` under shares ``(K, n)``, the maximising step.
-
-        Each covariance is :math:`(n_k S_k + \nu s_k \Sigma) / (n_k + \nu)` with S_k the component's own,
-        :math:`\Sigma` the ``overall`` one, :math:`s_k = \mathrm{tr}(\Sigma^{-1} S_k) / d` and :math:`\nu` the number of
-        ``prior_rows``: the mode under an inverse Wishart prior of that weight (Fraley and Raftery 2007), which keeps
-        small components from following single rows.
-        """
-        d = rows.shape[1]
-        precision = torch.linalg.inv(overall)
-        weights = shares.sum(1, dtype=torch.float64)
-        means, covariances = rows.new_zeros(len(shares), d), []
-        for j, share in enumerate(shares):
-            index = (share > LEAST_SHARE).nonzero().squeeze(1)
-            some, weight = (rows[index], share[index]) if weights[j] >= 1 else (rows, torch.ones_like(rows[:, 0]))
-            total = weight.sum()
-            means[j] = weight @ some / total
-            centred = some - means[j]
-            covariance = ((centred * weight[:, None]).T @ centred / total).double()
-            shape = (precision * covariance).sum() / d * overall
-            own = float(total)
-            covariances.append((own * covariance + prior_rows * shape) / (own + prior_rows))
-        weights = weights.clamp_min(1e-12)
-        return cls(weights / weights.sum(), means.double(), torch.stack(covariances) + _ridge(overall))
 
     def cholesky(self) -> Tensor:
         """Lower factors of the covariances ``(K, d, d)``, with more on their diagonals where rounding asks for it."""
@@ -70,13 +41,58 @@ class Moments(NamedTuple):
             more = 10 * more + 1
 
 
+class Scatter(NamedTuple):
+    """What rows scatter about the components' means under responsibilities, before any shrinkage; float64.
+
+    A component of less than one row has the moments of all rows.
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    """Of each component's own rows, :math:`S_k` ``(K, d, d)``."""
+    rows: Tensor
+    """How many they are, :math:`n_k` ``(K,)``."""
+    overall: Tensor
+    """Covariance of all rows ``(d, d)``."""
+
+    @classmethod
+    def of(cls, rows: Tensor, shares: Tensor, overall: Tensor) -> Scatter:
+        """Of rows ``(n, d)`` under shares ``(K, n)``."""
+        weights = shares.sum(1, dtype=torch.float64)
+        means, covariances, own = rows.new_zeros(len(shares), rows.shape[1]), [], []
+        for j, share in enumerate(shares):
+            index = (share > LEAST_SHARE).nonzero().squeeze(1)
+            some, weight = (rows[index], share[index]) if weights[j] >= 1 else (rows, torch.ones_like(rows[:, 0]))
+            total = weight.sum()
+            means[j] = weight @ some / total
+            centred = some - means[j]
+            covariances.append(((centred * weight[:, None]).T @ centred / total).double())
+            own.append(total.double())
+        weights = weights.clamp_min(1e-12)
+        return cls(weights / weights.sum(), means.double(), torch.stack(covariances), torch.stack(own), overall)
+
+    def shrunk(self, prior_rows: float) -> Moments:
+        r"""The maximising step: covariances :math:`(n_k S_k + \nu s_k \Sigma) / (n_k + \nu)`.
+
+        :math:`\Sigma` is the overall covariance, :math:`s_k = \mathrm{tr}(\Sigma^{-1} S_k) / d` and :math:`\nu` the
+        number of ``prior_rows``: the mode under an inverse Wishart prior of that weight (Fraley and Raftery 2007),
+        which keeps small components from following single rows.
+        """
+        precision, d = torch.linalg.inv(self.overall), len(self.overall)
+        scale = torch.einsum("ij,kji->k", precision, self.covariances) / d
+        own, shape = self.rows[:, None, None], scale[:, None, None] * self.overall
+        covariances = (own * self.covariances + prior_rows * shape) / (own + prior_rows)
+        return Moments(self.weights, self.means, covariances + _ridge(self.overall))
+
+
 def expectation_maximisation(
     draw: Callable[[], Tensor],
     n_components: int,
     log_terms: Callable[[Moments], Callable[[Tensor], Tensor]],
     *,
     iterations: int,
-    prior_rows: float,
+    shrink: Callable[[Scatter], Moments],
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Moments, float]]:
     r"""Moments after each iteration, with the mean log density that the ones before gave their rows, in nats.
@@ -87,7 +103,7 @@ def expectation_maximisation(
     ---------
     draw : rows ``(n, d)``, called once an iteration.
     log_terms : of moments, the map ``(n, d) -> (n, K)`` to :math:`\log \pi_k \mathcal N(u; m_k, \Sigma_k)`.
-    prior_rows : how many rows a component's covariance is shrunk by, :meth:`Moments.of`.
+    shrink : of what rows scatter, the moments to go on from, :meth:`Scatter.shrunk`.
     """
     rows = draw()
     overall = torch.cov(rows.T).double().reshape(rows.shape[1], -1) + _ridge(rows)
@@ -95,7 +111,7 @@ def expectation_maximisation(
     shares = rows.new_zeros(n_components, len(rows))
     for block, part in zip(rows.split(BLOCK), shares.split(BLOCK, 1), strict=True):
         part.scatter_(0, torch.cdist(block, centres).argmin(1)[None], 1.0)
-    found, density = Moments.of(rows, shares, prior_rows, overall), float("nan")
+    found, density = shrink(Scatter.of(rows, shares, overall)), float("nan")
     for _ in range(iterations):
         yield found, density
         rows, total, evaluate = draw(), 0.0, log_terms(found)
@@ -108,7 +124,7 @@ def expectation_maximisation(
             mass = terms.sum(1, keepdim=True)
             total += float((highest + mass.log()).double().sum())
             part.copy_(terms.div_(mass).T)
-        found, density = Moments.of(rows, shares, prior_rows, overall), total / len(rows)
+        found, density = shrink(Scatter.of(rows, shares, overall)), total / len(rows)
     yield found, density
 
 

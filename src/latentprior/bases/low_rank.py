@@ -84,7 +84,7 @@ class LowRankMixtureBase(MixtureBase):
         """Try 8 components, then 16, of 10 d rows each at least; covariances shrunk by 4 d rows."""
         limit = min(MOST_COMPONENTS, n // (10 * d))
         sizes = [1, *(k for k in (min(8, limit), 16) if 1 < k <= limit)]
-        return Plan(sizes, ITERATIONS, prior_rows=PRIOR_ROWS * d, patience=1)
+        return Plan(sizes, ITERATIONS, prior_rows=(PRIOR_ROWS * d,), patience=1)
 
     @classmethod
     def averaged(cls, members: Sequence[LowRankMixtureBase]) -> LowRankMixtureBase:

@@ -66,8 +66,8 @@ class GaussianMixtureBase(MixtureBase):
         """Double K up to 64, 16 (d + 1) rows a component, or a fixed amount of work an iteration of EM.
 
         From 16 components on the last step but one is left out, which would take a quarter of the time.
-        From 32 coordinates on covariances are shrunk by d rows; below, stages that follow learn what an average gains
-        in less time, and one more mixture must raise it by 0.2 nats.
+        From 32 coordinates on covariances are shrunk, by d rows or by less; below, stages that follow learn what an
+        average gains in less time, and one more mixture must raise it by 0.2 nats.
         """
         limit = MOST_COMPONENTS_BELOW_STAGES if below_stages and d < FEW else MOST_COMPONENTS
         most = max(1, min(limit, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d))))
@@ -75,7 +75,8 @@ class GaussianMixtureBase(MixtureBase):
         if most >= 16:
             del sizes[-2]
         worth = WORTH_BELOW_STAGES if below_stages and d < FEW else WORTH
-        return Plan(sizes, ITERATIONS, prior_rows=d if d >= FEW else 0, worth=worth, ask=True)
+        prior_rows = (d, d / 4, d / 16, 0) if d >= FEW else (0,)
+        return Plan(sizes, ITERATIONS, prior_rows, worth=worth, ask=True)
 
     @classmethod
     def averaged(cls, members: Sequence[GaussianMixtureBase]) -> GaussianMixtureBase:

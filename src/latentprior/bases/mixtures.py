@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..errors import LatentPriorError
 from .base import FIT_ROWS, Base, device_of, normal_noise
-from .em import Moments, expectation_maximisation
+from .em import Moments, Scatter, expectation_maximisation
 
 __all__ = ["WORTH", "MixtureBase", "Plan"]
 
 LEAST_RISE = 0.004
 """Nats an iteration below which EM ends."""
+CHOICE = 4
+"""At which step of EM held-out rows choose how far covariances are shrunk."""
 MEMBERS = 6
 """Most mixtures that are averaged."""
 WORTH = 0.05
@@ -39,8 +41,9 @@ class Plan(NamedTuple):
     """Numbers of components to try, rising from 1."""
     iterations: int
     """Of EM at most."""
-    prior_rows: float
-    """By how many rows covariances are shrunk, :meth:`~latentprior.bases.em.Moments.of`."""
+    prior_rows: Sequence[float]
+    """By how many rows covariances may be shrunk, :meth:`~latentprior.bases.em.Scatter.shrunk`; by the first until
+    held-out rows choose."""
     patience: int = 2
     """How many sizes in turn may bring nothing."""
     worth: float = WORTH
@@ -222,9 +225,18 @@ class _Search(Generic[B]):
         def log_terms(moments: Moments) -> Callable[[Tensor], Tensor]:
             return self.kind.of(moments).to(self.held_out.dtype).log_terms  # type: ignore[no-any-return]
 
-        plan = self.plan
+        steps_done, prior_rows = 0, self.plan.prior_rows[0]
+
+        def shrink(found: Scatter) -> Moments:
+            nonlocal steps_done, prior_rows
+            steps_done += 1
+            if steps_done == CHOICE and k > 1 and len(self.plan.prior_rows) > 1:
+                levels = {r: self._level(self.kind.of(found.shrunk(r))).mean() for r in self.plan.prior_rows}
+                prior_rows = max(levels, key=lambda r: levels[r])
+            return found.shrunk(prior_rows)
+
         steps = expectation_maximisation(
-            self.rows, k, log_terms, iterations=plan.iterations, prior_rows=plan.prior_rows, generator=self.generator
+            self.rows, k, log_terms, iterations=self.plan.iterations, shrink=shrink, generator=self.generator
         )
         moments, highest, waited = next(steps)[0], -math.inf, 0
         for moments, density in steps:  # noqa: B007
