@@ -270,6 +270,9 @@ class LatentPrior(Distribution, Shareable):
             so that weights stay bounded; ``"base"``, fresh draws of the base; or a torch Distribution over the user's
             coordinates.
 
+        From some 64 coordinates on the mixture's weights have heavy tails, and its integral may come out several of its
+        standard errors low for a density that is normalised: ask the base and :attr:`bracket` too.
+
         Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
         :attr:`log_prob_stderr`. Warns
         :class:`~latentprior.errors.LowESSWarning` where the reference hardly overlaps the prior.
