@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import latentprior as lp
-from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase, MixtureBase
+from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase, MixtureBase, mixtures
 from latentprior.bases.em import Moments
 from latentprior.checkpoint import _checksum
 from latentprior.errors import CheckpointError
@@ -159,3 +159,22 @@ def test_first_steps_that_gain_are_kept(name: str) -> None:
         rise = prior.log_prob(test).mean() - (prior.base.log_prob(prior.whitening.whiten(test)).mean())
         assert float(rise - prior.whitening.log_abs_det) > 0.1
         assert prior.check_normalizer(draws=50_000).passed
+
+
+def test_a_dear_size_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    centres = 9 * torch.randn(40, 2, generator=g)
+    rows, held_out = (centres[torch.arange(n) % 40] + 0.1 * torch.randn(n, 2, generator=g) for n in (2000, 1000))
+    sizes = GaussianMixtureBase.plan(2000, 2, True).sizes
+    real, tried = mixtures._Search.fitted, []
+    monkeypatch.setattr(mixtures._Search, "fitted", lambda self, k: tried.append(k) or real(self, k))
+
+    def sizes_tried(dear: float, deadline: float | None) -> list[int]:
+        tried.clear()
+        monkeypatch.setattr(mixtures, "DEAR", dear)
+        GaussianMixtureBase.fit(rows, held_out, generator=g, deadline=deadline, stage_gains=lambda _: True)
+        return list(dict.fromkeys(tried))
+
+    late = time.monotonic() + 3600
+    assert sizes_tried(1e9, None) == sizes_tried(20, late) == list(sizes)
+    assert sizes_tried(1e9, late) == [k for k in sizes if k != sizes[-2]]

@@ -65,15 +65,12 @@ class GaussianMixtureBase(MixtureBase):
     def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
         """Double K up to 64, 16 (d + 1) rows a component, or a fixed amount of work an iteration of EM.
 
-        From 16 components on the last step but one is left out, which would take a quarter of the time.
         From 32 coordinates on covariances are shrunk, by d rows or by less; below, stages that follow learn what an
         average gains in less time, and one more mixture must raise it by 0.2 nats.
         """
         limit = MOST_COMPONENTS_BELOW_STAGES if below_stages and d < FEW else MOST_COMPONENTS
         most = max(1, min(limit, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d))))
         sizes = [2**i for i in range(most.bit_length())]
-        if most >= 16:
-            del sizes[-2]
         worth = WORTH_BELOW_STAGES if below_stages and d < FEW else WORTH
         prior_rows = (d, d / 4, d / 16, 0) if d >= FEW else (0,)
         return Plan(sizes, ITERATIONS, prior_rows, worth=worth, ask=True)

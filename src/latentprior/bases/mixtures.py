@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ LEAST_RISE = 0.004
 """Nats an iteration below which EM ends."""
 CHOICE = 4
 """At which step of EM held-out rows choose how far covariances are shrunk."""
+DEAR = 20
+"""The last size but one is left out where so many times its own would not fit into the time left."""
 MEMBERS = 6
 """Most mixtures that are averaged."""
 WORTH = 0.05
@@ -249,13 +250,16 @@ class _Search(Generic[B]):
 
     def best(self) -> B:
         """Take more components, then average."""
-        begun, sizes = time.monotonic(), self.plan.sizes
-        failed, best = 0, self.fitted(sizes[0])
+        begun, (last, *sizes) = time.monotonic(), self.plan.sizes
+        failed, best = 0, self.fitted(last)
         here, took = self._level(best), time.monotonic() - begun
-        for before, k in itertools.pairwise(sizes):
-            if failed == self.plan.patience or not self._in_time(took * k / before):
+        for k in sizes:
+            expected = took * k / last
+            if len(sizes) > 3 and k == sizes[-2] and not self._in_time(DEAR * expected):
+                continue
+            if failed == self.plan.patience or not self._in_time(expected):
                 break
-            failed, begun = failed + 1, time.monotonic()
+            failed, begun, last = failed + 1, time.monotonic(), k
             candidate = self.fitted(k)
             there, took = self._level(candidate), time.monotonic() - begun
             if _rises(here, there, 0.01):
