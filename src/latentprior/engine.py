@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Base, MixtureBase
+from .bases.mixtures import responsibilities
 from .ratios import MLP, BoundedRatio, MixtureFeatures, Quadratic, ResidualMLP
 
 __all__ = ["ValueAndGrad"]
@@ -85,15 +86,10 @@ class ValueAndGrad:
         if mixture.members > 1:
             by_term = torch.cat([by_term, by_term.new_zeros(len(x), mixture.n_components - by_term.shape[1])], 1)
         if mixture is self.base:
-            level = torch.logsumexp(all_terms, 1)
+            level, shares = responsibilities(all_terms)
             value += level
-            by_term += _shares(all_terms, level)
+            by_term += shares
         grad += mixture.pull_back(x, residuals, by_term)
-
-
-def _shares(terms: Tensor, level: Tensor) -> Tensor:
-    # Denormal numbers would slow the next matrix product down many times.
-    return (terms - level[:, None]).clamp_min(-60).exp()
 
 
 def _add(to: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:

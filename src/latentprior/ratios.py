@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bases import MixtureBase
+from .bases.mixtures import responsibilities
 from .blueprint import blank
 from .errors import CheckpointError, LatentPriorError
 
@@ -90,11 +91,9 @@ class MixtureFeatures(nn.Module):
 
     def of_terms(self, terms: Tensor, dim: int) -> Tensor:
         """Features of rows from the log terms ``(n, K)`` there of the mixture that is read."""
-        log_prob = torch.logsumexp(terms, 1, keepdim=True)
-        # Denormal numbers would slow the next matrix product down many times.
-        share = (terms - log_prob).clamp_min(-60).exp()
+        log_prob, share = responsibilities(terms)
         radius = (2 * (self.read.constant - terms) - dim) / math.sqrt(2 * dim)
-        return torch.cat([share, share * radius, (log_prob - self.center) / self.spread], 1)
+        return torch.cat([share, share * radius, ((log_prob - self.center) / self.spread)[:, None]], 1)
 
     def pull_back(self, features: Tensor, slope: Tensor, terms: Tensor, dim: int) -> Tensor:
         """Slopes in the log terms ``(n, K)`` of what has ``slope`` ``(n, 2 K + 1)`` in the features there."""

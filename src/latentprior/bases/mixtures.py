@@ -16,7 +16,7 @@ from ..errors import LatentPriorError
 from .base import FIT_ROWS, Base, device_of, normal_noise
 from .em import Moments, Scatter, expectation_maximisation
 
-__all__ = ["WORTH", "MixtureBase", "Plan"]
+__all__ = ["WORTH", "MixtureBase", "Plan", "responsibilities"]
 
 LEAST_RISE = 0.004
 """Nats an iteration below which EM ends."""
@@ -181,9 +181,7 @@ class MixtureBase(Base, abc.ABC):
         values, grads = [], []
         for block in u.split(self._rows()):
             residuals, terms = self.project(block)
-            value = torch.logsumexp(terms, 1)
-            # Denormal numbers would slow the matrix product down many times.
-            weight = (terms - value[:, None]).clamp_min(-60).exp()
+            value, weight = responsibilities(terms)
             values.append(value)
             grads.append(self.pull_back(block, residuals, weight))
         return torch.cat(values), torch.cat(grads)
@@ -281,6 +279,13 @@ class _Search(Generic[B]):
 
     def _in_time(self, seconds: float) -> bool:
         return self.deadline is None or time.monotonic() + seconds <= self.deadline
+
+
+def responsibilities(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Log density ``(n,)`` and components' shares in it ``(n, K)``, from log terms ``(n, K)``."""
+    value = torch.logsumexp(terms, 1)
+    # Denormal numbers would slow the next matrix product down many times.
+    return value, (terms - value[:, None]).clamp_min(-60).exp()
 
 
 def _rises(before: Tensor, after: Tensor, least: float) -> bool:
