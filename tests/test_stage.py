@@ -138,7 +138,8 @@ def test_stage_learns_and_comes_back_frozen(target: Target) -> None:
     learned = learn(learner_of(target, "base", settings))
     assert learned.gain.value > 0.2 + 4 * learned.gain.stderr
     assert 0 <= learned.saturated <= 1
-    assert max(learned.history) == pytest.approx(learned.gain.value, abs=1e-5)
+    # The best evaluation by the loss that is learned, not by the gain that is told.
+    assert min(abs(g - learned.gain.value) for g in learned.history[-4:]) < 1e-5
     assert not learned.ratio.training
     assert not any(p.requires_grad for p in learned.ratio.parameters())
 
@@ -197,7 +198,7 @@ def test_patience_ends_a_stage(generator: torch.Generator) -> None:
     whitening = Whitening.fit([u], "none").float()
     target = Target(Latents(u), torch.arange(200), u[200:], whitening)
     learned = learn(
-        StageLearner(target, ladder_of("base"), dataclasses.replace(SETTINGS, steps=20_000, patience=2), (2,), 0)
+        StageLearner(target, ladder_of("base"), dataclasses.replace(SETTINGS, steps=20_000, patience=2, odds=1.0), (2,), 0)
     )
     assert learned.steps < 20_000
     best = learned.history.index(max(learned.history))

@@ -324,29 +324,40 @@ def build_ratio(
     return BoundedRatio(network, float(spec["bound"]), spec, features)
 
 
-def logistic_loss(f_target: Tensor, f_particles: Tensor) -> Tensor:
-    r"""The logistic loss :math:`\mathbb E_q[-\log\sigma(f)] + \mathbb E_{p_k}[-\log\sigma(-f)]`, in nats.
+def logistic_loss(f_target: Tensor, f_particles: Tensor, odds: float = 1.0) -> Tensor:
+    r"""The logistic loss of telling rows of q from ``odds`` times as many particles, in nats.
 
-    Its minimiser is :math:`f^* = \log q/p_k` (Xiao and Han 2022, eq. 6); at :math:`f = 0` it is
-    :math:`2\log 2`. Shapes: ``(n,)`` and ``(m,)`` to a scalar.
+    :math:`\mathbb E_q[-\log\sigma(f - \log\nu)] + \nu\,\mathbb E_{p_k}[-\log\sigma(\log\nu - f)]`, whose
+    minimiser is :math:`f^* = \log q/p_k` whatever the odds :math:`\nu` (Xiao and Han 2022, eq. 6, have 1); at
+    :math:`f = 0` and odds of 1 it is :math:`2\log 2`. The larger they are, the closer comes what a given number of
+    rows of q teaches to maximum likelihood (Gutmann and Hyvarinen, JMLR 2012). Shapes: ``(n,)`` and ``(m,)`` to a
+    scalar.
     """
-    return F.softplus(-f_target).mean() + F.softplus(f_particles).mean()
+    shift = math.log(odds)
+    return F.softplus(shift - f_target).mean() + odds * F.softplus(f_particles - shift).mean()
 
 
 class Gain(NamedTuple):
-    """``2 log 2 - logistic loss`` on held-out rows, and its standard error, in nats."""
+    """The logistic loss of knowing nothing less that on held-out rows, and its standard error, in nats."""
 
     value: float
     stderr: float
 
+    @property
+    def lower(self) -> float:
+        """Two standard errors below."""
+        return self.value - 2 * self.stderr
 
-def gain(f_target: Tensor, f_particles: Tensor, effective: int | None = None) -> Gain:
+
+def gain(f_target: Tensor, f_particles: Tensor, effective: int | None = None, odds: float = 1.0) -> Gain:
     r"""How well a stage tells q from :math:`p_k`: 0 for no difference to 1.386 for perfect separation.
 
     At the optimum it is twice the Jensen-Shannon divergence. The standard error is that of two independent
     means, where resampled particles count as their ``effective`` number. Shapes: ``(n,)`` and ``(m,)``.
+    With ``odds`` other than 1 it is the gain in the loss at these, which tends to :math:`\mathrm{KL}(q \| p_k)`.
     """
-    rows = effective or len(f_particles)
-    a, b = F.softplus(-f_target).double(), F.softplus(f_particles).double()
+    rows, shift = effective or len(f_particles), math.log(odds)
+    a, b = F.softplus(shift - f_target.double()), odds * F.softplus(f_particles.double() - shift)
     variance = a.var(correction=0) / max(1, len(a) - 1) + b.var(correction=0) / max(1, rows - 1)
-    return Gain(2 * math.log(2) - float(a.mean() + b.mean()), float(variance.sqrt()))
+    nothing = math.log1p(odds) + odds * math.log1p(1 / odds)
+    return Gain(nothing - float(a.mean() + b.mean()), float(variance.sqrt()))

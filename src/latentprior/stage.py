@@ -55,6 +55,9 @@ class StageSettings:
     steps: int = 2000
     batch_size: int = 1024
     """Rows and particles a step; an eighth of the rows where that is less, but 64 at least."""
+    odds: float = 16.0
+    """How much the particles' part of the loss weighs: as if there were so many of them to a row of latents. More
+    lets a given number of rows teach more, since particles can be had anew; less forgives particles that are few."""
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     average: float = 0.999
@@ -74,8 +77,8 @@ class StageSettings:
             raise LatentPriorError("width, batch_size and patience must be 1 or more, depth and steps 0 or more")
         if self.waypoints < 0:
             raise LatentPriorError(f"waypoints must be 0 or more, got {self.waypoints}")
-        if not 0 < self.bound < math.inf or not 0 < self.learning_rate < math.inf:
-            raise LatentPriorError("bound and learning_rate must be positive and finite")
+        if not all(0 < value < math.inf for value in (self.bound, self.odds, self.learning_rate)):
+            raise LatentPriorError("bound, odds and learning_rate must be positive and finite")
         if self.precision not in get_args(Precision):
             raise LatentPriorError(f"unknown precision {self.precision!r}: choose {', '.join(get_args(Precision))}")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.average <= 1:
@@ -143,8 +146,8 @@ LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 class StageLearner:
     """Logistic learning of ``f_k`` as a state that can be saved between evaluations and resumed exactly.
 
-    Minimises :func:`~latentprior.ratios.logistic_loss` by AdamW under a cosine schedule; keeps the moving average
-    of weights with the best held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
+    Minimises :func:`~latentprior.ratios.logistic_loss` at the settings' odds by AdamW under a cosine schedule; keeps the
+    moving average of weights with the best held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
 
     Of several processes each draws a share of every batch and of the held-out rows' values, from generators of its own;
     gradients are averaged, and gains and clocks agreed on, so that all learn one network.
@@ -179,7 +182,8 @@ class StageLearner:
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
         self.halved = native or settings.precision == "bfloat16"
-        self.step, self.waited, self.best_gain = 0, 0, Gain(-math.inf, 0.0)
+        self.step, self.waited = 0, 0
+        self.best_gain, self.lowest = Gain(-math.inf, 0.0), -math.inf
         self.history: list[float] = []
         dim = target.held_out.shape[1]
         # Small sets take small batches: an evaluation interval then stays a few passes over the rows.
@@ -290,7 +294,7 @@ class StageLearner:
         features = self.ratio.features and self.ratio.features(u)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved):
             f = self.ratio(u, features).to(self.dtype)
-        loss = logistic_loss(f[: len(positives)], f[len(positives) :])
+        loss = logistic_loss(f[: len(positives)], f[len(positives) :], self.settings.odds)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
@@ -309,7 +313,8 @@ class StageLearner:
 
         rows = self.target.held_out
         f = averaged(self.processes.stripe(rows))[: len(rows)]
-        now = self.processes.first(gain(f, averaged(held_out), effective))
+        others = averaged(held_out)
+        now, learned = self.processes.first([gain(f, others, effective, odds) for odds in (1.0, self.settings.odds)])
         if not math.isfinite(now.value):
             raise LearningDivergedError(
                 f"stage {self.index}: the held-out loss is not finite after {self.step} steps at learning rate "
@@ -318,8 +323,8 @@ class StageLearner:
         self.history.append(round(now.value, 5))
         self.waited += 1
         # By its lower bound: on few held-out rows a late, noisy gain must not displace a certain one.
-        if now.value - 2 * now.stderr > self.best_gain.value - 2 * self.best_gain.stderr:
-            self.best_gain, self.waited = now, 0
+        if learned.lower > self.lowest:
+            self.best_gain, self.lowest, self.waited = now, learned.lower, 0
             self.best = {name: p.clone() for name, p in self.average.items()}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -335,6 +340,7 @@ class StageLearner:
             "step": self.step,
             "waited": self.waited,
             "best_gain": list(self.best_gain),
+            "lowest": self.lowest,
             "history": self.history,
             "learning_rate": self.learning_rate,
         }
@@ -343,7 +349,7 @@ class StageLearner:
     def restore(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Stand where :meth:`state` was taken."""
         self.step, self.waited = int(config["step"]), int(config["waited"])
-        self.best_gain = Gain(*map(float, config["best_gain"]))
+        self.best_gain, self.lowest = Gain(*map(float, config["best_gain"])), float(config["lowest"])
         self.history = [float(v) for v in config["history"]]
         self.learning_rate = float(config["learning_rate"])
         with torch.no_grad():
