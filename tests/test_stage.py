@@ -186,7 +186,7 @@ def test_no_difference_gives_no_gain(generator: torch.Generator) -> None:
 def test_schedule_takes_as_many_steps_as_set(target: Target, steps: int) -> None:
     rates: list[float] = []
     learner = learner_of(target, "base", dataclasses.replace(SETTINGS, steps=steps))
-    learned = learn(learner, on_step=lambda now: rates.append(now.optimizer.param_groups[0]["lr"]))
+    learned = learn(learner, on_step=lambda now: rates.append(now.optimizers[0].param_groups[0]["lr"]))
     assert learned.steps == len(rates) == steps
     # Fifty steps of warm-up times half a cosine.
     cosine = [0.5 * (1 + math.cos(math.pi * i / steps)) for i in range(steps)]
@@ -198,7 +198,9 @@ def test_patience_ends_a_stage(generator: torch.Generator) -> None:
     whitening = Whitening.fit([u], "none").float()
     target = Target(Latents(u), torch.arange(200), u[200:], whitening)
     learned = learn(
-        StageLearner(target, ladder_of("base"), dataclasses.replace(SETTINGS, steps=20_000, patience=2, odds=1.0), (2,), 0)
+        StageLearner(
+            target, ladder_of("base"), dataclasses.replace(SETTINGS, steps=20_000, patience=2, odds=1.0), (2,), 0
+        )
     )
     assert learned.steps < 20_000
     best = learned.history.index(max(learned.history))
@@ -216,7 +218,7 @@ def test_deadline_shortens_a_stage(target: Target) -> None:
     particles = learner.particles()
     begun = time.monotonic()
     learned = learner.learn(
-        particles, deadline=begun + 0.6, on_step=lambda now: rates.append(now.optimizer.param_groups[0]["lr"])
+        particles, deadline=begun + 0.6, on_step=lambda now: rates.append(now.optimizers[0].param_groups[0]["lr"])
     )
     assert 0 < learned.steps < 1_000_000
     assert time.monotonic() - begun < 3

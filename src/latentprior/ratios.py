@@ -128,6 +128,10 @@ class MLP(nn.Module):
             layers += [_linear(width, width, math.sqrt(2 / width), 0.0, generator), nn.SiLU()]
         self.layers = nn.Sequential(*layers, _linear(width, 1, 1 / math.sqrt(width), 0.0, generator))
 
+    def hidden_matrices(self) -> list[Tensor]:
+        """Weights from hidden layer to hidden layer."""
+        return [layer.weight for layer in list(self.layers)[:-1] if isinstance(layer, nn.Linear)]
+
     def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
         h = self.first(u)
         if self.beside is not None:
@@ -168,6 +172,10 @@ class ResidualMLP(nn.Module):
     def pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """The inner and the outer layer of each block."""
         return [(block.inner, block.outer) for block in self.blocks if isinstance(block, _ResidualBlock)]
+
+    def hidden_matrices(self) -> list[Tensor]:
+        """Weights from hidden layer to hidden layer."""
+        return [layer.weight for pair in self.pairs() for layer in pair]
 
     def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
         h = self.first(u)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import LatentPriorError, LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
+from .optimizers import REMEMBERED, build_optimizers
 from .processes import ALONE, Processes, agreed, joined
 from .ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from .whitening import Whitening
@@ -146,8 +147,9 @@ LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 class StageLearner:
     """Logistic learning of ``f_k`` as a state that can be saved between evaluations and resumed exactly.
 
-    Minimises :func:`~latentprior.ratios.logistic_loss` at the settings' odds by AdamW under a cosine schedule; keeps the
-    moving average of weights with the best held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
+    Minimises :func:`~latentprior.ratios.logistic_loss` at the settings' odds, by AdamW and for hidden layers
+    :class:`~latentprior.optimizers.Muon`, under a cosine schedule; keeps the moving average of weights with the best
+    held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
 
     Of several processes each draws a share of every batch and of the held-out rows' values, from generators of its own;
     gradients are averaged, and gains and clocks agreed on, so that all learn one network.
@@ -175,9 +177,7 @@ class StageLearner:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
         self.learning_rate = learning_rate or settings.learning_rate
-        self.optimizer = torch.optim.AdamW(
-            self.ratio.parameters(), lr=self.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizers = build_optimizers(self.ratio.network, self.learning_rate, settings.weight_decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
@@ -287,18 +287,20 @@ class StageLearner:
 
     def _update(self, positives: Tensor, negatives: Tensor, progress: float) -> None:
         warm = min(1.0, (self.step + 1) / WARM_UP)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
         u = torch.cat([positives, negatives])
         # A mixture's distances would lose too much.
         features = self.ratio.features and self.ratio.features(u)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved):
             f = self.ratio(u, features).to(self.dtype)
         loss = logistic_loss(f[: len(positives)], f[len(positives) :], self.settings.odds)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.ratio.zero_grad()
         loss.backward()
         self.processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         decay = min(self.settings.average, self.step / (self.step + 9))
         with torch.no_grad():
@@ -334,8 +336,9 @@ class StageLearner:
             tensors[f"now.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = self.average[name]
             tensors[f"best.{name}"] = self.best[name]
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer.{key}.{name}"] = value
         config = {
             "step": self.step,
             "waited": self.waited,
@@ -352,12 +355,16 @@ class StageLearner:
         self.best_gain, self.lowest = Gain(*map(float, config["best_gain"])), float(config["lowest"])
         self.history = [float(v) for v in config["history"]]
         self.learning_rate = float(config["learning_rate"])
+        names = {parameter: name for name, parameter in self.parameters.items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"now.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
                 self.best[name].copy_(tensors[f"best.{name}"])
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"optimizer.{key}.{name}"].clone().to(self.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+            for optimizer in self.optimizers:
+                for parameter in optimizer.param_groups[0]["params"]:
+                    name = names[parameter]
+                    optimizer.state[parameter] = {
+                        key: tensors[f"optimizer.{key}.{name}"].clone().to(self.device)
+                        for key in REMEMBERED[type(optimizer)]
+                    }
