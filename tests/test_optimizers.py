@@ -59,7 +59,8 @@ def test_hidden_layers_are_orthogonalized_and_all_parameters_move(kind: str, sha
     # As wide as the latents are long: a first layer or a quadratic form that is square is no hidden layer.
     spec = {"kind": kind, "event_shape": shape, "width": 8, "depth": 2, "bound": 5.0}
     ratio = build_ratio(spec, torch.Generator().manual_seed(0))
-    optimizers = build_optimizers(ratio.network, 0.01, 0.1)
+    matrices = getattr(ratio.network, "hidden_matrices", list)()
+    optimizers = build_optimizers(ratio.parameters(), matrices, 0.01, 0.1)
     moved = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert len(moved) == len(set(moved)) == len(list(ratio.parameters()))
     matrices = [p for o in optimizers if isinstance(o, Muon) for p in o.param_groups[0]["params"]]

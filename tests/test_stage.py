@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentprior import Latents, LearningDivergedError, StageSettings
+from latentprior import LatentPriorError, Latents, LearningDivergedError, StageSettings
 from latentprior.bases import NormalBase
 from latentprior.ladder import FreshParticles, Ladder
 from latentprior.ratios import build_ratio
@@ -153,6 +153,20 @@ def test_products_of_bfloat16_learn_the_same(target: Target) -> None:
     assert not torch.equal(exact.ratio(target.held_out), rounded.ratio(target.held_out))
     # The same draws: gains differ by rounding alone, of 8 bits in 256 rows and 700 steps; 0.004 was seen.
     assert abs(exact.gain.value - rounded.gain.value) < 0.02
+
+
+def test_optimizers_are_those_that_were_set(target: Target) -> None:
+    plain = learner_of(target, settings=dataclasses.replace(SETTINGS, optimizer="adamw"))
+    assert [type(o).__name__ for o in plain.optimizers] == ["AdamW"]
+    assert [type(o).__name__ for o in learner_of(target).optimizers] == ["AdamW", "Muon"]
+    learned = learn(plain)
+    assert learned.gain.value > 0.2 + 4 * learned.gain.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"odds": 0.0}, {"odds": math.inf}, {"odds": math.nan}])
+def test_odds_and_optimizers_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(LatentPriorError, match=next(iter(wrong))):
+        StageSettings(**wrong)
 
 
 def test_precision_is_the_processors(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from typing import Any
 
@@ -228,7 +229,9 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         if isinstance(base, CopulaBase):
             base = _with_tails(base, many)
         target = Target(latents, train, draws(held_out, 1, "held-out"), whitening)
-        settings = StageSettings(width=self.width, bound=self.bound, steps=self.steps, batch_size=256, patience=2)
+        # The loss and the optimiser that the detector's other defaults were chosen with.
+        plain = StageSettings(batch_size=256, patience=2, odds=1.0, optimizer="adamw")
+        settings = dataclasses.replace(plain, width=self.width, bound=self.bound, steps=self.steps)
         stages = _climb(target, Ladder(base), settings, self.max_stages, seed)
         return LatentPrior(base, stages, whitening, (u.shape[1],)).to(dtype=torch.float64)
 

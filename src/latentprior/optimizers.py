@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 __all__ = ["REMEMBERED", "Muon", "build_optimizers", "orthogonalized"]
@@ -64,10 +64,11 @@ class Muon(Optimizer):
                 p.mul_(1 - rate * group["weight_decay"]).add_(direction, alpha=-length)
 
 
-def build_optimizers(network: nn.Module, lr: float, weight_decay: float) -> tuple[Optimizer, ...]:
-    """AdamW for all parameters but those that a network names in ``hidden_matrices``, which :class:`Muon` moves."""
-    hidden: list[Tensor] = getattr(network, "hidden_matrices", list)()
-    rest = [p for p in network.parameters() if not any(p is matrix for matrix in hidden)]
+def build_optimizers(
+    parameters: Iterable[Tensor], hidden: Sequence[Tensor], lr: float, weight_decay: float
+) -> tuple[Optimizer, ...]:
+    """AdamW for all parameters but the ``hidden`` matrices, which :class:`Muon` moves."""
+    rest = [p for p in parameters if not any(p is matrix for matrix in hidden)]
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     optimizers: list[Optimizer] = [AdamW(rest, fused=True, **settings)]
     if hidden:

@@ -30,6 +30,7 @@ def derived_generator(device: torch.device, *keys: int | str) -> torch.Generator
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Optimization = Literal["muon", "adamw"]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -59,6 +60,8 @@ class StageSettings:
     odds: float = 16.0
     """How much the particles' part of the loss weighs: as if there were so many of them to a row of latents. More
     lets a given number of rows teach more, since particles can be had anew; less forgives particles that are few."""
+    optimizer: Optimization = "muon"
+    """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all."""
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     average: float = 0.999
@@ -82,6 +85,8 @@ class StageSettings:
             raise LatentPriorError("bound, odds and learning_rate must be positive and finite")
         if self.precision not in get_args(Precision):
             raise LatentPriorError(f"unknown precision {self.precision!r}: choose {', '.join(get_args(Precision))}")
+        if self.optimizer not in get_args(Optimization):
+            raise LatentPriorError(f"unknown optimizer {self.optimizer!r}: choose {', '.join(get_args(Optimization))}")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.average <= 1:
             raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
 
@@ -147,9 +152,9 @@ LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 class StageLearner:
     """Logistic learning of ``f_k`` as a state that can be saved between evaluations and resumed exactly.
 
-    Minimises :func:`~latentprior.ratios.logistic_loss` at the settings' odds, by AdamW and for hidden layers
-    :class:`~latentprior.optimizers.Muon`, under a cosine schedule; keeps the moving average of weights with the best
-    held-out loss. Negatives are refreshed every chunk of steps while they come from the base.
+    Minimises :func:`~latentprior.ratios.logistic_loss` at the settings' odds, by their optimizer under a cosine
+    schedule; keeps the moving average of weights with the best held-out loss. Negatives are refreshed every chunk of
+    steps while they come from the base.
 
     Of several processes each draws a share of every batch and of the held-out rows' values, from generators of its own;
     gradients are averaged, and gains and clocks agreed on, so that all learn one network.
@@ -177,7 +182,9 @@ class StageLearner:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
         self.learning_rate = learning_rate or settings.learning_rate
-        self.optimizers = build_optimizers(self.ratio.network, self.learning_rate, settings.weight_decay)
+        matrices: Callable[[], list[Tensor]] = getattr(self.ratio.network, "hidden_matrices", list)
+        hidden = matrices() if settings.optimizer == "muon" else []
+        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, self.learning_rate, settings.weight_decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
