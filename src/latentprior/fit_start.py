@@ -24,7 +24,7 @@ __all__ = ["Rows", "checked_device", "fit_identity", "split_rows", "standardised
 
 HELD_OUT_LIMIT = 10_000
 BASE_ROWS = 200_000
-TRIAL_STEPS, TRIAL_GAIN = 200, 0.15
+TRIAL_STEPS, TRIAL_GAIN = 100, 0.13
 """A stage of so few steps and so large a gain, in nats, shows that it has more to learn than an average of mixtures."""
 
 Rows = tuple[Latents, Tensor]
