@@ -129,7 +129,7 @@ class Bench:
             "stages": [
                 {"gain": s.gain, "gain_stderr": s.gain_stderr, "log_normalizer": s.log_normalizer,
                  "log_normalizer_stderr": s.log_normalizer_stderr, "seconds": s.diagnostics["seconds"],
-                 "ess": s.diagnostics["ess"], "saturated": s.diagnostics["saturated"],
+                 "steps": s.diagnostics["steps"], "ess": s.diagnostics["ess"], "saturated": s.diagnostics["saturated"],
                  "particles": s.diagnostics["particles"]}
                 for s in ladder.stages
             ],
