@@ -1,10 +1,12 @@
 import contextlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import latentprior as lp
 from latentprior import demo
@@ -58,11 +60,63 @@ def test_the_saved_prior_scores_the_saved_latents_as_reported(short):
     assert float(normal) == pytest.approx(found["rows"]["N(0, I)"]["log_prob"], abs=1e-3)
 
 
-def test_prints_a_table_and_commands_that_can_be_pasted(short):
-    out, found, printed = short
+def test_figures_follow_from_the_files(short):
+    """What the demo says of latents, decoder and ladder, computed anew from what it wrote."""
+    out, found, _ = short
+    prior = lp.LatentPrior.from_pretrained(out / "prior")
+    z = torch.from_numpy(np.load(out / "test_latents.npy"))
+    assert (len(prior.stages), prior.info["stopped"]) == (found["stages"], found["stopped"])
+    assert prior.log_prob_stderr == pytest.approx(found["normalizer_check"]["log_normalizer_stderr"])
+    base = lp.LatentPrior(prior.base, (), prior.whitening, prior.event_shape)
+    values = {"ladder": prior.log_prob(z).double(), "GMM": base.log_prob(z).double()}
+    for name, value in values.items():
+        row = found["rows"][name]
+        assert float(value.mean()) == pytest.approx(row["log_prob"], abs=1e-3)
+        assert float(value.std()) / 20 == pytest.approx(row["log_prob_stderr"], rel=1e-3)
+    # Paired: row by row on the same 400 latents.
+    above = values["ladder"] - values["GMM"]
+    assert float(above.mean()) == pytest.approx(found["ladder_above_gmm"]["log_prob"], abs=1e-3)
+    assert float(above.std()) / 20 == pytest.approx(found["ladder_above_gmm"]["stderr"], rel=1e-3, abs=1e-5)
+    with np.load(out / "images.npz") as images:
+        assert {name: len(images[name]) for name in images.files} == {
+            "x_train": 1147, "y_train": 1147, "x_test": 400, "y_test": 400,
+        }  # fmt: skip
+        x = torch.from_numpy(images["x_test"]).flatten(1) / 255
+    vae = demo._built(demo._VAE, 0)
+    vae.load_state_dict(load_file(out / "vae.safetensors"))
+    misfit = float((vae.decode(z) - x).square().mean())
+    # Pixels were rounded to 1/255: their squares' mean errs by far less than a thousandth.
+    assert misfit == pytest.approx(found["vae"]["test_mean_squared_error"], abs=1e-4)
+    assert found["vae"]["test_mean_squared_error"] < float((x - x.mean(0)).square().mean())
+
+
+def cell(row, name, digits):
+    return "-" if row[name] is None else f"{row[name]:.{digits}f} ± {row[f'{name}_stderr']:.{digits}f}"
+
+
+def test_prints_what_it_writes(short):
+    """Every number of the table and below it stands in ``results.json``."""
+    out, _, printed = short
+    found = json.loads((out / "results.json").read_text())
+    lines = printed.splitlines()
+    assert lines[0].startswith("1,797 scans of digits")
+    assert lines[0].endswith("1,147 to train, 250 to validate, 400 to test")
+    assert found["data"] == {"name": "scikit-learn digits", "train": 1147, "validation": 250, "test": 400}
     for name, row in found["rows"].items():
-        line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
-        assert line.endswith(f" {row['frechet_distance']:.2f}")
+        (line,) = (line for line in lines if line.startswith(f"{name:18}"))
+        cells = [cell(row, "log_prob", 2), cell(row, "auc", 3), f"{row['frechet_distance']:.2f}"]
+        assert re.split(r" {2,}", line.removeprefix(name).strip()) == cells
+    above, check, seconds = found["ladder_above_gmm"], found["normalizer_check"], found["seconds"]
+    assert f"ladder above GMM: {above['log_prob']:+.2f} ± {above['stderr']:.2f} nats" in printed
+    assert f"independent mixture: {check['value']:.4f} ± {check['stderr']:.4f} " in printed
+    assert f"log Z is known to ± {check['log_normalizer_stderr']:.4f})" in printed
+    total, fitting = round(seconds["total"]), round(seconds["fit"])
+    assert f"{found['stages']} stages; {total} s, of which {fitting} s for the prior" in printed
+    assert seconds["vae_and_classifier"] + seconds["fit"] <= seconds["total"]
+
+
+def test_prints_commands_that_can_be_pasted(short):
+    out, _, printed = short
     for command in ("sample", "score", "fit"):
         assert f" {command} " in printed
     assert f"'{out / 'prior'}'" in printed  # the folder has a space

@@ -138,6 +138,8 @@ def test_it_finds_the_outliers_that_pyod_makes_for_its_own_tests() -> None:
     assert roc_auc_score(odd, lp.RatioDetector(random_state=42).fit(train).decision_function(test)) > 0.99
 
 
+# torch 2.4 and 2.5 warn of every pickle that holds a tensor, joblib's included.
+@pytest.mark.filterwarnings("ignore:You are using `torch.load` with:FutureWarning")
 def test_a_fitted_detector_survives_joblib(detector: lp.RatioDetector, tmp_path: Path) -> None:
     joblib.dump(detector, tmp_path / "detector.joblib")
     again = joblib.load(tmp_path / "detector.joblib")

@@ -22,9 +22,22 @@ from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder, Stage
 from latentprior.ratios import Gain
 from latentprior.stage import StageLearner
-from latentprior.targets import SkewedProduct
+from latentprior.targets import Banana, SkewedProduct
 
 Fit = Callable[..., lp.LatentPrior]
+
+
+BENT = Banana(curvature=0.5)
+
+
+@pytest.fixture(scope="module")
+def crescent() -> Tensor:
+    """600 asymmetric rows ``(600, 2)``, less bent than those that other files share.
+
+    The far tail of those is out of a normal's reach: the two ends of log Z then differ by a tenth of a nat on one
+    release of torch and not on another, and ``fit`` warns. Here they differ by 0.03, the bound being 0.1.
+    """
+    return BENT.sample((600,), generator=torch.Generator().manual_seed(0)).float()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +168,7 @@ def test_no_stages_is_the_base(quick: Fit, crescent: Tensor) -> None:
 
 
 def test_stages_raise_the_held_out_density(quick: Fit, crescent: Tensor) -> None:
-    test = lp.targets.Banana().sample((4000,), generator=torch.Generator().manual_seed(9)).float()
+    test = BENT.sample((4000,), generator=torch.Generator().manual_seed(9)).float()
     none, two = quick(max_stages=0), quick(max_stages=1)
     rise = two.log_prob(test) - none.log_prob(test)
     # 4 standard errors above zero: not by chance.
@@ -189,23 +202,19 @@ def test_no_time_at_all_is_told_as_such(quick: Fit) -> None:
 
 
 def test_ample_time_changes_nothing(quick: Fit) -> None:
-    assert_same(quick(time_budget=3600, max_stages=1), quick(max_stages=1, time_budget=7200))
+    without = quick(max_stages=1)
+    assert len(without.stages) == 1
+    assert_same(quick(max_stages=1, time_budget=3600), without)
 
 
 # Determinism and resuming
 
 
-# One hurried, loosely bound stage leaves the two ends of log Z a tenth of a nat apart.
-hurried = pytest.mark.filterwarnings("ignore::latentprior.NormalizerBracketWarning")
-
-
-@hurried
 @pytest.mark.parametrize("base", ["normal", "gmm:2", pytest.param("copula", marks=pytest.mark.slow)])
 def test_same_seed_same_bits(quick: Fit, base: str) -> None:
     assert_same(quick(base=base, max_stages=1, seed=3), quick(base=base, max_stages=1, seed=3))
 
 
-@hurried
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("base", ["normal", pytest.param("flow", marks=pytest.mark.slow)])
 def test_gradients_may_be_off_around_the_call(quick: Fit, crescent: Tensor, base: str, off: Any) -> None:
@@ -216,7 +225,6 @@ def test_gradients_may_be_off_around_the_call(quick: Fit, crescent: Tensor, base
     assert_same(without, quick(base=base, max_stages=1))
 
 
-@hurried
 def test_other_seeds_differ(quick: Fit, crescent: Tensor) -> None:
     a, b = quick(max_stages=1, seed=3), quick(max_stages=1, seed=4)
     assert not torch.equal(a.log_prob(crescent), b.log_prob(crescent))
@@ -523,16 +531,22 @@ def test_senseless_settings_are_named(quick: Fit, bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("base", ["normal", "gmm", "copula"])
 @pytest.mark.parametrize("max_stages", [0, 1])
-def test_very_few_rows_give_a_prior_or_a_named_error(
+def test_very_few_rows_give_a_prior(
     crescent: Tensor, tiny: lp.StageSettings, n: int, base: str, max_stages: int
 ) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", lp.LatentPriorWarning)
-        try:
-            prior = lp.fit(crescent[:n], base=base, max_stages=max_stages, settings=tiny)
-        except LatentPriorError:
-            return
+    def fitted() -> lp.LatentPrior:
+        return lp.fit(crescent[:n], base=base, max_stages=max_stages, settings=tiny)
+
+    if base == "copula" and n == 2:
+        # One row is held out: the other has no spread.
+        with pytest.raises(LatentPriorError, match="marginals need at least 2 rows to learn from, got 1"):
+            fitted()
+        return
+    prior = fitted()
+    # The single row held out is no evidence for a stage.
+    assert (prior.stages, prior.info["stopped"]) == ((), "no gain" if max_stages else "max_stages")
     assert torch.isfinite(prior.log_prob(crescent[:n])).all()
+    assert (prior.log_prob(crescent[:n]) > prior.log_prob(crescent[:n] + 100)).all()
     assert torch.isfinite(prior.sample((50,), torch.Generator().manual_seed(0))).all()
 
 
@@ -637,21 +651,20 @@ def test_huge_and_tiny_units(quick: Fit, crescent: Tensor, scale: float) -> None
 
 
 @pytest.mark.parametrize(
-    "z", [lambda z: z * 1e50, lambda z: z * 1e-50, lambda z: z + 1e8, lambda z: z * torch.tensor([1.0, 1e60])]
+    ("z", "says"),
+    [
+        (lambda z: z * 1e50, r"coordinate\(s\) \[0, 1\] are too large, small or far from zero for torch.float32"),
+        (lambda z: z * 1e-50, "too large, small or far from zero"),
+        (lambda z: z + 1e8, "too large, small or far from zero"),
+        (lambda z: z * torch.tensor([1.0, 1e60], dtype=torch.float64), r"coordinate\(s\) \[1\] are too large"),
+    ],
 )
-def test_numbers_beyond_single_precision_are_named_or_right(
-    quick: Fit, crescent: Tensor, z: Callable[[Tensor], Tensor]
+def test_numbers_beyond_single_precision_are_named(
+    quick: Fit, crescent: Tensor, z: Callable[[Tensor], Tensor], says: str
 ) -> None:
     # Learned in float32, such rows overflow, vanish or fall onto a few steps of rounding.
-    moved = z(crescent.double())
-    one = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    scale = float((z(one) - z(torch.zeros(2, dtype=torch.float64)))[1])
-    try:
-        prior = quick(moved, base="gmm:2", max_stages=0)
-    except LatentPriorError:
-        return
-    expected = quick(base="gmm:2", max_stages=0).info["log_prob_held_out"]
-    assert prior.info["log_prob_held_out"] == pytest.approx(expected, abs=0.1), scale
+    with pytest.raises(InvalidLatentsError, match=says):
+        quick(z(crescent.double()), base="gmm:2", max_stages=0)
 
 
 @settings(deadline=None, max_examples=10, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

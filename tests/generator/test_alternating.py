@@ -50,7 +50,8 @@ def error(model: LatentVariableModel, x: Tensor) -> float:
 
 
 def test_the_generator_moves_and_its_prior_follows(images: Images) -> None:
-    test = Images(pictures(600, 7)).batch(torch.arange(600))
+    # So many that single rows in a tail decide nothing: both rises are 11 standard errors and more, on torch 2.4 too.
+    test = Images(pictures(1500, 7)).batch(torch.arange(1500))
     model = train_two_phase(fresh(), images, AUTOENCODER, **FIT)
     before, old_prior = error(model, test), model.prior
     assert train_under_prior(model, images, UNDER, **FIT) is model

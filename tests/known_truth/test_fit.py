@@ -24,17 +24,22 @@ from quadrature import integral
 
 SETTINGS = lp.StageSettings(width=64, steps=400, batch_size=256, average=0.99)
 
-# Target, options of the fit, and the largest divergence KL(truth, model) in nats that passes: three times what was
-# measured when this was written, and below a half of what the base alone leaves.
+# Target, options of the fit, and the largest divergence KL(truth, model) in nats that passes: at most three times what
+# was measured when this was written, and below a half of what the base alone leaves.
 CASES: dict[str, tuple[Target, dict[str, Any], float]] = {
     "banana": (Banana(), {"base": "normal", "max_stages": 2}, 0.10),
-    "rings": (Rings(), {"base": "normal", "max_stages": 1}, 0.60),
+    "rings": (Rings(), {"base": "normal", "max_stages": 1}, 0.10),
     "skewed": (SkewedProduct(2), {"base": "normal", "max_stages": 2}, 0.04),
     "unbalanced": (two_component_mixture(2, distance=6.0, ratio=20.0), {"base": "normal", "max_stages": 2}, 0.04),
     "heavy tails": (StudentT(2, df=4), {"base": "normal", "max_stages": 2}, 0.06),
     "correlated": (CorrelatedGaussian(2, rho=0.95), {"base": "normal", "max_stages": 1}, 0.01),
     "mixture base": (two_component_mixture(2, distance=6.0, ratio=20.0), {"base": "gmm", "max_stages": 1}, 0.02),
 }
+
+
+# Nats. ``fit`` draws until log Z is known to 0.005; what its bracket adds would show here, and must not widen the
+# bounds below, which scale with this error. Measured: 0.002 at most.
+MOST_STDERR = 0.006
 
 
 SLOW = ("rings", "heavy tails", "correlated")
@@ -61,6 +66,7 @@ def test_divergence_is_small_and_not_negative(fitted: tuple[str, lp.LatentPrior,
     name, prior, test = fitted
     target, _, bound = CASES[name]
     value, stderr = divergence(target, prior, test)
+    assert prior.log_prob_stderr < MOST_STDERR
     # No density beats the truth: below zero by 4 standard errors in 1 of 30,000.
     assert value > -4 * stderr
     assert value < bound + 2 * stderr
@@ -70,6 +76,7 @@ def test_log_normaliser_is_right_within_its_error(fitted: tuple[str, lp.LatentPr
     name, prior, _ = fitted
     half = 40 if name == "heavy tails" else 14
     total = integral(lambda u: prior.log_prob_whitened(u.float()), -half, half, 2, 1200)
+    assert prior.log_prob_stderr < MOST_STDERR
     # 3 standard errors: a false alarm in 1 of 370; the grid and the tails beyond it err by less than 2e-3.
     assert abs(math.log(total)) < 3 * prior.log_prob_stderr + 2e-3
 
@@ -105,7 +112,8 @@ def gap_of_case_c(base: str, **options: Any) -> tuple[lp.LatentPrior, float, flo
 
 
 def test_case_c_from_a_mixture() -> None:
-    _, value, stderr = gap_of_case_c("gmm", max_stages=1, settings=SETTINGS)
+    prior, value, stderr = gap_of_case_c("gmm", max_stages=1, settings=SETTINGS)
+    assert prior.log_prob_stderr < MOST_STDERR
     assert value > -4 * stderr
     assert value < 0.1 + 2 * stderr
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import LatentPriorError
 from .base import FIT_ROWS, LOG_2PI, Base, device_of, normal_noise
 
 __all__ = ["CopulaBase"]
@@ -34,8 +35,15 @@ class CopulaBase(Base):
 
     @classmethod
     def fit(cls, train: Tensor, *, quantiles: int = 64) -> CopulaBase:
-        """Place the kernels of every coordinate at the mid-quantiles of ``train`` ``(n, d)``."""
+        """Place the kernels of every coordinate at the mid-quantiles of ``train`` ``(n, d)``.
+
+        Raises :class:`LatentPriorError` for a single row, which has no spread.
+        """
         x = train[:FIT_ROWS].cpu().double()
+        if len(x) < 2:
+            raise LatentPriorError(
+                f"marginals need at least 2 rows to learn from, got {len(x)}: give more latents or use base='normal'"
+            )
         m = max(1, min(quantiles, len(x) // 4))
         levels = (torch.arange(m, dtype=torch.float64) + 0.5) / m
         centers = torch.quantile(x, levels, dim=0).T.contiguous()
