@@ -13,6 +13,7 @@ from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase, MixtureBa
 from latentprior.bases.em import Moments
 from latentprior.checkpoint import _checksum
 from latentprior.errors import CheckpointError
+from latentprior.fit_start import TRIAL_STEPS
 from latentprior.ratios import MixtureFeatures, build_ratio
 
 DIM, K = 5, 3
@@ -147,10 +148,10 @@ def test_first_steps_that_gain_are_kept(name: str) -> None:
     settings = lp.StageSettings(width=32, depth=1, steps=600, batch_size=256, average=0.95, learning_rate=0.01)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentprior.bases.mixture.MOST_COMPONENTS_BELOW_STAGES", 4)
-        patch.setattr("latentprior.fit_start.TRIAL_GAIN", 0.05)
+        patch.setattr("latentprior.fit_start.TRIAL_GAIN", 0.02)
         prior = lp.fit(z, max_stages=1, settings=settings, time_budget=300, callbacks=[events.append])
     begun = [event.step for event in events if event.kind == "stage"]
-    assert begun == ([200] if name == "ring" else [0])
+    assert begun == ([TRIAL_STEPS] if name == "ring" else [0])
     steps = [event.step for event in events if event.kind == "step"]
     assert steps[0] == begun[0] + 1
     assert len(prior.stages) == (name == "ring")
