@@ -100,9 +100,11 @@ def _table(runs: Runs) -> str:
             row.append(spread(distances, ".1f") if distances else "-")
         row += [spread((f["seconds"] for f in figures), ".0f")]
         row += [spread((f["seconds_per_10k_samples"] for f in figures), ".1f")]
+        paces = [f["gflops"] for f in figures if "gflops" in f]
+        row.append(spread(paces, ".0f") if paces else "")
         rows.append(row)
     distance = ["Fréchet distance"] if has_frechet else []
-    head = ["method", "seeds", "log density", "log Z", "AUC", *distance, "fit, s", "10k samples, s"]
+    head = ["method", "seeds", "log density", "log Z", "AUC", *distance, "fit, s", "10k samples, s", "GFLOP/s"]
     return table(head, rows)
 
 
