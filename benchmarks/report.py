@@ -10,7 +10,7 @@ from typing import Any
 
 from _growth_sections import draw_scale, known_truth_section, processes_section, scale_section
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
-from _latent_sections import latents_headline, latents_sections
+from _latent_sections import latents_headline, latents_sections, stage_learning_section
 from _markdown import produced, spread, table
 from _mutual_section import mutual_section
 from _results import read_results
@@ -56,6 +56,7 @@ def main() -> None:
     out = ["# Results", "", "Written by `python benchmarks/report.py` from `benchmarks/results/`.", "", OLDER, ""]
     out += latents_sections()
     for name, section in (
+        ("stage_learning", stage_learning_section),
         ("known_truth", known_truth_section),
         ("mutual_information", mutual_section),
         ("faults", faults_section),
