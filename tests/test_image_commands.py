@@ -533,6 +533,8 @@ def test_images_of_another_shape_are_refused(run, work, bad, command):
         ("train {i} --out {t}/m --config {t}/{long}.yaml", "File name too long"),
         ("train {t}/{long} --out {t}/m", "File name too long"),
         ("train {i} --out {b}/foreign", "nothing was overwritten"),
+        ("train {t}/absent.npz --out {b}/foreign", "nothing was overwritten"),
+        ("train {t}/absent.npz --out {i}", "cannot write"),
         ("train {i}", "--out"),
         ("generate {m} -n 0 --out {t}/x.png", "-n"),
         ("generate {m} -n 4", "--out"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -97,11 +98,14 @@ def train(
     check_device(device)
     processes = launched_processes(device)
     main = processes.rank == 0
+    checkpoint = out / "checkpoint"
+    if os.path.lexists(out):
+        # Before images are read, which can take minutes; a folder that is not there yet is made after them.
+        _check_out(out, checkpoint)
     recipe, name, pictures = _prepared(images, out, config, settings or [], key, limit, resume, processes.count > 1)
     if processes.count > 1 and recipe.method != "joint":
         raise LatentPriorError(f"method {recipe.method!r} learns in one process: leave the launcher out, or use joint")
     model = new_model(recipe, pictures.shape, seed=seed, device=processes.device)
-    checkpoint = out / "checkpoint"
     check_folder(out)
     with locked(out if main else None):
         _check_out(out, checkpoint)
