@@ -72,7 +72,7 @@ class Bench:
             "rise": float(f.mean()) - c.value,
             "rise_train": float(train.mean()) - c.value,
             "gain": stage.gain.value,
-            "ess": c.ess / DRAWS,
+            "ess": c.ess,
             "saturated": stage.saturated,
             "steps": stage.steps,
             "processor_seconds": seconds,

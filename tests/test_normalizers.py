@@ -121,7 +121,8 @@ def test_draws_go_on_until_the_error_is_small_or_they_are_used_up(
         found = _direct(ladder, 2, torch.Generator().manual_seed(0), 4 * 2048, tolerance, deadline, ALONE)
         # 4.5 standard errors: 1 in 150,000.
         assert abs(found.value - log_z) < 4.5 * found.stderr
-        assert set(taken) == {2048}
+        # A deadline has shorter rounds, lest the last one overrun it by much.
+        assert set(taken) == {2048 if deadline is None else 512}
         return len(taken), found
 
     one, first = rounds(1.0)

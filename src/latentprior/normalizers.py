@@ -84,11 +84,11 @@ def estimate(
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
-    Importance sampling goes on, 262,144 draws at a time, until its standard error is below ``tolerance`` nats, or
-    ``draws`` or the ``deadline`` (:func:`time.monotonic`) is reached. The value is that of importance sampling
-    where its effective share is half a percent or more, and what the bracket's width exceeds two of its standard
-    errors by joins the standard error; otherwise the middle of the bracket, and half the bracket's width joins the
-    standard error.
+    Importance sampling goes on, 262,144 draws at a time (a quarter of that under a deadline), until its standard
+    error is below ``tolerance`` nats, or ``draws`` or the ``deadline`` (:func:`time.monotonic`) is reached. The value
+    is that of importance sampling where its effective share is half a percent or more, and what the bracket's width
+    exceeds two of its standard errors by joins the standard error; otherwise the middle of the bracket, and half the
+    bracket's width joins the standard error.
 
     Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats and two standard errors of its
     width, or its ends cross by more than both together. An end that hangs on a single island (a held-out row in the
@@ -151,7 +151,8 @@ def _direct(
     processes: Processes,
 ) -> LogMean:
     weights: list[Tensor] = []
-    rows = min(draws, ROUND, (1 << 26) // dim)
+    # Under a deadline a round must not overrun it by much.
+    rows = min(draws, ROUND if deadline is None else ROUND // 4, (1 << 26) // dim)
     own = processes.share(rows)
     while True:
         # Only the weights are kept: a round's draws are gone when the next begins.
