@@ -40,12 +40,11 @@ from latentprior.generator.networks import build_encoder, build_generator, netwo
 from latentprior.generator.training import JointLearner, TrainingEvent
 from latentprior.images import Images
 from latentprior.ratios import BoundedRatio
-from latentprior.stage import StageSettings
 
 VAE = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
 CHAINS = {"steps": 150, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
 CHAINS |= {"posterior_steps": 15, "posterior_step_size": 0.2}
-RATIO = StageSettings(steps=300, width=32, depth=1, bound=50.0, mixture_features=False)
+RATIO = replace(NCPVAEConfig().ratio, steps=300, width=32, depth=1)
 CONFIGS: dict[str, Any] = {
     "vae": VAEConfig(**VAE),
     "two_stage_vae": TwoStageVAEConfig(**VAE, second_steps=300, width=32, depth=2),

@@ -227,7 +227,7 @@ def limited_after_streams(size: int) -> None:
 def full(runs: Runs) -> dict[str, Any]:
     """A file system that is full: code 1 or 2, the last good state kept, and the same bytes once there is room."""
     failures = 0
-    for kibibytes in (4, 24, 64):
+    for kibibytes in (4, 24, 48):
         name = f"full-{kibibytes}"
         folder = runs.root / name
         folder.mkdir()
