@@ -112,11 +112,11 @@ def faults_section(document: dict[str, Any]) -> list[str]:
 
 def fuzz_table(document: dict[str, Any]) -> str:
     """What each search ran."""
-    rows = [
-        [name, f"{row['processor_seconds']:.0f}", f"{row['inputs']:,}", f"{row['edges']:,}", str(row["findings"])]
-        for name, row in document["targets"].items()
-    ]
-    return table(["files", "processor, s", "inputs", "edges reached", "findings"], rows)
+    rows = []
+    for name, row in document["targets"].items():
+        cells = [f"{row['processor_seconds']:.0f}", f"{row['inputs']:,}", f"{row['edges']:,}"]
+        rows.append([name, *cells, str(row["findings"]), str(row.get("mended", 0))])
+    return table(["files", "processor, s", "inputs", "edges reached", "findings", "of earlier searches, mended"], rows)
 
 
 def fuzz_section(document: dict[str, Any]) -> list[str]:
@@ -128,7 +128,8 @@ def fuzz_section(document: dict[str, Any]) -> list[str]:
         "",
         f"Coverage-guided search (atheris), {document['settings']['seconds']} s of clock a kind of file; the core had "
         "other work, so the processor's seconds are given, the start included. Kinds that a run has not reached are "
-        "not in the table.",
+        "not in the table. What earlier searches found is mended; the inputs stand in `tests/fuzz/corpus` and are read "
+        "in every test run.",
         "",
         fuzz_table(document),
         "",

@@ -39,7 +39,8 @@ def searched(target: str, seconds: int, seed: int, findings: Path) -> dict[str, 
         sys.exit(f"{target}: the search did not run:\n{done.stderr[-2000:]}")
     inputs, edges = (int(values[-1]) for values in counts)
     spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
-    return {"processor_seconds": spent, "inputs": inputs, "edges": edges, "findings": len(found)}
+    mended = len(list((FOLDER / "corpus" / target).glob("*")))
+    return {"processor_seconds": spent, "inputs": inputs, "edges": edges, "findings": len(found), "mended": mended}
 
 
 def main() -> None:

@@ -294,7 +294,7 @@ def test_a_folder_says_which_version_wrote_it(saved: Path) -> None:
 def test_nested_configurations_are_damaged_at_any_depth(saved: Path, depth: int) -> None:
     text = (saved / "config.json").read_text()
     (saved / "config.json").write_text(text.replace('"number": 1', '"number": ' + "[" * depth + "]" * depth))
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"damaged|too deeply"):
         load_state(saved, "prior")
 
 
@@ -354,3 +354,27 @@ def test_savers_and_readers_of_one_folder_do_not_disturb_each_other(tmp_path: Pa
         ended.set()
         assert reader.result() > 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("inside", [lambda value: value, lambda value: {"a": [1, {"b": value}]}])
+def test_what_is_nested_too_deeply_is_neither_saved_nor_read(tmp_path: Path, inside: Callable[[Any], Any]) -> None:
+    # The document itself is the first of the levels.
+    room = checkpoint.MOST_NESTED - 1 - (3 if isinstance(inside([]), dict) else 0)
+    save_state(tmp_path, "prior", {"info": inside(nested(room))}, {})
+    assert read_config(tmp_path, "prior")["info"] == inside(nested(room))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match="64 deep"):
+        save_state(tmp_path, "prior", {"info": inside(nested(room + 1))}, {})
+    assert (tmp_path / "config.json").read_bytes() == before
+    document = {**json.loads(before), "info": inside(nested(room + 1))}
+    document["checksum"] = checkpoint._checksum(document)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="too deeply"):
+        read_config(tmp_path, "prior")

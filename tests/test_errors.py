@@ -61,3 +61,24 @@ def test_warnings_name_the_line_that_called(generator: torch.Generator) -> None:
     with pytest.warns(lp.LowESSWarning) as caught:
         errors.warn("told at once", lp.LowESSWarning)
     assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("Error") and name != "MissingExtraError"])
+def test_messages_are_one_line_whatever_a_file_holds(name: str) -> None:
+    kind = getattr(errors, name)
+    # A line's end, a terminal's escape, a mark that turns the direction of text, half a surrogate pair.
+    told = str(kind("file ± é: a\nb\r\x1b[31m\u202e\ud800"))
+    assert told == "file ± é: a\\nb\\r\\x1b[31m\\u202e\\ud800"
+    assert told.encode()
+    again = pickle.loads(pickle.dumps(kind(told)))
+    assert (type(again), str(again)) == (kind, told)
+
+
+def test_long_messages_are_cut_in_their_middle() -> None:
+    told = str(lp.CheckpointError("begin " + "x" * 10_000 + " end"))
+    assert len(told) <= errors.LONGEST
+    assert told.startswith("begin xxx")
+    assert told.endswith("xxx end")
+    assert " [...] " in told
+    whole = "y" * errors.LONGEST
+    assert str(lp.CheckpointError(whole)) == whole

@@ -39,6 +39,7 @@ __all__ = [
 
 FORMAT = "latentprior"
 FORMAT_VERSION = 1
+MOST_NESTED = 64
 CONFIG_LIMIT = 64 << 20
 LOCK = ".lock"
 LONGEST = 64
@@ -71,6 +72,8 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
     }
     try:
         document = {**head, **config}
+        if not _is_shallow(document):
+            raise ValueError(f"nested more than {MOST_NESTED} deep")
         text = json.dumps({**document, "checksum": _checksum(document)}, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: cannot save (the configuration is not JSON: {error})") from None
@@ -86,6 +89,19 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
                     stale.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot save ({error.strerror or error})") from None
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether containers stand in one another no deeper than those who walk through them can go."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        parts = [
+            part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list, tuple))
+        ]
+        level = [entry for part in parts for entry in part]
+        if not level:
+            return True
+    return False
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
@@ -223,6 +239,8 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
         if len(text) > CONFIG_LIMIT:
             raise CheckpointError(f"{path}: too large to be a configuration")
         config = json.loads(text.decode())
+        if not _is_shallow(config):
+            raise CheckpointError(f"{path}: nested too deeply to be a configuration")
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError, MemoryError) as error:

@@ -24,8 +24,20 @@ __all__ = [
 ]
 
 
+LONGEST = 1500
+
+
+def one_line(text: str) -> str:
+    """A message that a file's contents can neither break into lines nor drown: escaped, and cut in its middle."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 500]} [...] {shown[-400:]}"
+
+
 class LatentPriorError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose; its message is one line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class InvalidLatentsError(LatentPriorError, ValueError):
