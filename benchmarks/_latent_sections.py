@@ -90,6 +90,7 @@ def latents_sections() -> list[str]:
 
 def _table(runs: Runs) -> str:
     has_frechet = any("frechet" in f for m in _methods(runs) for f in _figures(runs, m))
+    has_pace = any("gflops" in f for m in _methods(runs) for f in _figures(runs, m))
     rows = []
     for method in _methods(runs):
         figures = _figures(runs, method)
@@ -101,12 +102,13 @@ def _table(runs: Runs) -> str:
             row.append(spread(distances, ".1f") if distances else "-")
         row += [spread((f["seconds"] for f in figures), ".0f")]
         row += [spread((f["seconds_per_10k_samples"] for f in figures), ".1f")]
-        paces = [f["gflops"] for f in figures if "gflops" in f]
-        row.append(spread(paces, ".0f") if paces else "")
+        if has_pace:
+            paces = [f["gflops"] for f in figures if "gflops" in f]
+            row.append(spread(paces, ".0f") if paces else "")
         rows.append(row)
     distance = ["Fréchet distance"] if has_frechet else []
-    head = ["method", "seeds", "log density", "log Z", "AUC", *distance, "fit, s", "10k samples, s", "GFLOP/s"]
-    return table(head, rows)
+    head = ["method", "seeds", "log density", "log Z", "AUC", *distance, "fit, s", "10k samples, s"]
+    return table([*head, "GFLOP/s"] if has_pace else head, rows)
 
 
 def _verdict(runs: Runs) -> list[str]:
