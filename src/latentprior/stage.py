@@ -190,7 +190,7 @@ class StageLearner:
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
         self.halved = native or settings.precision == "bfloat16"
         self.step, self.waited = 0, 0
-        self.best_gain, self.lowest = Gain(-math.inf, 0.0), -math.inf
+        self.best_gain, self.best_bound = Gain(-math.inf, 0.0), -math.inf
         self.history: list[float] = []
         dim = target.held_out.shape[1]
         # Small sets take small batches: an evaluation interval then stays a few passes over the rows.
@@ -332,8 +332,8 @@ class StageLearner:
         self.history.append(round(now.value, 5))
         self.waited += 1
         # By its lower bound: on few held-out rows a late, noisy gain must not displace a certain one.
-        if learned.lower > self.lowest:
-            self.best_gain, self.lowest, self.waited = now, learned.lower, 0
+        if learned.lower > self.best_bound:
+            self.best_gain, self.best_bound, self.waited = now, learned.lower, 0
             self.best = {name: p.clone() for name, p in self.average.items()}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -350,7 +350,7 @@ class StageLearner:
             "step": self.step,
             "waited": self.waited,
             "best_gain": list(self.best_gain),
-            "lowest": self.lowest,
+            "best_bound": self.best_bound,
             "history": self.history,
             "learning_rate": self.learning_rate,
         }
@@ -359,7 +359,7 @@ class StageLearner:
     def restore(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Stand where :meth:`state` was taken."""
         self.step, self.waited = int(config["step"]), int(config["waited"])
-        self.best_gain, self.lowest = Gain(*map(float, config["best_gain"])), float(config["lowest"])
+        self.best_gain, self.best_bound = Gain(*map(float, config["best_gain"])), float(config["best_bound"])
         self.history = [float(v) for v in config["history"]]
         self.learning_rate = float(config["learning_rate"])
         names = {parameter: name for name, parameter in self.parameters.items()}
