@@ -10,7 +10,7 @@ from torch import Tensor
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder
-from latentprior.normalizers import _direct, bracket, check, estimate
+from latentprior.normalizers import PARTS, _direct, bracket, check, estimate
 from latentprior.processes import ALONE
 from latentprior.sampling import mala
 from latentprior.sampling.resampling import LogMean
@@ -121,17 +121,17 @@ def test_draws_go_on_until_the_error_is_small_or_they_are_used_up(
         found = _direct(ladder, 2, torch.Generator().manual_seed(0), 4 * 2048, tolerance, deadline, ALONE)
         # 4.5 standard errors: 1 in 150,000.
         assert abs(found.value - log_z) < 4.5 * found.stderr
-        # A deadline has shorter rounds, lest the last one overrun it by much.
-        assert set(taken) == {2048 if deadline is None else 512}
+        assert set(taken) == {2048 // PARTS}
         return len(taken), found
 
     one, first = rounds(1.0)
     # Two rounds have an error of 0.71, four of 0.5 of the first's, or nearly so.
     two, second = rounds(0.85 * first.stderr)
     four, all_of_them = rounds(0.0)
-    assert (one, two, four) == (1, 2, 4)
+    assert (one, two, four) == (PARTS, 2 * PARTS, 4 * PARTS)
     assert second.stderr < 0.85 * first.stderr
     assert all_of_them.stderr == pytest.approx(0.5 * first.stderr, rel=0.15)
+    # A deadline is overrun by a part of a round at most.
     assert rounds(0.0, time.monotonic() - 1)[0] == 1
 
 

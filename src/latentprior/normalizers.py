@@ -19,7 +19,7 @@ from .sampling.resampling import LogMean, combine_parts, log_mean_exp
 __all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "estimate"]
 
 WIDE = 0.1
-ROUND = 1 << 18
+ROUND, PARTS = 1 << 18, 4
 
 
 class Bracket(NamedTuple):
@@ -84,7 +84,7 @@ def estimate(
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
-    Importance sampling goes on, 262,144 draws at a time (a quarter of that under a deadline), until its standard
+    Importance sampling goes on, 262,144 draws at a time, until its standard
     error is below ``tolerance`` nats, or ``draws`` or the ``deadline`` (:func:`time.monotonic`) is reached. The value
     is that of importance sampling where its effective share is half a percent or more, and what the bracket's width
     exceeds two of its standard errors by joins the standard error; otherwise the middle of the bracket, and half the
@@ -151,15 +151,18 @@ def _direct(
     processes: Processes,
 ) -> LogMean:
     weights: list[Tensor] = []
-    # Under a deadline a round must not overrun it by much.
-    rows = min(draws, ROUND if deadline is None else ROUND // 4, (1 << 26) // dim)
-    own = processes.share(rows)
+    rows = min(draws, ROUND, (1 << 26) // dim)
+    # In parts, lest a deadline be overrun by a whole round.
+    own = processes.share(-(-rows // PARTS))
     while True:
-        # Only the weights are kept: a round's draws are gone when the next begins.
+        # Only the weights are kept: a part's draws are gone when the next begins.
         weights.append(ladder.importance(own, generator)[1])
-        found = combine_parts(processes.gather(log_mean_exp(torch.cat(weights))), own * len(weights))
         late = deadline is not None and processes.first(time.monotonic() >= deadline)
-        if found.stderr < tolerance or found.ess < MIN_ESS / 2 or late or len(weights) * rows >= draws:
+        rounds, within = divmod(len(weights), PARTS)
+        if within and not late:
+            continue
+        found = combine_parts(processes.gather(log_mean_exp(torch.cat(weights))), own * len(weights))
+        if found.stderr < tolerance or found.ess < MIN_ESS / 2 or late or rounds * rows >= draws:
             return found
 
 
