@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar
@@ -52,13 +53,13 @@ class Processes(Protocol):
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its mean over processes, in place."""
 
+    @abstractmethod
     def gather(self, value: T) -> list[T]:
         """The value of every process, in the order of their ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first(self, value: T) -> T:
         """The value of the first process: what it has decided, all do."""
-        raise NotImplementedError
 
     def wait(self) -> None:
         """Return when every process has come here."""

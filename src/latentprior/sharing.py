@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,18 +17,18 @@ from .hub import CARD, push_folder
 __all__ = ["Shareable"]
 
 
-class Shareable:
+class Shareable(ABC):
     """Saving and pushing, from a configuration (JSON) and tensors alone."""
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def card_draws(self) -> dict[str, Tensor]:
         """Named draws that a card shows: rows ``(n, d)``, or images ``(n, C, H, W)`` in [-1, 1]."""
-        raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, *, card: bool | str = False, license: str | None = None) -> None:
         """Write ``config.json`` and a safetensors file into ``folder``, atomically; never a pickle.

@@ -12,6 +12,7 @@ Densities are computed in float64 and returned in the type of their input, in na
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ LOG_2PI = math.log(2 * math.pi)
 EULER_GAMMA = 0.5772156649015329
 
 
-class Target(Distribution):
+class Target(Distribution, ABC):
     """A density on events ``(d,)`` known exactly: what every class here implements."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -74,11 +75,13 @@ class Target(Distribution):
         """Exact independent draws ``(*sample_shape, d)``."""
         return self._draw(math.prod(sample_shape), generator).reshape(*sample_shape, self.dim)
 
+    @abstractmethod
     def _log_density(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Log density of rows ``(..., d)`` in double precision."""
 
+    @abstractmethod
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        raise NotImplementedError
+        """Exact independent draws ``(n, d)``."""
 
 
 class CorrelatedGaussian(Target):
