@@ -313,7 +313,13 @@ class SingleRatio(_Energy):
     def fit(self, draw: Rows, validation: Tensor, seconds: float) -> dict[str, Any]:
         begun, d = time.monotonic(), validation.shape[1]
         settings = StageSettings(
-            bound=50.0, mixture_features=False, steps=1_000_000, ratio="residual", odds=1.0, optimizer="adamw"
+            bound=50.0,
+            mixture_features=False,
+            steps=1_000_000,
+            ratio="residual",
+            odds=1.0,
+            optimizer="adamw",
+            weight_decay=0.1,
         )
         aim = Target(draw.latents, torch.arange(len(draw.latents)), validation, draw.whitening)
         base = NormalBase(d).float()

@@ -1,4 +1,4 @@
-"""E2: what a stage learns in as many steps, by the odds of its loss and by its optimiser.
+"""E2: what a stage learns in as many steps, by the odds of its loss, its optimiser and its weight decay.
 
     python benchmarks/stage_learning.py --sets mnist16 vae20 cifar64 --seeds 0 --steps 1000
 
@@ -27,10 +27,12 @@ CPU = torch.device("cpu")
 NAME = "stage_learning"
 DRAWS = 400_000
 VARIANTS = {
-    "odds 1, AdamW": {"odds": 1.0, "optimizer": "adamw"},
-    "odds 16, AdamW": {"odds": 16.0, "optimizer": "adamw"},
-    "odds 1, Muon": {"odds": 1.0, "optimizer": "muon"},
-    "odds 16, Muon": {"odds": 16.0, "optimizer": "muon"},
+    "odds 1, AdamW": {"odds": 1.0, "optimizer": "adamw", "weight_decay": 0.1},
+    "odds 16, AdamW": {"odds": 16.0, "optimizer": "adamw", "weight_decay": 0.1},
+    "odds 1, Muon": {"odds": 1.0, "optimizer": "muon", "weight_decay": 0.1},
+    "odds 16, Muon": {"odds": 16.0, "optimizer": "muon", "weight_decay": 0.1},
+    "odds 16, Muon, decay 0.3": {"odds": 16.0, "optimizer": "muon", "weight_decay": 0.3},
+    "odds 16, Muon, decay 0.5": {"odds": 16.0, "optimizer": "muon", "weight_decay": 0.5},
 }
 
 

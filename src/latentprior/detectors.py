@@ -230,7 +230,7 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
             base = _with_tails(base, many)
         target = Target(latents, train, draws(held_out, 1, "held-out"), whitening)
         # The loss and the optimiser that the detector's other defaults were chosen with.
-        plain = StageSettings(batch_size=256, patience=2, odds=1.0, optimizer="adamw")
+        plain = StageSettings(batch_size=256, patience=2, odds=1.0, optimizer="adamw", weight_decay=0.1)
         settings = dataclasses.replace(plain, width=self.width, bound=self.bound, steps=self.steps)
         stages = _climb(target, Ladder(base), settings, self.max_stages, seed)
         return LatentPrior(base, stages, whitening, (u.shape[1],)).to(dtype=torch.float64)

@@ -43,7 +43,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How a stage is learned. The defaults were chosen on 16-d MNIST latents and serve every set."""
+    """How a stage is learned. The defaults were chosen on latents of 16 to 128 coordinates and serve every set."""
 
     ratio: str = "auto"
     """``residual``, ``mlp``, ``quadratic`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else
@@ -63,7 +63,9 @@ class StageSettings:
     optimizer: Optimization = "muon"
     """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all."""
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
+    """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being
+    remembered."""
     average: float = 0.999
     """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3

@@ -26,7 +26,7 @@ its normaliser still fits into floating point."""
 
 
 def _ratio() -> StageSettings:
-    return StageSettings(bound=UNBOUNDED, mixture_features=False, odds=1.0, optimizer="adamw")
+    return StageSettings(bound=UNBOUNDED, mixture_features=False, odds=1.0, optimizer="adamw", weight_decay=0.1)
 
 
 @dataclass(frozen=True)
