@@ -25,8 +25,9 @@ FEATURES = {"mnist16": "LeNet-5", "vae20": "LeNet-5"}
 ABOUT = [
     "Held-out log density in nats, in coordinates standardised alike for all methods; medians over seeds, range in "
     "brackets. AUC: gradient-boosted trees telling samples from test latents, 0.5 = cannot. "
-    "Integral: importance-sampling estimate of the ladder's integral, which must be 1, from a mixture fitted to "
-    "its samples and from its base. Rivals that learn by gradients have the same seconds each, the ladder half; "
+    "Integral: estimate of the ladder's integral, which must be 1, from a mixture fitted to its samples and from its "
+    "base, by importance sampling; annealed: by sequential Monte Carlo, where the weights' tail was heavy. Rivals that "
+    "learn by gradients have the same seconds each, the ladder half; "
     "the mixture's search goes on until validation rows lose, as long as that takes. Other work ran on the machine's "
     "other core, and now and then on this one: read seconds, and gaps of a few hundredths, loosely. "
     "VampPrior: 500 learned diagonal components, on sets with posteriors trained on fresh draws; no encoder makes "
@@ -153,7 +154,7 @@ def _normalizers(runs: Runs) -> list[str]:
                 f"{f['log_prob_base']:.2f}",
                 f"{f['log_prob']:.2f} ± {f['log_prob_stderr']:.2f}",
                 f"± {f['log_prob_stderr_normalizer']:.3f}",
-                f"{f['integral'][0]:.3f} ± {f['integral'][1]:.3f}",
+                f"{f['integral'][0]:.3f} ± {f['integral'][1]:.3f}" + ", annealed" * ("annealing" in f["integral"]),
                 f"{f['integral_from_base'][0]:.3f} ± {f['integral_from_base'][1]:.3f}",
                 "-" if not ends else f"{ends[0][0]:.3f} ± {ends[0][1]:.3f} to {ends[1][0]:.3f} ± {ends[1][1]:.3f}",
                 " / ".join(f"{s['gain']:.3f}" for s in f["stages"]),

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder
-from latentprior.normalizers import PARTS, _direct, bracket, check, estimate
+from latentprior.normalizers import PARTS, _direct, bracket, check, check_from, estimate
 from latentprior.processes import ALONE
 from latentprior.sampling import mala
 from latentprior.sampling.resampling import LogMean
@@ -199,6 +199,54 @@ def test_a_broken_check_does_not_pass(value: float) -> None:
         warnings.simplefilter("ignore")
         assert not NormalizerCheck(value, math.nan, 0.5, "n").passed
         assert not NormalizerCheck(value, math.inf, 0.5, "n").passed
+
+
+class Narrower(NormalBase):
+    """A normal of a smaller scale in all of its coordinates: weights against it have a tail of shape 1 and above."""
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__(dim)
+        self.scale = scale
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        return super().log_prob(u / self.scale) - u.shape[1] * math.log(self.scale)
+
+    def log_prob_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_prob(u), -u / self.scale**2
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.scale * super().sample(n, generator)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_weights_of_a_heavy_tail_are_annealed(shift: float) -> None:
+    """Averaged, they make this normal of 64 coordinates weigh a part of what it does."""
+    ladder, narrow = Ladder(NormalBase(64).float()), Narrower(64, 0.7).float()
+    generator = torch.Generator().manual_seed(0)
+    draws = narrow.sample(20_000, generator)
+    with pytest.warns(LowESSWarning, match="the check says little"):
+        plain = check(ladder.base.log_prob, narrow.log_prob, draws, "narrow")
+    assert plain.tail_shape > 0.7
+    assert plain.value < 0.8
+    found = check_from(ladder, narrow, draws, "narrow", generator, log_normalizer=shift)
+    assert (found.method, found.tail_shape) == ("annealing", plain.tail_shape)
+    assert found.stderr < 0.1
+    assert abs(found.value - math.exp(-shift)) < 3 * found.stderr
+    assert found.passed is (shift == 0)
+
+
+def test_weights_of_a_light_tail_are_averaged(ladder: Ladder, log_z: float, generator: torch.Generator) -> None:
+    draws = ladder.base.sample(20_000, generator)
+    found = check_from(ladder, ladder.base, draws, "base", generator, log_normalizer=log_z)
+    plain = check(
+        ladder.base.log_prob, lambda u: ladder.base.log_prob(u) + log_z - ladder.log_potential(u), draws, "base"
+    )
+    assert found.value == pytest.approx(plain.value, abs=1e-6)
+    assert found.tail_shape == pytest.approx(plain.tail_shape, abs=1e-5)
+    assert found.tail_shape < 0.5
+    assert (found.method, found.passed) == ("importance", True)
+    # So few draws say nothing.
+    assert check_from(ladder, ladder.base, draws[:50], "base", generator, log_normalizer=log_z).method == "annealing"
 
 
 class Spike(torch.nn.Module):

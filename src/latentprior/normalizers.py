@@ -10,16 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bases import Base
 from .errors import LowESSWarning, NormalizerBracketWarning, warn
 from .ladder import MIN_ESS, Ladder
 from .processes import ALONE, Processes
 from .sampling import mala, smc
-from .sampling.resampling import LogMean, combine_parts, log_mean_exp
+from .sampling.resampling import LogMean, combine_parts, log_mean_exp, tail_shape
 
 __all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "estimate"]
 
 WIDE = 0.1
 ROUND, PARTS = 1 << 18, 4
+FEW, UNCERTAIN, HEAVY = 100, 0.5, 0.7
+"""Effective draws below which an average of weights says little; shapes of their tail above which its error bar does
+not hold, since their variance is infinite, and above which it is low itself nearly always (Vehtari et al. 2024)."""
 
 
 class Bracket(NamedTuple):
@@ -56,12 +60,16 @@ class Normalizer(NamedTuple):
 
 
 class NormalizerCheck(NamedTuple):
-    """Importance-sampling estimate of a density's integral: ``value`` must be 1 within a few ``stderr``."""
+    """Estimate of a density's integral from another one: ``value`` must be 1 within a few ``stderr``."""
 
     value: float
     stderr: float
     ess: float
     reference: str
+    method: str = "importance"
+    """``importance``, or ``annealing`` where the tail of the weights is too heavy for their average."""
+    tail_shape: float = math.nan
+    """Of importance weights, :func:`~latentprior.sampling.resampling.tail_shape`."""
 
     @property
     def passed(self) -> bool:
@@ -211,19 +219,66 @@ def check(
 ) -> NormalizerCheck:
     r""":math:`\hat Z = \frac1n \sum_i p(u_i)/h(u_i)`, :math:`u_i \sim h`, for a normalised reference density h.
 
-    Warns :class:`LowESSWarning` where fewer than 100 effective draws carry the estimate.
+    Warns :class:`LowESSWarning` where fewer than 100 effective draws carry the estimate, or where their tail is heavy
+    (:func:`~latentprior.sampling.resampling.tail_shape` above 0.7).
     """
-    blocks = draws.split(1 << 16)
-    weights = torch.cat([log_prob(b).double() - reference_log_prob(b).double() for b in blocks])
-    value = log_mean_exp(weights)
-    if value.ess * len(weights) < 100:
-        warn(
-            f"only {value.ess * len(weights):.0f} effective draws of the reference {name!r} reach the prior: "
-            "the check says little; try another reference (gmm, base, a Distribution of yours) or more draws",
-            LowESSWarning,
+    weights = _weights(log_prob, reference_log_prob, draws)
+    found = _by_importance(weights, name)
+    effective = found.ess * len(weights)
+    if effective < FEW:
+        told = f"only {effective:.0f} effective draws of the reference {name!r} reach the prior"
+    elif found.tail_shape > HEAVY:
+        told = (
+            f"the largest weights of {name!r} follow a tail of shape {found.tail_shape:.2f}, so that Z may come out low"
         )
+    else:
+        return found
+    warn(
+        f"{told}: the check says little; try another reference (gmm, base, a Distribution of yours) or more draws",
+        LowESSWarning,
+    )
+    return found
+
+
+@torch.no_grad()
+def check_from(
+    ladder: Ladder,
+    reference: Base,
+    draws: Tensor,
+    name: str,
+    generator: torch.Generator | None = None,
+    *,
+    log_normalizer: float,
+    particles: int = 16_384,
+    islands: int = 16,
+    moves: int = 6,
+) -> NormalizerCheck:
+    r"""What :func:`check` says of a ladder, and by annealing where its error bar would not hold.
+
+    Where the tail's shape is above 1/2, or fewer than 100 draws are effective, ``particles`` of the ``reference`` h are
+    carried along :math:`\log h + t\,(\log p_K - \log h)` by sequential Monte Carlo in ``islands``, whose estimate is
+    unbiased as well and whose weights are even (Neal 2001; Del Moral, Doucet and Jasra 2006).
+    """
+    weights = _weights(lambda u: ladder.base.log_prob(u) + ladder.log_potential(u), reference.log_prob, draws)
+    found = _by_importance(weights - log_normalizer, name)
+    if found.ess * len(draws) >= FEW and not found.tail_shape > UNCERTAIN:
+        return found
+    start = reference.sample(particles // islands * islands, generator)
+    result = smc.run(start, ladder.path_from(reference), islands=islands, moves=moves, generator=generator)
+    z = math.exp(result.log_normalizer.value - log_normalizer)
+    return NormalizerCheck(
+        z, z * result.log_normalizer.stderr, result.log_normalizer.ess, name, "annealing", found.tail_shape
+    )
+
+
+def _weights(log_prob: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
+    return torch.cat([log_prob(b).double() - reference(b).double() for b in draws.split(1 << 16)])
+
+
+def _by_importance(log_weights: Tensor, name: str) -> NormalizerCheck:
+    value = log_mean_exp(log_weights)
     z = math.exp(value.value)
-    return NormalizerCheck(z, z * value.stderr, value.ess, name)
+    return NormalizerCheck(z, z * value.stderr, value.ess, name, "importance", tail_shape(log_weights))
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

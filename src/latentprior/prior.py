@@ -270,12 +270,14 @@ class LatentPrior(Distribution, Shareable):
             so that weights stay bounded; ``"base"``, fresh draws of the base; or a torch Distribution over the user's
             coordinates.
 
-        From some 64 coordinates on the mixture's weights have heavy tails, and its integral may come out several of its
-        standard errors low for a density that is normalised: ask the base and :attr:`bracket` too.
+        In many coordinates weights may have so heavy a tail that their average is low nearly always and its error bar
+        too small. Where that may be (:func:`~latentprior.sampling.resampling.tail_shape` above 1/2, or fewer than 100
+        effective draws), draws of the mixture or of the base are carried to the prior by sequential Monte Carlo, whose
+        weights are even; those of a Distribution of yours are averaged as they are.
 
         Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
-        :attr:`log_prob_stderr`. Warns
-        :class:`~latentprior.errors.LowESSWarning` where the reference hardly overlaps the prior.
+        :attr:`log_prob_stderr`. Warns :class:`~latentprior.errors.LowESSWarning` where a Distribution of yours reaches
+        the prior with few effective draws or with weights of a heavy tail.
         """
         if draws < 1:
             raise LatentPriorError(f"draws must be 1 or more, got {draws}")
@@ -290,7 +292,10 @@ class LatentPrior(Distribution, Shareable):
         else:
             raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
         u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
-        found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+        if isinstance(reference, Distribution):
+            found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+        else:
+            found = normalizers.check_from(self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value)
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
     def _reference(self, generator: torch.Generator) -> Base:

@@ -11,6 +11,7 @@ from latentprior.sampling.resampling import (
     effective_sample_size,
     log_mean_exp,
     systematic,
+    tail_shape,
 )
 
 logs = st.lists(st.floats(-30, 30), min_size=1, max_size=12)
@@ -100,3 +101,30 @@ def test_log_mean_exp_stderr_covers(generator: torch.Generator) -> None:
     scores = torch.tensor([(m.value - 0.125) / m.stderr for m in map(log_mean_exp, draws)])
     assert scores.mean().abs() < 4.5 / 20 + 0.03
     assert abs(float(scores.var()) - 1) < 4.5 * math.sqrt(2 / 400)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.6, 0.9, 1.5])
+def test_tail_shape_of_a_pareto_tail(shape: float) -> None:
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = (uniform.pow(-shape) - 1) / shape
+    assert tail_shape(weights.log()) == pytest.approx(shape, abs=0.1)
+    # Of their scale nothing depends.
+    assert tail_shape(weights.log() - 700) == pytest.approx(tail_shape(weights.log()), abs=1e-9)
+
+
+def test_tail_shape_is_that_of_maximum_likelihood() -> None:
+    genpareto = pytest.importorskip("scipy.stats").genpareto
+    log_weights = 1.3 * torch.randn(40_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = log_weights.exp().sort().values
+    excess = (weights[-600:] - weights[-601]).numpy()
+    fitted, _, _ = genpareto.fit(excess, floc=0)
+    assert tail_shape(log_weights) == pytest.approx((600 * fitted + 5) / 610, abs=0.02)
+
+
+def test_tail_shape_of_weights_without_a_tail() -> None:
+    assert tail_shape(torch.zeros(1000)) == -math.inf
+    assert math.isnan(tail_shape(torch.randn(24, generator=torch.Generator().manual_seed(0))))
+    assert math.isnan(tail_shape(torch.full((1000,), math.nan)))
+    # Bounded weights have a negative shape.
+    even = torch.linspace(0.5, 1.5, 10_000, dtype=torch.float64)
+    assert tail_shape(even.log()) < 0
