@@ -145,7 +145,9 @@ def test_first_steps_that_gain_are_kept(name: str) -> None:
     """A ring is more than four Gaussians say, a normal distribution is not."""
     z = ring(3000, 0) if name == "ring" else torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
     events: list[lp.Event] = []
-    settings = lp.StageSettings(width=32, depth=1, steps=600, batch_size=256, average=0.95, learning_rate=0.01)
+    settings = lp.StageSettings(
+        width=32, depth=1, steps=600, batch_size=256, average=0.95, learning_rate=0.01, weight_decay=0.1
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentprior.bases.mixture.MOST_COMPONENTS_BELOW_STAGES", 4)
         patch.setattr("latentprior.fit_start.TRIAL_GAIN", 0.02)
