@@ -140,6 +140,17 @@ def test_time_goes_to_a_stage_that_gains(gains: bool) -> None:
     assert in_a_hurry.members == (1 if gains else with_time.members)
 
 
+@pytest.mark.parametrize("stages", [True, False])
+def test_an_average_leaves_time_to_stages(monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
+    monkeypatch.setattr("latentprior.bases.mixtures.SHARE_OF_TIME", 0.0)
+    same = torch.Generator().manual_seed(0)
+    fitted = GaussianMixtureBase.fit(
+        tailed(4500, 0), tailed(2000, 1), generator=same, deadline=time.monotonic() + 3600,
+        stage_gains=(lambda _: False) if stages else None,
+    )  # fmt: skip
+    assert (fitted.members == 1) is stages
+
+
 @pytest.mark.parametrize("name", ["ring", "normal"])
 def test_first_steps_that_gain_are_kept(name: str) -> None:
     """A ring is more than four Gaussians say, a normal distribution is not."""

@@ -17,7 +17,7 @@ QUICK = lp.StageSettings(width=32, depth=1, steps=500, batch_size=128, average=0
 
 @pytest.fixture(scope="module")
 def ladder(crescent: Tensor) -> lp.LatentPrior:
-    stage = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5)
+    stage = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5, weight_decay=0.1)
     prior = lp.fit(crescent, base="normal", max_stages=3, settings=stage)
     assert len(prior.stages) >= 2
     return prior

@@ -13,7 +13,7 @@ from latentprior.ladder import FreshParticles, Ladder
 from latentprior.ratios import build_ratio
 from latentprior.stage import StageLearner, Target, derived_generator
 from latentprior.targets import Banana
-from latentprior.whitening import Whitening
+from latentprior.whitening import Whitening, identity_whitening
 
 SETTINGS = StageSettings(width=8, depth=1, steps=700, batch_size=64, average=0.98)
 
@@ -292,3 +292,12 @@ def test_held_out_particles_never_train(target: Target) -> None:
         rows = {tuple(r) for r in held_out.tolist()}
         assert rows.isdisjoint({tuple(r) for r in negatives.tolist()})
         assert 1 <= effective <= len(held_out)
+
+
+def test_default_decay_is_larger_in_many_coordinates() -> None:
+    assert [StageSettings().decay(dim) for dim in (2, 31, 32, 512)] == [0.3, 0.3, 0.5, 0.5]
+    assert StageSettings(weight_decay=0.0).decay(64) == 0.0
+    z = torch.randn(250, 32, generator=torch.Generator().manual_seed(0))
+    many = Target(Latents(z), torch.arange(200), z[200:], identity_whitening(32))
+    learner = StageLearner(many, Ladder(NormalBase(32).float()), StageSettings(width=8, depth=1), (32,), 0)
+    assert {group["weight_decay"] for o in learner.optimizers for group in o.param_groups} == {0.5}

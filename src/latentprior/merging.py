@@ -54,7 +54,7 @@ def merge(
     """
     if len(prior.stages) < 2:
         return prior
-    settings = settings or StageSettings(width=384, steps=3000, learning_rate=2e-3, weight_decay=1e-4)
+    settings = settings or StageSettings(width=384, steps=3000, learning_rate=2e-3)
 
     def draws(*keys: int | str) -> torch.Generator:
         return derived_generator(prior.device, seed, "merge", *keys)
@@ -100,7 +100,9 @@ def _distilled(prior: LatentPrior, settings: StageSettings, pool: int, seed: int
     u, value, slope = _lessons(ladder, pool, derived_generator(device, seed, "merge", "lessons"))
     parameters = dict(ratio.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(ratio.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    # Values are exact and particles many: there is little to be remembered.
+    decay = 1e-4 if settings.weight_decay is None else settings.weight_decay
+    optimizer = torch.optim.AdamW(ratio.parameters(), settings.learning_rate, weight_decay=decay)
     order = derived_generator(device, seed, "merge", "order")
     for step in range(settings.steps):
         rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))

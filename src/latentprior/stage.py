@@ -63,9 +63,9 @@ class StageSettings:
     optimizer: Optimization = "muon"
     """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all."""
     learning_rate: float = 3e-3
-    weight_decay: float = 0.3
+    weight_decay: float | None = None
     """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being
-    remembered."""
+    remembered. By default 0.3 below 32 coordinates, 0.5 from there on."""
     average: float = 0.999
     """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3
@@ -89,8 +89,14 @@ class StageSettings:
             raise LatentPriorError(f"unknown precision {self.precision!r}: choose {', '.join(get_args(Precision))}")
         if self.optimizer not in get_args(Optimization):
             raise LatentPriorError(f"unknown optimizer {self.optimizer!r}: choose {', '.join(get_args(Optimization))}")
-        if not 0 <= self.weight_decay < math.inf or not 0 <= self.average <= 1:
+        if not 0 <= (self.weight_decay or 0.0) < math.inf or not 0 <= self.average <= 1:
             raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
+
+    def decay(self, dim: int) -> float:
+        """Weight decay of networks on ``dim`` coordinates."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.3 if dim < MANY else 0.5
 
     def spec(self, event_shape: tuple[int, ...], features: bool = False) -> dict[str, Any]:
         """The network's specification for :func:`~latentprior.ratios.build_ratio`."""
@@ -147,6 +153,8 @@ class LearnedStage(NamedTuple):
 
 EVALUATE = 100
 WARM_UP = 50
+MANY = 32
+"""Coordinates from which on rows are few for what could be learned of them."""
 HELD_OUT_PARTICLES = 8192
 LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 
@@ -186,7 +194,8 @@ class StageLearner:
         self.learning_rate = learning_rate or settings.learning_rate
         matrices: Callable[[], list[Tensor]] = getattr(self.ratio.network, "hidden_matrices", list)
         hidden = matrices() if settings.optimizer == "muon" else []
-        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, self.learning_rate, settings.weight_decay)
+        decay = settings.decay(target.held_out.shape[1])
+        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, self.learning_rate, decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)

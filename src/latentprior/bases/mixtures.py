@@ -26,6 +26,8 @@ DEAR = 20
 """The last size but one is left out where so many times its own would not fit into the time left."""
 MEMBERS = 6
 """Most mixtures that are averaged."""
+SHARE_OF_TIME = 0.5
+"""Of the time that a search has, what an average may take where stages follow."""
 WORTH = 0.05
 """Nats by which one more must raise an average."""
 NUMBERS = 1 << 18
@@ -125,8 +127,8 @@ class MixtureBase(Base, abc.ABC):
         :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log density rises by two standard errors and what the plan
         asks for: an average varies less with the rows than its members do (Ormoneit and Tresp 1998), and makes every
         step of a stage slower. EM itself stops after three iterations without a rise of 0.004 nats, since averaging
-        and the ladder mend what a rough mixture leaves. Where time is short and a stage would gain much on the single
-        mixture, there is no average: time goes to the stage.
+        and the ladder mend what a rough mixture leaves. Where time is short and stages follow, an average takes no more
+        than half of it, and where a stage would gain much on the single mixture, there is no average.
 
         Arguments
         ---------
@@ -217,6 +219,7 @@ class _Search(Generic[B]):
     ) -> None:
         self.kind, self.plan, self.rows, self.held_out = kind, plan, rows, held_out
         self.generator, self.deadline, self.stage_gains = generator, deadline, stage_gains
+        self.begun = time.monotonic()
 
     def fitted(self, k: int) -> B:
         """A mixture of ``k`` components."""
@@ -265,6 +268,9 @@ class _Search(Generic[B]):
         members, bag = [best], best
         if self.stage_gains is not None and best.n_components > 1 and self.stage_gains(best):
             return best
+        if self.stage_gains is not None and self.deadline is not None:
+            # Stages make more of the rest than further members would.
+            self.deadline = self.begun + SHARE_OF_TIME * (self.deadline - self.begun)
         while best.n_components > 1 and len(members) < MEMBERS and self._in_time(took):
             members.append(self.fitted(best.n_components))
             candidate = self.kind.averaged(members)
