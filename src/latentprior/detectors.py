@@ -256,7 +256,7 @@ def _climb(target: Target, ladder: Ladder, settings: StageSettings, most: int, s
         learner = StageLearner(target, ladder, settings, shape, seed)
         before = before or learner.particles()
         learned = learner.learn(before)
-        if learned.gain.value <= 2 * learned.gain.stderr:
+        if learned.bound <= 0:
             break
         ladder = ladder.extended(learned.ratio)
         generator = derived_generator(torch.device("cpu"), seed, "detector", "normalizer", len(stages))

@@ -63,9 +63,10 @@ def fit(
 
     Stage k learns :math:`f_k \approx \log q / p_k` by classification between fresh draws of the latents and
     fresh particles of the ladder so far (Xiao and Han, NeurIPS 2022, algorithm 1, with the latents fixed). A
-    pass of fresh particles that trained nothing yields :math:`c_k`. The ladder ends when the held-out gain is
-    not above zero by two standard errors, when a stage does not raise the held-out log density by 0.05 nats and
-    two standard errors (the stage is then left out), at ``max_stages``, or when ``time_budget`` runs out.
+    pass of fresh particles that trained nothing yields :math:`c_k`. The ladder ends when the held-out gain, at the
+    odds of the settings, is not above zero by two standard errors, when a stage does not raise the held-out log density
+    by 0.05 nats and two standard errors (the stage is then left out), at ``max_stages``, or when ``time_budget`` runs
+    out.
 
     Arguments
     ---------
@@ -267,7 +268,7 @@ def _learn(
             # Callers encode and fit in one torch.no_grad() block.
             with torch.enable_grad():
                 learned = learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate)
-            if learned.gain.value <= 2 * learned.gain.stderr:
+            if learned.bound <= 0:
                 return learned, None
             ladder = prior.ladder.extended(learned.ratio)
             last = last or not run.time_for(time.monotonic() - started)

@@ -145,6 +145,8 @@ class LearnedStage(NamedTuple):
 
     ratio: BoundedRatio
     gain: Gain
+    bound: float
+    """Two standard errors below the held-out gain at the odds that it was learned with."""
     steps: int
     saturated: float
     """Share of held-out rows at the bound."""
@@ -267,7 +269,7 @@ class StageLearner:
         ratio = self.ratio.eval().requires_grad_(False)
         with torch.no_grad():
             saturated = float(ratio.is_saturated(ratio(self.target.held_out)).double().mean())
-        return LearnedStage(ratio, self.best_gain, self.step, saturated, self.history)
+        return LearnedStage(ratio, self.best_gain, self.best_bound, self.step, saturated, self.history)
 
     @property
     def finished(self) -> bool:
