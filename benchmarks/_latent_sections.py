@@ -131,15 +131,25 @@ def _verdict(runs: Runs) -> list[str]:
 
 
 def _floors(name: str, runs: Runs) -> list[str]:
-    floors = next((run["floors"] for run in runs.values() if run.get("floors")), None)
-    if floors is None:
-        return []
-    return [
-        f"Fréchet distance on {FEATURES.get(name, 'EfficientNet-Lite0')} features of 10k decoded samples against the "
-        f"10k test images; floors: reconstructions {floors['reconstructions']:.1f}, real against real "
-        f"{floors['real']:.1f}.",
-        "",
-    ]
+    """What reconstructions, and draws of the training rows' own posteriors, reach."""
+    told = [run["floors"] for run in runs.values() if run.get("floors")]
+    aucs = [floors["auc"] for floors in told if "auc" in floors]
+    out = []
+    if aucs:
+        out.append(
+            f"Draws of the training rows' posteriors, which no prior can be asked to pass: AUC {spread(aucs, '.3f')}"
+        )
+    if any("reconstructions" in floors for floors in told):
+        distances = [floors["training rows"] for floors in told if "training rows" in floors]
+        if distances:
+            out[-1] += f", Fréchet distance {spread(distances, '.1f')}"
+        floors = next(floors for floors in told if "reconstructions" in floors)
+        out.append(
+            f"Fréchet distance on {FEATURES.get(name, 'EfficientNet-Lite0')} features of 10k decoded samples against "
+            f"the 10k test images; floors: reconstructions {floors['reconstructions']:.1f}, real against real "
+            f"{floors['real']:.1f}"
+        )
+    return [". ".join(out) + ".", ""] if out else []
 
 
 def _normalizers(runs: Runs) -> list[str]:
@@ -219,9 +229,14 @@ def latents_headline() -> str:
                     spread((f["seconds"] for f in figures), ".0f"),
                 ]
             )
-        floors = next((run["floors"] for run in runs.values() if run.get("floors")), None)
-        if floors:
-            rows.append([name, "*floor: reconstructions*", "", "", f"{floors['reconstructions']:.1f}", ""])
+        told = [run["floors"] for run in runs.values() if run.get("floors")]
+        aucs = [floors["auc"] for floors in told if "auc" in floors]
+        distances = [floors["training rows"] for floors in told if "training rows" in floors]
+        if aucs:
+            distance = spread(distances, ".1f") if distances else "-"
+            rows.append([name, "*training rows' posteriors*", "", spread(aucs, ".3f"), distance, ""])
+        if floor := next((floors["reconstructions"] for floors in told if "reconstructions" in floors), None):
+            rows.append([name, "*test reconstructions*", "", "", f"{floor:.1f}", ""])
     return table(
         ["latents", "prior", "held-out log density, nats", "two-sample AUC", "Fréchet distance", "fit, s"], rows
     )

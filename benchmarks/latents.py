@@ -52,6 +52,7 @@ class Bench:
 
     def __init__(self, latents: LatentSet, seed: int, seconds: float, record: str) -> None:
         self.latents, self.seed, self.seconds, self.record = latents, seed, seconds, record
+        generator = derived_generator(CPU, seed, "training rows")
         self.train = lp.Latents(latents.train, latents.train_scale)
         self.validation = lp.Latents(latents.validation, latents.validation_scale)
         # As the ladder's fit does it, from the same stream.
@@ -60,10 +61,16 @@ class Bench:
         self.test = self.whitening.whiten(flat)
         rows = torch.arange(len(self.validation))
         self.held_out = self.whitening.whiten(self.validation.draw(rows, derived_generator(CPU, seed, "validation")))
-        self.real = self.floors = None
+        drawn = self.train.draw(torch.arange(len(self.train))[:: len(self.train) // SAMPLES][:SAMPLES], generator)
+        drawn = drawn.float().flatten(1)
+        real = None
+        # What the training rows' own posteriors reach no prior can be asked to pass.
+        self.floors = {"auc": two_sample_auc(self.whitening.whiten(drawn)[: len(self.test)], self.test, seed=seed).auc}
         if latents.name in DECODERS:
-            self.real, floors = floor_features(latents.name, latents.test)
-            self.floors = {name: frechet_distance(self.real, f) for name, f in floors.items()}
+            real, floors = floor_features(latents.name, latents.test)
+            floors["training rows"] = decoded_features(latents.name, drawn)
+            self.floors |= {name: frechet_distance(real, f) for name, f in floors.items()}
+        self.real = real
 
     def measure(self, name: str) -> dict[str, Any]:
         """Fit a method and score it."""
@@ -165,9 +172,7 @@ def main() -> None:
             record = f"{call.record}_{name}"
             bench = Bench(latents, seed, call.seconds, record)
             for method in call.methods:
-                figures = {method: bench.measure(method)}
-                if bench.floors:
-                    figures["floors"] = bench.floors
+                figures = {method: bench.measure(method), "floors": bench.floors}
                 join_results(record, seed, figures, threads=call.threads, settings=vars(call))
 
 
