@@ -27,7 +27,7 @@ from latentprior.processes import Processes, in_unison, joined, launched_process
 from latentprior.stage import StageLearner
 from latentprior.targets import Banana
 
-SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5)
+SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5, weight_decay=0.1)
 OPTIONS: dict[str, Any] = {"base": "normal", "max_stages": 2, "settings": SETTINGS}
 CHAINED: dict[str, Any] = {"min_ess": 2.0, "smc_particles": 1024, "moves": 2}
 """Options of fresh particles with which they always come from Monte Carlo."""
