@@ -41,8 +41,21 @@ def test_a_step_is_the_equation(generator: torch.Generator) -> None:
         optimizer.step()
         mean = 0.9 * mean + 0.1 * gradient
         direction = orthogonalized(0.1 * gradient + 0.9 * mean)
-        want = (1 - rate * 0.3) * want - 0.2 * rate * math.sqrt(6) * direction
+        want = (1 - rate * 0.3 * math.sqrt(6) / 16) * want - 0.2 * rate * math.sqrt(6) * direction
     torch.testing.assert_close(torch.stack([w.detach() for w in weights]), want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("width", [8, 256])
+def test_decay_bounds_the_singular_values_whatever_the_width(width: int, generator: torch.Generator) -> None:
+    weight = nn.Parameter(torch.zeros(width, width))
+    pull = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    optimizer = Muon([weight], lr=0.05, weight_decay=0.4)
+    for _ in range(2000 if width == 8 else 300):
+        weight.grad = -pull.clone()
+        optimizer.step()
+    # As far as three iterations bring singular values to 1.
+    step = torch.linalg.matrix_norm(orthogonalized(pull[None]), ord=2)
+    assert float(torch.linalg.matrix_norm(weight.detach(), ord=2)) == pytest.approx(float(3.2 / 0.4 * step), rel=0.02)
 
 
 def test_matrices_without_a_gradient_stay() -> None:

@@ -34,8 +34,9 @@ def orthogonalized(matrices: Tensor, iterations: int = ITERATIONS) -> Tensor:
 class Muon(Optimizer):
     r"""Momentum of matrices of one shape, orthogonalised: a step is of the same length in all directions.
 
-    :math:`M \leftarrow \mu M + (1 - \mu) G`, :math:`W \leftarrow (1 - \eta\lambda) W - 0.2\,\eta \sqrt{\max(n, m)}\,
-    \mathrm{orth}((1 - \mu) G + \mu M)`, with :math:`\eta` four times ``lr``. Sources: Jordan et al. 2024; the
+    :math:`M \leftarrow \mu M + (1 - \mu) G`, :math:`W \leftarrow (1 - \tfrac{1}{16} \eta\lambda s) W - 0.2\,\eta s\,
+    \mathrm{orth}((1 - \mu) G + \mu M)`, with :math:`s = \sqrt{\max(n, m)}` and :math:`\eta` four times ``lr``. No
+    singular value then grows far beyond :math:`3.2 / \lambda`, whatever the width. Sources: Jordan et al. 2024; the
     scale, which gives steps the size of AdamW's, Liu et al. 2025 (arXiv 2502.16982). All matrices are orthogonalised
     in one batch, in their own precision: ``torch.optim.Muon`` takes them one by one in bfloat16, which few processors
     multiply natively.
@@ -59,9 +60,9 @@ class Muon(Optimizer):
             if not moved:
                 continue
             directions = orthogonalized(torch.stack(ahead))
-            length = 0.2 * rate * max(moved[0].shape) ** 0.5
+            size = rate * max(moved[0].shape) ** 0.5
             for p, direction in zip(moved, directions, strict=True):
-                p.mul_(1 - rate * group["weight_decay"]).add_(direction, alpha=-length)
+                p.mul_(1 - size / 16 * group["weight_decay"]).add_(direction, alpha=-0.2 * size)
 
 
 def build_optimizers(
