@@ -273,7 +273,8 @@ class LatentPrior(Distribution, Shareable):
         In many coordinates weights may have so heavy a tail that their average is low nearly always and its error bar
         too small. Where that may be (:func:`~latentprior.sampling.resampling.tail_shape` above 1/2, or fewer than 100
         effective draws), draws of the mixture or of the base are carried to the prior by sequential Monte Carlo, whose
-        weights are even; those of a Distribution of yours are averaged as they are.
+        weights are even; those of a Distribution of yours are averaged as they are. At 128 coordinates an annealed
+        integral still came out a tenth low, 3.5 of its standard errors: ask the base and :attr:`bracket` too.
 
         Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
         :attr:`log_prob_stderr`. Warns :class:`~latentprior.errors.LowESSWarning` where a Distribution of yours reaches
