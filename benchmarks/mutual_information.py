@@ -35,6 +35,7 @@ QUADRATIC = lp.StageSettings(
     mixture_features=False,
     steps=2000,
     batch_size=512,
+    odds=1.0,
     weight_decay=0.0,
     average=0.99,
     patience=10,
