@@ -48,7 +48,7 @@ ABOUT = [
     "average leaves stages half of the time.",
     "",
     "Rows that tell the machine's pace in the last column (matrix products of a hidden layer on the thread that fits) "
-    "are of one day; those without are of earlier days, most of them of a machine half as fast.",
+    "are of one day; those without are of earlier days.",
 ]
 
 
@@ -136,9 +136,7 @@ def _floors(name: str, runs: Runs) -> list[str]:
     aucs = [floors["auc"] for floors in told if "auc" in floors]
     out = []
     if aucs:
-        out.append(
-            f"Draws of the training rows' posteriors, which no prior can be asked to pass: AUC {spread(aucs, '.3f')}"
-        )
+        out.append(f"Draws of the training rows' posteriors, which a prior is to learn: AUC {spread(aucs, '.3f')}")
     if any("reconstructions" in floors for floors in told):
         distances = [floors["training rows"] for floors in told if "training rows" in floors]
         if distances:

@@ -64,7 +64,7 @@ class Bench:
         drawn = self.train.draw(torch.arange(len(self.train))[:: len(self.train) // SAMPLES][:SAMPLES], generator)
         drawn = drawn.float().flatten(1)
         real = None
-        # What the training rows' own posteriors reach no prior can be asked to pass.
+        # What a prior is to learn: the training rows' own posteriors.
         self.floors = {"auc": two_sample_auc(self.whitening.whiten(drawn)[: len(self.test)], self.test, seed=seed).auc}
         if latents.name in DECODERS:
             real, floors = floor_features(latents.name, latents.test)

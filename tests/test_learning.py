@@ -684,3 +684,17 @@ def test_any_shape_fits_scores_and_samples(m: int, shape: list[int], base: str, 
     assert torch.isfinite(value).all()
     assert prior.sample((m, 2), g).shape == (m, 2, *shape)
     assert prior.log_prob(prior.sample((m,), g)).shape == (m,)
+
+
+@pytest.mark.parametrize("bound", [0.1, -0.1])
+def test_a_ladder_ends_by_the_gain_at_the_odds(crescent: Tensor, monkeypatch: pytest.MonkeyPatch, bound: float) -> None:
+    """Not by the balanced one, which is told."""
+
+    def learn(self: StageLearner, *args: Any, real: Any = StageLearner.learn, **options: Any) -> Any:
+        return real(self, *args, **options)._replace(bound=bound, gain=Gain(-bound, 0.01))
+
+    monkeypatch.setattr(StageLearner, "learn", learn)
+    settings = lp.StageSettings(width=16, depth=1, steps=200, batch_size=64, average=0.95, weight_decay=0.1)
+    prior = lp.fit(crescent, base="normal", max_stages=1, settings=settings)
+    assert len(prior.stages) == (bound > 0)
+    assert prior.info["stopped"] == ("max_stages" if bound > 0 else "no gain")

@@ -202,7 +202,7 @@ def test_a_broken_check_does_not_pass(value: float) -> None:
 
 
 class Narrower(NormalBase):
-    """A normal of a smaller scale in all of its coordinates: weights against it have a tail of shape 1 and above."""
+    """A normal of a smaller scale in all of its coordinates: weights against it vary without bound."""
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__(dim)

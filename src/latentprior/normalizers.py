@@ -17,7 +17,7 @@ from .processes import ALONE, Processes
 from .sampling import mala, smc
 from .sampling.resampling import LogMean, combine_parts, log_mean_exp, tail_shape
 
-__all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "estimate"]
+__all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "check_from", "estimate"]
 
 WIDE = 0.1
 ROUND, PARTS = 1 << 18, 4

@@ -17,6 +17,7 @@ from torch.distributions import Distribution, constraints
 
 from . import normalizers
 from .bases import Base, DistributionBase, GaussianMixtureBase, MixtureBase
+from .bases.mixture import MANY
 from .checkpoint import load_state
 from .draws import SAMPLE_BLOCK, check_options, draw
 from .errors import LatentPriorError
@@ -32,8 +33,6 @@ from .whitening import Whitening
 
 __all__ = ["LatentPrior", "Stage"]
 
-MANY = 32
-"""Coordinates from which mixtures that check a normaliser are averaged; their covariances are shrunk there."""
 FAR = 1e6
 """Standard deviations beyond which a density that is not a number is none at all."""
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .bases.mixture import MANY
 from .errors import LatentPriorError, LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
@@ -155,8 +156,6 @@ class LearnedStage(NamedTuple):
 
 EVALUATE = 100
 WARM_UP = 50
-MANY = 32
-"""Coordinates from which on rows are few for what could be learned of them."""
 HELD_OUT_PARTICLES = 8192
 LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 

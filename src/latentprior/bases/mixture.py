@@ -19,8 +19,9 @@ MOST_COMPONENTS_BELOW_STAGES = 32
 """Of few coordinates, where stages follow: they read each component, and more would slow their steps."""
 WORK = int(2.4e10)
 """Multiplications in an iteration of EM, beyond which no more components are tried."""
-FEW = 32
-"""Coordinates below which covariances need no shrinkage, and stages learn what an average gains sooner."""
+MANY = 32
+"""Coordinates from which on rows are few for what could be learned of them: below, covariances need no shrinkage, and
+stages learn what an average gains sooner."""
 WORTH_BELOW_STAGES = 0.2
 ITERATIONS = 30
 """Of EM at most."""
@@ -68,11 +69,11 @@ class GaussianMixtureBase(MixtureBase):
         From 32 coordinates on covariances are shrunk, by d rows or by less; below, stages that follow learn what an
         average gains in less time, and one more mixture must raise it by 0.2 nats.
         """
-        limit = MOST_COMPONENTS_BELOW_STAGES if below_stages and d < FEW else MOST_COMPONENTS
+        limit = MOST_COMPONENTS_BELOW_STAGES if below_stages and d < MANY else MOST_COMPONENTS
         most = max(1, min(limit, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d))))
         sizes = [2**i for i in range(most.bit_length())]
-        worth = WORTH_BELOW_STAGES if below_stages and d < FEW else WORTH
-        prior_rows = (d, d / 4, d / 16, 0) if d >= FEW else (0,)
+        worth = WORTH_BELOW_STAGES if below_stages and d < MANY else WORTH
+        prior_rows = (d, d / 4, d / 16, 0) if d >= MANY else (0,)
         return Plan(sizes, ITERATIONS, prior_rows, worth=worth, ask=True)
 
     @classmethod
