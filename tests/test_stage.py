@@ -12,7 +12,7 @@ from latentprior.bases import NormalBase
 from latentprior.ladder import FreshParticles, Ladder
 from latentprior.ratios import build_ratio
 from latentprior.stage import StageLearner, Target, derived_generator
-from latentprior.targets import Banana
+from latentprior.targets import Banana, CorrelatedGaussian
 from latentprior.whitening import Whitening, identity_whitening
 
 SETTINGS = StageSettings(width=8, depth=1, steps=700, batch_size=64, average=0.98)
@@ -101,19 +101,22 @@ def learn(learner: StageLearner, **options: Any) -> Any:
     return learner.learn(learner.particles(), **options)
 
 
-@pytest.mark.parametrize("source", ["base", "importance", "smc"])
-def test_restored_learner_ends_with_the_same_bits(target: Target, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "optimizer"), [("base", "muon"), ("importance", "muon"), ("smc", "muon"), ("base", "sgd")]
+)
+def test_restored_learner_ends_with_the_same_bits(target: Target, source: str, optimizer: Any) -> None:
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
     saved: list[tuple[dict, dict[str, Tensor]]] = []
 
     def on_evaluate(now: StageLearner) -> None:
         config, tensors = now.state()
         saved.append((config | {"history": list(config["history"])}, {k: v.clone() for k, v in tensors.items()}))
 
-    straight = learn(learner_of(target, source), on_evaluate=on_evaluate)
+    straight = learn(learner_of(target, source, settings), on_evaluate=on_evaluate)
     assert len(saved) >= 5
     # From the middle of a chunk, from a chunk's end, and from late on.
     for config, tensors in (saved[0], saved[2], saved[3], saved[-2]):
-        fresh = learner_of(target, source)
+        fresh = learner_of(target, source, settings)
         fresh.restore(config, tensors)
         again = learn(fresh)
         assert again.gain == straight.gain
@@ -161,9 +164,27 @@ def test_optimizers_are_those_that_were_set(target: Target) -> None:
     assert [type(o).__name__ for o in learner_of(target).optimizers] == ["AdamW", "Muon"]
     learned = learn(plain)
     assert learned.gain.value > 0.2 + 4 * learned.gain.stderr
+    plainest = learner_of(target, settings=dataclasses.replace(SETTINGS, optimizer="sgd"))
+    assert [type(o).__name__ for o in plainest.optimizers] == ["SGD"]
 
 
-@pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"odds": 0.0}, {"odds": math.inf}, {"odds": math.nan}])
+def test_plain_momentum_learns_a_quadratic_form() -> None:
+    # 1,024 weights, of which 64 matter, from 10,000 rows.
+    target, dim = CorrelatedGaussian(32, 0.3), 32
+    z = target.sample((12_000,), generator=torch.Generator().manual_seed(0)).float()
+    aim = Target(Latents(z), torch.arange(10_000), z[10_000:], Whitening.fit([z], "none").float())
+    test = target.sample((4000,), generator=torch.Generator().manual_seed(1)).float()
+    exact = target.log_prob(test.double()) - NormalBase(dim).log_prob(test.double())
+    settings = StageSettings(
+        ratio="quadratic", bound=50.0, steps=300, batch_size=1024, odds=1.0,
+        optimizer="sgd", learning_rate=0.01, weight_decay=0.0, average=0.98,
+    )  # fmt: skip
+    learned = learn(StageLearner(aim, Ladder(NormalBase(dim).float()), settings, (dim,), 0))
+    left = learned.ratio(test).double() - exact
+    assert float(left.std()) < 0.4 * float(exact.std())
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": "newton"}, {"odds": 0.0}, {"odds": math.inf}, {"odds": math.nan}])
 def test_odds_and_optimizers_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(LatentPriorError, match=next(iter(wrong))):
         StageSettings(**wrong)

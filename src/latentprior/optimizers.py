@@ -1,4 +1,7 @@
-"""How a ratio network is optimised: orthogonalised momentum for its hidden layers, AdamW for the rest."""
+"""How a ratio network is optimised: orthogonalised momentum for its hidden layers, AdamW for the rest.
+
+Or stochastic gradients with momentum for all, where a network is linear in its weights.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 __all__ = ["REMEMBERED", "Muon", "build_optimizers", "orthogonalized"]
 
 ITERATIONS = 3
+MOMENTUM = 0.95
 HIDDEN_RATE = 4.0
 """How much faster hidden layers learn than the rest."""
 
@@ -42,7 +46,7 @@ class Muon(Optimizer):
     multiply natively.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = MOMENTUM) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -66,16 +70,18 @@ class Muon(Optimizer):
 
 
 def build_optimizers(
-    parameters: Iterable[Tensor], hidden: Sequence[Tensor], lr: float, weight_decay: float
+    parameters: Iterable[Tensor], hidden: Sequence[Tensor], lr: float, weight_decay: float, *, adaptive: bool = True
 ) -> tuple[Optimizer, ...]:
-    """AdamW for all parameters but the ``hidden`` matrices, which :class:`Muon` moves."""
+    """AdamW for all parameters but the ``hidden`` matrices, which :class:`Muon` moves; or SGD, not ``adaptive``."""
     rest = [p for p in parameters if not any(p is matrix for matrix in hidden)]
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-    optimizers: list[Optimizer] = [AdamW(rest, fused=True, **settings)]
-    if hidden:
-        optimizers.append(Muon(hidden, **settings))
-    return tuple(optimizers)
+    first = AdamW(rest, fused=True, **settings) if adaptive else SGD(rest, momentum=MOMENTUM, **settings)
+    return (first, Muon(hidden, **settings)) if hidden else (first,)
 
 
-REMEMBERED: dict[type[Optimizer], tuple[str, ...]] = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
+REMEMBERED: dict[type[Optimizer], tuple[str, ...]] = {
+    AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+    SGD: ("momentum_buffer",),
+}
 """What an optimiser keeps of each parameter."""

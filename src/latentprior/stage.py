@@ -31,7 +31,7 @@ def derived_generator(device: torch.device, *keys: int | str) -> torch.Generator
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Optimization = Literal["muon", "adamw"]
+Optimization = Literal["muon", "adamw", "sgd"]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -62,7 +62,9 @@ class StageSettings:
     """How much the particles' part of the loss weighs: as if there were so many of them to a row of latents. More
     lets a given number of rows teach more, since particles can be had anew; less forgives particles that are few."""
     optimizer: Optimization = "muon"
-    """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all."""
+    """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all; ``sgd``:
+    stochastic gradients with momentum, for a ``quadratic`` ratio of many coordinates: it is linear in its weights, of
+    which most matter little, and AdamW would move these as far as the others."""
     learning_rate: float = 3e-3
     weight_decay: float | None = None
     """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being
@@ -196,7 +198,9 @@ class StageLearner:
         matrices: Callable[[], list[Tensor]] = getattr(self.ratio.network, "hidden_matrices", list)
         hidden = matrices() if settings.optimizer == "muon" else []
         decay = settings.decay(target.held_out.shape[1])
-        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, self.learning_rate, decay)
+        self.optimizers = build_optimizers(
+            self.ratio.parameters(), hidden, self.learning_rate, decay, adaptive=settings.optimizer != "sgd"
+        )
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
