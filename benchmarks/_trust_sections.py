@@ -70,9 +70,9 @@ def calibration_section(document: dict[str, Any]) -> list[str]:
         "",
         f"Each seed learns a small ladder of at most two stages from {document['settings']['rows']:,} fresh draws "
         "and a normal base; its stated log Z is compared with an importance-sampling estimate from the exact target "
-        f"and the base (standard error a quarter of the stated one where draws suffice, {worst:.2f} "
-        "of it at worst). The interval is judged alone, and then by the errors of both together. Nominal "
-        "coverage is 0.954; a fit without a stage has log Z = 0 exactly and is not counted.",
+        "and the base, and from a mixture fitted to the ladder's samples where those two do not suffice (its standard "
+        f"error is {worst:.2f} of the stated one at worst). The interval is judged alone, and then by the errors of "
+        "both together. Nominal coverage is 0.954; a fit without a stage has log Z = 0 exactly and is not counted.",
         "",
         calibration_table(document),
         "",

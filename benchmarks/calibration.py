@@ -23,9 +23,10 @@ import torch
 import latentprior as lp
 from _results import read_results, write_results
 from latentprior import targets
+from latentprior.bases import GaussianMixtureBase
 from latentprior.sampling.resampling import LogMean, log_mean_exp
 
-ROWS, ROUND, MOST = 4000, 1 << 16, 1 << 22
+ROWS, ROUND, MOST, FITTED = 4000, 1 << 16, 1 << 22, 16_000
 SETTINGS = lp.StageSettings(steps=200, width=32, depth=1, batch_size=256, average=0.98, bound=3.0)
 
 
@@ -56,20 +57,43 @@ def true_log_normalizer(
     prior: lp.LatentPrior, target: targets.Target, generator: torch.Generator, wanted: float
 ) -> LogMean:
     r""":math:`\log\int e^{\log p_0 + \sum f_k}` in whitened coordinates, to a standard error or for ``MOST`` draws."""
-    whitening, start = prior.whitening, prior.ladder.start
+    start = prior.ladder.start
+    strata = [_Exact(prior, target), start]
     weights: list[list[torch.Tensor]] = [[], []]
     while True:
-        exact = whitening.whiten(target.sample((ROUND,), generator).to(prior.dtype))
-        for kept, u in zip(weights, (exact, start.sample(ROUND, generator)), strict=True):
+        for kept, stratum in zip(weights, strata, strict=True):
+            u = stratum.sample(ROUND, generator)
             ladder = (prior.base.log_prob(u) + prior.ladder.log_potential(u)).double()
-            truth = target.log_prob(whitening.unwhiten(u).double()) - whitening.log_abs_det
-            kept.append(ladder - torch.logaddexp(truth, start.log_prob(u).double()) + math.log(2))
-        # Strata of equal size: the mean of their means, and half of what their errors make together.
-        halves = [log_mean_exp(torch.cat(kept)) for kept in weights]
-        value = float(torch.logsumexp(torch.tensor([h.value for h in halves], dtype=torch.float64), 0)) - math.log(2)
-        stderr = math.hypot(*(math.exp(h.value - value) / 2 * h.stderr for h in halves))
-        if stderr <= wanted or 2 * ROUND * len(weights[0]) >= MOST:
-            return LogMean(value, stderr, min(h.ess for h in halves))
+            others = torch.stack([other.log_prob(u).double() for other in strata])
+            kept.append(ladder - torch.logsumexp(others, 0) + math.log(len(strata)))
+        # Strata of equal size: the mean of their means, and what their errors make together.
+        means = [log_mean_exp(torch.cat(kept)) for kept in weights]
+        sums = torch.logsumexp(torch.tensor([m.value for m in means], dtype=torch.float64), 0)
+        value = float(sums) - math.log(len(strata))
+        stderr = math.hypot(*(math.exp(m.value - value) / len(strata) * m.stderr for m in means))
+        draws = len(strata) * ROUND * len(weights[0])
+        if stderr <= wanted or draws >= MOST:
+            return LogMean(value, stderr, min(m.ess for m in means))
+        if len(strata) == 2 and stderr * math.sqrt(draws / MOST) > wanted:
+            # They would not do: the ladder has mass where neither has much.
+            u = prior.whitening.whiten(prior.sample((FITTED,), generator))
+            fitted = GaussianMixtureBase.fit(u, u[:1], n_components=30, generator=generator)
+            wider = GaussianMixtureBase(fitted.log_weights.exp(), fitted.means, 1.05 * fitted.cholesky)
+            strata.append(wider.to(prior.dtype))
+            weights = [[], [], []]
+
+
+class _Exact:
+    """The target in whitened coordinates, for what asks a base."""
+
+    def __init__(self, prior: lp.LatentPrior, target: targets.Target) -> None:
+        self.whitening, self.dtype, self.target = prior.whitening, prior.dtype, target
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        return self.whitening.whiten(self.target.sample((n,), generator).to(self.dtype))
+
+    def log_prob(self, u: torch.Tensor) -> torch.Tensor:
+        return self.target.log_prob(self.whitening.unwhiten(u).double()) - self.whitening.log_abs_det
 
 
 def measure(target: targets.Target, options: dict[str, Any], seed: int) -> dict[str, Any]:
