@@ -9,7 +9,7 @@ from _markdown import produced, spread, table
 __all__ = ["mutual_section"]
 
 HEAD = ["d", "exact", "method", "seeds", "sum", "its error", "normalised", "its error", "normalised within 5%"]
-HEAD += ["log Z", "its ends", "error of log Z by the exact density", "RMSE", "stages", "highest gain", "s"]
+HEAD += ["log Z", "its ends", "error of log Z by the exact density", "RMSE", "stages", "steps", "highest gain", "s"]
 
 
 def mutual_section(document: dict[str, Any]) -> list[str]:
@@ -34,7 +34,7 @@ def mutual_section(document: dict[str, Any]) -> list[str]:
         "whole ladder, a lower bound but for errors of log Z, whose two ends (from the base, from held-out rows) stand "
         "beside it; where they are far apart the middle is taken and says little. RMSE: of the log ratio under the "
         "target, normalised. The exact log ratio is a quadratic form; the residual network has to learn that too. "
-        "Optimiser, batch, rate and number of steps were chosen on single stages at d = 160 and 320 that were compared "
+        "Optimiser, batch and rate were chosen on single stages at d = 160 and 320 that were compared "
         "with the exact ratio, those of AdamW (batches of 512) at d = 80: their rows are slightly selected. Other work "
         "shared the core: read seconds loosely.",
         "",
@@ -53,7 +53,7 @@ def _tried(runs: list[dict[str, Any]]) -> list[str]:
             f"d = {run['dim']} at rate {run['learning_rate']}, batches of {run['batch_size']}: sum "
             f"{run['sum_of_log_ratios']:.1f}, normalised {run['normalised']:.1f}, log Z's ends {ends}"
         )
-    return [f"Other settings, tried before the present ones (one seed): {'; '.join(told)}.", ""] if told else []
+    return [f"Other settings, by AdamW before the present ones (one seed): {'; '.join(told)}.", ""] if told else []
 
 
 def _cells(runs: list[dict[str, Any]]) -> list[str]:
@@ -72,6 +72,7 @@ def _cells(runs: list[dict[str, Any]]) -> list[str]:
         "; ".join("{:+.3f} ± {:.3f} ({:.0%} effective)".format(*r["log_z_error"]) for r in runs),
         spread((r["rmse"] for r in runs), ".2f"),
         spread((r["stages"] for r in runs), ".0f"),
+        spread((max(r["steps"], default=0) for r in runs), ".0f"),
         spread(highest, ".2f") if highest else "-",
         spread((r["seconds"] for r in runs), ".0f"),
     ]

@@ -28,12 +28,13 @@ from latentprior.targets import CorrelatedGaussian
 
 DIMS = {80: 20, 160: 40, 320: 80}
 """Nats at each d."""
+STEPS = {80: 2500, 160: 1500, 320: 2500}
+"""Of a stage: each took as many as the machine allowed."""
 ROWS, TEST = 100_000, 20_000
 QUADRATIC = lp.StageSettings(
     ratio="quadratic",
     bound=50.0,
     mixture_features=False,
-    steps=2500,
     batch_size=4096,
     odds=1.0,
     optimizer="sgd",
@@ -50,7 +51,8 @@ def methods(dim: int) -> dict[str, dict[str, Any]]:
     count = {80: 10, 160: 14, 320: 14}[dim]
 
     def between(waypoints: int, **changed: Any) -> dict[str, Any]:
-        return {**ladder, "max_stages": waypoints, "settings": replace(QUADRATIC, waypoints=waypoints, **changed)}
+        settings = replace(QUADRATIC, waypoints=waypoints, **{"steps": STEPS[dim], **changed})
+        return {**ladder, "max_stages": waypoints, "settings": settings}
 
     small: dict[str, Any] = {"optimizer": "adamw", "steps": 2000, "batch_size": 512}
     # Adam moves each of d^2 weights by about the rate, whatever its gradient: a form sums up what grows with d.
