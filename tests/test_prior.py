@@ -14,7 +14,6 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 import latentprior as lp
 from latentprior import CheckpointError, InvalidLatentsError, LatentPriorError
 from latentprior.draws import SAMPLERS
-from latentprior.targets import Banana
 from quadrature import grid, integral, moments
 
 
@@ -545,9 +544,15 @@ def test_check_by_a_distribution_of_the_users_own(crescent: Tensor, theirs: torc
     got = prior.check_normalizer(wide, draws=100_000)
     assert got.passed, got
     assert got.reference == "Independent"
-    # A mixture's tails are wider than a banana's.
-    with pytest.warns(lp.LowESSWarning, match="the largest weights of 'Banana' follow a tail of shape"):
-        assert prior.check_normalizer(Banana(), draws=2000).reference == "Banana"
+
+
+def test_check_warns_of_weights_with_a_heavy_tail(gaussian: lp.LatentPrior) -> None:
+    # Their tail is of shape 1 - 0.35^2.
+    narrow = Independent(Normal(torch.zeros(2), torch.tensor([0.35, 1.2])), 1)
+    generator = torch.Generator().manual_seed(2)
+    with pytest.warns(lp.LowESSWarning, match="the largest weights of 'Independent' follow a tail of shape"):
+        found = gaussian.check_normalizer(narrow, draws=50_000, generator=generator)
+    assert found.tail_shape == pytest.approx(1 - 0.35**2, abs=0.15)
 
 
 def test_check_warns_and_refuses(gaussian: lp.LatentPrior) -> None:

@@ -366,4 +366,4 @@ def test_the_learned_prior_beats_the_normal(images: Images, kind: str) -> None:
     # Samples decode to images like the test set's: their means and spreads agree by pixel.
     made, real = model.generate(2000, generator=torch.Generator().manual_seed(2)), test.batch(torch.arange(800))
     assert float((made.mean(0) - real.mean(0)).abs().max()) < 0.08
-    assert float((made.std(0) - real.std(0)).abs().max()) < 0.1
+    assert float((made.std(0) - real.std(0)).abs().max()) < 0.15
