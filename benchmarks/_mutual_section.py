@@ -9,7 +9,7 @@ from _markdown import produced, spread, table
 __all__ = ["mutual_section"]
 
 HEAD = ["d", "exact", "method", "seeds", "sum", "its error", "normalised", "its error", "normalised within 5%"]
-HEAD += ["log Z", "its ends", "error of log Z by the exact density", "RMSE", "stages", "steps", "highest gain", "s"]
+HEAD += ["log Z", "its ends", "error of log Z by the exact density", "RMSE", "stages", "steps", "gains from, to", "s"]
 
 
 def mutual_section(document: dict[str, Any]) -> list[str]:
@@ -59,7 +59,7 @@ def _tried(runs: list[dict[str, Any]]) -> list[str]:
 def _cells(runs: list[dict[str, Any]]) -> list[str]:
     errors = [[100 * (r[key] / r["exact"] - 1) for r in runs] for key in ("sum_of_log_ratios", "normalised")]
     ends = "; ".join("-" if r["log_z_ends"] is None else "{:.2f}, {:.2f}".format(*r["log_z_ends"]) for r in runs)
-    highest = [max(r["gains"]) for r in runs if r["gains"]]
+    gains = [gain for r in runs for gain in r["gains"]]
     return [
         str(len(runs)),
         spread((r["sum_of_log_ratios"] for r in runs), ".2f"),
@@ -73,6 +73,6 @@ def _cells(runs: list[dict[str, Any]]) -> list[str]:
         spread((r["rmse"] for r in runs), ".2f"),
         spread((r["stages"] for r in runs), ".0f"),
         spread((max(r["steps"], default=0) for r in runs), ".0f"),
-        spread(highest, ".2f") if highest else "-",
+        f"{min(gains):.2f}, {max(gains):.2f}" if gains else "-",
         spread((r["seconds"] for r in runs), ".0f"),
     ]
