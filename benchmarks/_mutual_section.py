@@ -50,8 +50,8 @@ def _tried(runs: list[dict[str, Any]]) -> list[str]:
     for run in runs:
         ends = "{:.1f} and {:.1f}".format(*run["log_z_ends"])
         told.append(
-            f"d = {run['dim']} at rate {run['learning_rate']}, batches of {run['batch_size']}: sum "
-            f"{run['sum_of_log_ratios']:.1f}, normalised {run['normalised']:.1f}, log Z's ends {ends}"
+            f"d = {run['dim']} at rate {run['learning_rate']}, batches of {run['batch_size']}, {max(run['steps']):,} "
+            f"steps: sum {run['sum_of_log_ratios']:.1f}, normalised {run['normalised']:.1f}, log Z's ends {ends}"
         )
     return [f"Other settings, by AdamW before the present ones (one seed): {'; '.join(told)}.", ""] if told else []
 

@@ -29,7 +29,7 @@ from latentprior.targets import CorrelatedGaussian
 DIMS = {80: 20, 160: 40, 320: 80}
 """Nats at each d."""
 STEPS = {80: 2500, 160: 1500, 320: 2500}
-"""Of a stage: each took as many as the machine allowed."""
+"""Of a stage at most, for the quadratic forms by plain momentum."""
 ROWS, TEST = 100_000, 20_000
 QUADRATIC = lp.StageSettings(
     ratio="quadratic",

@@ -63,8 +63,7 @@ class StageSettings:
     lets a given number of rows teach more, since particles can be had anew; less forgives particles that are few."""
     optimizer: Optimization = "muon"
     """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all; ``sgd``:
-    stochastic gradients with momentum, for a ``quadratic`` ratio of many coordinates: it is linear in its weights, of
-    which most matter little, and AdamW would move these as far as the others."""
+    stochastic gradients with momentum for all, meant for a ``quadratic`` ratio, which is linear in its weights."""
     learning_rate: float = 3e-3
     weight_decay: float | None = None
     """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being

@@ -363,7 +363,8 @@ def test_the_learned_prior_beats_the_normal(images: Images, kind: str) -> None:
     rise = model.prior.log_prob(z) - spread.log_prob(z).sum(1)
     # Four standard errors above zero, 1 in 30,000: the clusters are there, and no normal has two.
     assert float(rise.mean()) > 4 * float(rise.std()) / math.sqrt(800)
-    # Samples decode to images like the test set's: their means and spreads agree by pixel.
+    # Samples decode to images like the test set's: their means and spreads agree by pixel, as far as 150 steps of a
+    # narrow stage bring them (0.13 was seen).
     made, real = model.generate(2000, generator=torch.Generator().manual_seed(2)), test.batch(torch.arange(800))
     assert float((made.mean(0) - real.mean(0)).abs().max()) < 0.08
     assert float((made.std(0) - real.std(0)).abs().max()) < 0.15
