@@ -28,8 +28,6 @@ from latentprior.targets import CorrelatedGaussian
 
 DIMS = {80: 20, 160: 40, 320: 80}
 """Nats at each d."""
-STEPS = {80: 2500, 160: 1500, 320: 2500}
-"""Of a stage at most, for the quadratic forms by plain momentum."""
 ROWS, TEST = 100_000, 20_000
 QUADRATIC = lp.StageSettings(
     ratio="quadratic",
@@ -37,10 +35,11 @@ QUADRATIC = lp.StageSettings(
     mixture_features=False,
     batch_size=4096,
     odds=1.0,
-    optimizer="sgd",
-    learning_rate=0.03,
+    optimizer="natural",
+    learning_rate=0.002,
     weight_decay=0.0,
-    average=0.98,
+    average=0.99,
+    steps=1000,
     patience=10,
 )
 
@@ -51,7 +50,7 @@ def methods(dim: int) -> dict[str, dict[str, Any]]:
     count = {80: 10, 160: 14, 320: 14}[dim]
 
     def between(waypoints: int, **changed: Any) -> dict[str, Any]:
-        settings = replace(QUADRATIC, waypoints=waypoints, **{"steps": STEPS[dim], **changed})
+        settings = replace(QUADRATIC, waypoints=waypoints, **changed)
         return {**ladder, "max_stages": waypoints, "settings": settings}
 
     small: dict[str, Any] = {"optimizer": "adamw", "steps": 2000, "batch_size": 512}

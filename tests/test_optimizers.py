@@ -6,10 +6,18 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from latentprior.optimizers import HIDDEN_RATE, REMEMBERED, Muon, build_optimizers, orthogonalized
-from latentprior.ratios import build_ratio
+from latentprior.optimizers import (
+    FORM_RATE,
+    HIDDEN_RATE,
+    REMEMBERED,
+    Muon,
+    NaturalGradient,
+    build_optimizers,
+    orthogonalized,
+)
+from latentprior.ratios import Quadratic, build_ratio, logistic_loss
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 9), (2, 9, 5)])
@@ -73,7 +81,9 @@ def test_hidden_layers_are_orthogonalized_and_all_parameters_move(kind: str, sha
     spec = {"kind": kind, "event_shape": shape, "width": 8, "depth": 2, "bound": 5.0}
     ratio = build_ratio(spec, torch.Generator().manual_seed(0))
     matrices = getattr(ratio.network, "hidden_matrices", list)()
-    optimizers = build_optimizers(ratio.parameters(), matrices, 0.01, 0.1)
+    network = ratio.network
+    form = network.form_parameters() if isinstance(network, Quadratic) else ()
+    optimizers = build_optimizers(ratio.parameters(), matrices, form, 0.01, 0.1)
     moved = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert len(moved) == len(set(moved)) == len(list(ratio.parameters()))
     matrices = [p for o in optimizers if isinstance(o, Muon) for p in o.param_groups[0]["params"]]
@@ -104,3 +114,49 @@ def test_a_badly_scaled_problem_is_solved_sooner(generator: torch.Generator) -> 
         return float((weight.detach() - wanted).square().mean())
 
     assert left(True) < 0.1 * left(False)
+
+
+def a_natural_step(u: Tensor, positive: int) -> Quadratic:
+    """A form that is zero, after one step whose rate is 1, on rows of which the first ones are the target's."""
+    form = Quadratic(u.shape[1], torch.Generator().manual_seed(0)).to(u.dtype)
+    with torch.no_grad():
+        form.form.weight.zero_()
+        form.form.bias.zero_()
+    optimizer = NaturalGradient(form.form_parameters(), 1 / FORM_RATE, 0.0)
+    optimizer.adapt(u.mean(0), u.T @ u / len(u))
+    f = form(u)
+    logistic_loss(f[:positive], f[positive:]).backward()
+    optimizer.step()
+    return form
+
+
+def test_a_natural_step_finds_the_ratio_of_gaussians_close_by(generator: torch.Generator) -> None:
+    # Narrow, broad, oblique and off centre; q is p shifted and stretched by a twentieth.
+    n, dim = 200_000, 3
+    mix = torch.randn(dim, dim, generator=generator, dtype=torch.double) * torch.tensor([0.3, 1.0, 3.0])
+    loc, shift = torch.tensor([2.0, -1.0, 0.5]).double(), torch.tensor([0.05, 0.0, 0.05]).double()
+    e = torch.randn(2 * n, dim, generator=generator, dtype=torch.double)
+    stretch = torch.tensor([1.05, 0.95, 1.0]).double()
+    standard = torch.cat([shift + stretch * e[:n], e[n:]])
+    f = a_natural_step(loc + standard @ mix.T, n)(loc + standard @ mix.T).detach()
+    exact = (0.5 * standard.square() - 0.5 * ((standard - shift) / stretch).square() - stretch.log()).sum(1)
+    # To first order in the difference; 200,000 rows leave an error of sqrt(2 * 10 / n) = 0.01.
+    assert float((f - exact).square().mean().sqrt()) < 0.15 * float(exact.std())
+    assert float(exact.std()) > 0.1
+
+
+def test_natural_steps_are_the_same_in_all_coordinates(generator: torch.Generator) -> None:
+    u = torch.randn(400, 4, generator=generator, dtype=torch.double)
+    u[:200] *= 1.5
+    mix = torch.randn(4, 4, generator=generator, dtype=torch.double) * torch.logspace(-1, 1, 4)
+    v = 3 + u @ mix.T
+    f, g = a_natural_step(u, 200)(u), a_natural_step(v, 200)(v)
+    # But for what is added to each variance.
+    assert float((f - g).detach().square().mean().sqrt()) < 0.02 * float(f.detach().std())
+
+
+def test_a_form_without_gradients_stays() -> None:
+    form = Quadratic(3, torch.Generator().manual_seed(0))
+    before = form.form.weight.clone()
+    NaturalGradient(form.form_parameters(), 0.1, 0.1).step()
+    assert torch.equal(form.form.weight, before)

@@ -102,10 +102,11 @@ def learn(learner: StageLearner, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("source", "optimizer"), [("base", "muon"), ("importance", "muon"), ("smc", "muon"), ("base", "sgd")]
+    ("source", "optimizer"), [("base", "muon"), ("importance", "muon"), ("smc", "muon"), ("base", "natural")]
 )
 def test_restored_learner_ends_with_the_same_bits(target: Target, source: str, optimizer: Any) -> None:
-    settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
+    ratio: Any = "quadratic" if optimizer == "natural" else "auto"
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer, ratio=ratio)
     saved: list[tuple[dict, dict[str, Tensor]]] = []
 
     def on_evaluate(now: StageLearner) -> None:
@@ -164,11 +165,11 @@ def test_optimizers_are_those_that_were_set(target: Target) -> None:
     assert [type(o).__name__ for o in learner_of(target).optimizers] == ["AdamW", "Muon"]
     learned = learn(plain)
     assert learned.gain.value > 0.2 + 4 * learned.gain.stderr
-    plainest = learner_of(target, settings=dataclasses.replace(SETTINGS, optimizer="sgd"))
-    assert [type(o).__name__ for o in plainest.optimizers] == ["SGD"]
+    quadratic = dataclasses.replace(SETTINGS, optimizer="natural", ratio="quadratic")
+    assert [type(o).__name__ for o in learner_of(target, settings=quadratic).optimizers] == ["NaturalGradient"]
 
 
-def test_plain_momentum_learns_a_quadratic_form() -> None:
+def test_natural_gradients_learn_a_quadratic_form() -> None:
     # 1,024 weights, of which 64 matter, from 10,000 rows.
     target, dim = CorrelatedGaussian(32, 0.3), 32
     z = target.sample((12_000,), generator=torch.Generator().manual_seed(0)).float()
@@ -177,14 +178,17 @@ def test_plain_momentum_learns_a_quadratic_form() -> None:
     exact = target.log_prob(test.double()) - NormalBase(dim).log_prob(test.double())
     settings = StageSettings(
         ratio="quadratic", bound=50.0, steps=300, batch_size=1024, odds=1.0,
-        optimizer="sgd", learning_rate=0.01, weight_decay=0.0, average=0.98,
+        optimizer="natural", learning_rate=0.01, weight_decay=0.0, average=0.98,
     )  # fmt: skip
     learned = learn(StageLearner(aim, Ladder(NormalBase(dim).float()), settings, (dim,), 0))
     left = learned.ratio(test).double() - exact
-    assert float(left.std()) < 0.4 * float(exact.std())
+    # Errors of 560 weights from as many rows and particles: about sqrt(2 * 560 / 10,000) = 0.33 nats; 0.29 was seen.
+    assert float(left.std()) < 0.35 < 0.3 * float(exact.std())
 
 
-@pytest.mark.parametrize("wrong", [{"optimizer": "newton"}, {"odds": 0.0}, {"odds": math.inf}, {"odds": math.nan}])
+@pytest.mark.parametrize(
+    "wrong", [{"optimizer": "newton"}, {"optimizer": "natural"}, {"odds": 0.0}, {"odds": math.inf}, {"odds": math.nan}]
+)
 def test_odds_and_optimizers_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(LatentPriorError, match=next(iter(wrong))):
         StageSettings(**wrong)

@@ -201,6 +201,10 @@ class Quadratic(nn.Module):
         r""":math:`W + W^\top` ``(d, d)``."""
         return self.form.weight + self.form.weight.T
 
+    def form_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W ``(d, d)``, b ``(d,)`` and c ``(1,)``."""
+        return self.form.weight, self.form.bias, self.offset
+
     def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
         h = (self.form(u) * u).sum(1) + self.offset
         return h if self.beside is None else h + self.beside(features).squeeze(1)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,7 +16,7 @@ from .bases.mixture import MANY
 from .errors import LatentPriorError, LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
-from .optimizers import REMEMBERED, build_optimizers
+from .optimizers import REMEMBERED, NaturalGradient, build_optimizers
 from .processes import ALONE, Processes, agreed, joined
 from .ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from .whitening import Whitening
@@ -31,7 +31,7 @@ def derived_generator(device: torch.device, *keys: int | str) -> torch.Generator
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Optimization = Literal["muon", "adamw", "sgd"]
+Optimization = Literal["muon", "adamw", "natural"]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -62,8 +62,8 @@ class StageSettings:
     """How much the particles' part of the loss weighs: as if there were so many of them to a row of latents. More
     lets a given number of rows teach more, since particles can be had anew; less forgives particles that are few."""
     optimizer: Optimization = "muon"
-    """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all; ``sgd``:
-    stochastic gradients with momentum for all, meant for a ``quadratic`` ratio, which is linear in its weights."""
+    """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all; ``natural``:
+    natural gradients, for a ``quadratic`` ratio only."""
     learning_rate: float = 3e-3
     weight_decay: float | None = None
     """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being
@@ -91,6 +91,8 @@ class StageSettings:
             raise LatentPriorError(f"unknown precision {self.precision!r}: choose {', '.join(get_args(Precision))}")
         if self.optimizer not in get_args(Optimization):
             raise LatentPriorError(f"unknown optimizer {self.optimizer!r}: choose {', '.join(get_args(Optimization))}")
+        if self.optimizer == "natural" and self.ratio != "quadratic":
+            raise LatentPriorError('optimizer="natural" learns quadratic forms alone: set ratio="quadratic" with it')
         if not 0 <= (self.weight_decay or 0.0) < math.inf or not 0 <= self.average <= 1:
             raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
 
@@ -158,6 +160,7 @@ class LearnedStage(NamedTuple):
 EVALUATE = 100
 WARM_UP = 50
 HELD_OUT_PARTICLES = 8192
+METRIC_ROWS = 32_768
 LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 
 
@@ -194,12 +197,13 @@ class StageLearner:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
         self.learning_rate = learning_rate or settings.learning_rate
-        matrices: Callable[[], list[Tensor]] = getattr(self.ratio.network, "hidden_matrices", list)
+        network = self.ratio.network
+        matrices: Callable[[], list[Tensor]] = getattr(network, "hidden_matrices", list)
         hidden = matrices() if settings.optimizer == "muon" else []
+        forms: Callable[[], Sequence[Tensor]] = getattr(network, "form_parameters", tuple)
+        form = forms() if settings.optimizer == "natural" else ()
         decay = settings.decay(target.held_out.shape[1])
-        self.optimizers = build_optimizers(
-            self.ratio.parameters(), hidden, self.learning_rate, decay, adaptive=settings.optimizer != "sgd"
-        )
+        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, form, self.learning_rate, decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
@@ -245,6 +249,7 @@ class StageLearner:
         Raises :class:`LearningDivergedError` when the held-out loss is not finite.
         """
         own, held_out, effective = self._split(first)
+        self._adapt(own)
         begun, until = time.monotonic(), until or self.settings.steps
         while not self.finished and self.step < until:
             if self._late(deadline):
@@ -286,6 +291,16 @@ class StageLearner:
 
     def _late(self, deadline: float | None) -> bool:
         return deadline is not None and self.processes.first(time.monotonic() >= deadline)
+
+    def _adapt(self, particles: Tensor) -> None:
+        """Give natural gradients the metric of rows and particles alike."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, NaturalGradient):
+                rows = self.target.draw(min(METRIC_ROWS, len(particles)), self._draws("metric"))
+                u = torch.cat([rows, particles[:METRIC_ROWS]]).double()
+                moments = [u.mean(0), u.T @ u / len(u)]
+                self.processes.average(moments)
+                optimizer.adapt(*moments)
 
     def _split(self, first: FreshParticles) -> tuple[Tensor, Tensor, int]:
         if first.source == "smc":
