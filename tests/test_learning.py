@@ -19,7 +19,9 @@ import latentprior as lp
 import latentprior.targets
 from latentprior import CheckpointError, Event, InvalidLatentsError, LatentPriorError, Latents
 from latentprior.bases import NormalBase
+from latentprior.fit_run import FitRun
 from latentprior.ladder import Ladder, Stage
+from latentprior.processes import SingleProcess
 from latentprior.ratios import Gain
 from latentprior.stage import StageLearner
 from latentprior.targets import Banana, SkewedProduct
@@ -193,6 +195,29 @@ def test_time_budget_is_kept_roughly(crescent: Tensor) -> None:
     assert time.monotonic() - begun < 6
     assert prior.info["stopped"] == "time_budget"
     assert len(prior.stages) >= 1
+
+
+def test_the_normaliser_is_left_what_it_takes_and_a_fifth_at_most() -> None:
+    run = FitRun(100.0, (), None, SingleProcess())
+    assert run.deadline is not None
+    assert run.end is not None
+    for seconds, kept in ((3.0, 3.0), (50.0, 20.0)):
+        run.keep(seconds)
+        assert run.end - run.deadline == pytest.approx(kept)
+    endless = FitRun(None, (), None, SingleProcess())
+    endless.keep(3.0)
+    assert endless.deadline is None
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.2, 5.6, 6.6), (100.0, 4.6, 5.6)])
+def test_a_stage_goes_on_until_the_normaliser_needs_the_time(
+    crescent: Tensor, monkeypatch: pytest.MonkeyPatch, seconds: float, least: float, most: float
+) -> None:
+    monkeypatch.setattr("latentprior.normalizers.expected_seconds", lambda *_: seconds)
+    endless = lp.StageSettings(width=16, depth=1, steps=10**6, batch_size=128, patience=10**6)
+    events: list[Event] = []
+    lp.fit(crescent, base="normal", max_stages=1, settings=endless, time_budget=6, callbacks=[events.append])
+    assert least < next(event.seconds for event in events if event.kind == "normalizer") < most
 
 
 def test_no_time_at_all_is_told_as_such(quick: Fit) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.bases import NormalBase
 from latentprior.ladder import Ladder
-from latentprior.normalizers import PARTS, _direct, bracket, check, check_from, estimate
+from latentprior.normalizers import PARTS, _direct, bracket, check, check_from, estimate, expected_seconds
 from latentprior.processes import ALONE
 from latentprior.sampling import mala
 from latentprior.sampling.resampling import LogMean
@@ -267,3 +267,15 @@ def test_a_mode_hidden_from_the_sampler_is_seen_from_the_data(generator: torch.G
     assert found.stderr > 0.5
     assert found.bracket is not None
     assert found.bracket.width > 0.5
+
+
+def test_what_an_estimate_takes_is_foreseen(ladder: Ladder, held_out: Tensor) -> None:
+    # The clock of each process counts its own work alone, lest other work on the machine be counted.
+    began, clock = time.process_time(), time.monotonic()
+    foreseen = expected_seconds(ladder, held_out)
+    # Nothing is drawn for it.
+    assert time.monotonic() - clock < 0.2 * foreseen
+    began = time.process_time()
+    estimate(ladder, held_out, torch.Generator().manual_seed(0), tolerance=1.0)
+    assert 0.2 * foreseen < time.process_time() - began < 5 * foreseen
+    assert expected_seconds(Ladder(ladder.base, ladder.ratios[:1]), held_out) < foreseen

@@ -23,6 +23,8 @@ __all__ = ["Callback", "Event", "FitRun", "SavedFit"]
 
 SHORTEST_STAGE = 0.5
 """Share of the last stage's seconds that must be left for another."""
+MOST_KEPT = 0.2
+"""Share of a time budget that the normaliser has at most."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class FitRun:
         self.before = 0.0
         self.time_budget = time_budget
         self.end = None if time_budget is None else self.begun + time_budget
-        # The rest is kept for the normaliser.
-        self.deadline = None if time_budget is None else self.begun + 0.8 * time_budget
+        # Until the ladder says what its normaliser takes.
+        self.deadline = None if time_budget is None else self.begun + (1 - MOST_KEPT) * time_budget
         self.processes = processes
         main = processes.rank == 0
         self.callbacks, self.folder = callbacks if main else (), folder if main else None
@@ -92,6 +94,11 @@ class FitRun:
             return True
         left = self.deadline - time.monotonic()
         return self.processes.first(left > SHORTEST_STAGE * seconds and left > 0)
+
+    def keep(self, seconds: float) -> None:
+        """Leave ``seconds`` of the budget to the normaliser, a fifth of it at most."""
+        if self.end is not None and self.time_budget is not None:
+            self.deadline = self.end - min(MOST_KEPT * self.time_budget, self.processes.first(seconds))
 
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device

@@ -79,9 +79,9 @@ def fit(
     settings : how a stage is learned, :class:`~latentprior.StageSettings`.
     checkpoint_dir : where the state is saved at every evaluation; with ``resume=True`` a run goes on from there
         and ends, on a CPU with the same number of threads, with the same bytes as one never stopped.
-    time_budget : seconds this call may take, normaliser included. A stage that has begun is shortened to fit, and a
-        mixture as base does without the components that time does not allow, and without an average of mixtures where
-        a stage's first steps gain much; other bases take their time.
+    time_budget : seconds this call may take, the normaliser included, for which what it is expected to take is kept. A
+        stage that has begun is shortened to fit, and a mixture as base does without the components that time does not
+        allow, and without an average of mixtures where a stage's first steps gain much; other bases take their time.
     callbacks : called with every :class:`Event`; what they raise ends the run, which can then be resumed.
     processes : which ones learn this prior together; by default all that ``accelerate launch`` or ``torchrun`` started.
 
@@ -201,6 +201,9 @@ def _climb(
             reason = "time_budget"
             break
         learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, processes=run.processes)
+        if run.end is not None:
+            extended = prior.ladder.extended(learner.ratio)
+            run.keep(normalizers.expected_seconds(extended, rows, run.processes))
         if saved is not None:
             saved.restore(learner)
             saved = None

@@ -21,6 +21,7 @@ __all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "check_from", "e
 
 WIDE = 0.1
 ROUND, PARTS = 1 << 18, 4
+PARTICLES, LEAST_PARTICLES, MOVES = 8192, 1024, 6
 FEW, UNCERTAIN, HEAVY = 100, 0.5, 0.7
 """Effective draws below which an average of weights says little; shapes of their tail above which its error bar does
 not hold, since their variance is infinite, and above which it is low itself nearly always (Vehtari et al. 2024)."""
@@ -85,9 +86,9 @@ def estimate(
     draws: int = 1 << 21,
     tolerance: float = 0.005,
     deadline: float | None = None,
-    particles: int = 8192,
+    particles: int = PARTICLES,
     islands: int = 16,
-    moves: int = 6,
+    moves: int = MOVES,
     processes: Processes = ALONE,
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
@@ -132,20 +133,29 @@ def estimate(
     return result
 
 
-LEAST_PARTICLES = 1024
+def expected_seconds(ladder: Ladder, held_out: Tensor, processes: Processes = ALONE) -> float:
+    """About what :func:`estimate` takes with all its particles and one round of draws, none of which are made."""
+    # A draw and its value take about half of the time of a value and its gradient; the rest is room for error.
+    return 1.25 * _bracket_seconds(ladder, held_out, PARTICLES, MOVES, also=ROUND // 2) / processes.count
 
 
 def _affordable(ladder: Ladder, held_out: Tensor, seconds: float, moves: int, most: int) -> int:
-    """Particles of a bracket that takes about ``seconds``, by the time of one evaluation; 1,024 to ``most``."""
-    rows = held_out[:LEAST_PARTICLES]
-    density = ladder.density(ladder.length)
-    density(rows)
-    begun = time.monotonic()
-    density(rows)
-    # Two levels a stage each way, and the moves that settle the held-out rows.
-    evaluations = (4 * ladder.length + 2) * moves
-    each = (time.monotonic() - begun) / len(rows) * evaluations
+    """Particles of a bracket that takes about ``seconds``; 1,024 to ``most``."""
+    each = _bracket_seconds(ladder, held_out, 1, moves)
     return int(min(most, max(LEAST_PARTICLES, seconds / max(each, 1e-9))))
+
+
+@torch.no_grad()
+def _bracket_seconds(ladder: Ladder, held_out: Tensor, particles: int, moves: int, also: int = 0) -> float:
+    """By the time of one evaluation of density and gradient, of which ``also`` are added."""
+    rows, density, times = held_out[:LEAST_PARTICLES], ladder.density(ladder.length), []
+    for _ in range(4):
+        begun = time.monotonic()
+        density(rows)
+        times.append(time.monotonic() - begun)
+    # Two levels a stage each way, and the moves that settle the held-out rows.
+    evaluations = (4 * ladder.length + 2) * moves * particles + also
+    return sorted(times)[1] / len(rows) * evaluations
 
 
 @torch.no_grad()
@@ -180,9 +190,9 @@ def bracket(
     held_out: Tensor,
     generator: torch.Generator | None = None,
     *,
-    particles: int = 8192,
+    particles: int = PARTICLES,
     islands: int = 16,
-    moves: int = 6,
+    moves: int = MOVES,
     processes: Processes = ALONE,
 ) -> Bracket:
     """Run SMC from the base upwards and from ``held_out`` rows ``(m, d)`` downwards, on the ladder's path.
