@@ -319,10 +319,22 @@ def test_held_out_particles_never_train(target: Target) -> None:
         assert 1 <= effective <= len(held_out)
 
 
-def test_default_decay_is_larger_in_many_coordinates() -> None:
-    assert [StageSettings().decay(dim) for dim in (2, 31, 32, 512)] == [0.3, 0.3, 0.5, 0.5]
-    assert StageSettings(weight_decay=0.0).decay(64) == 0.0
-    z = torch.randn(250, 32, generator=torch.Generator().manual_seed(0))
-    many = Target(Latents(z), torch.arange(200), z[200:], identity_whitening(32))
-    learner = StageLearner(many, Ladder(NormalBase(32).float()), StageSettings(width=8, depth=1), (32,), 0)
-    assert {group["weight_decay"] for o in learner.optimizers for group in o.param_groups} == {0.5}
+def test_decay_follows_what_is_remembered() -> None:
+    found = [StageSettings().decay(share) for share in (-1.0, 0.1, 0.25, 0.4, 0.9)]
+    assert found == pytest.approx([0.1, 0.1, 0.3, 0.5, 0.5])
+    assert StageSettings(weight_decay=0.0).decay(0.9) == 0.0
+
+
+@pytest.mark.parametrize(("rows", "decay"), [(100, 0.5), (20_000, 0.1)])
+def test_few_rows_are_kept_from_being_remembered(rows: int, decay: float) -> None:
+    # Two spheres to tell from a normal: a hundred rows of 8 coordinates can be known by heart.
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(rows + 2000, 8, generator=generator)
+    z = z / z.norm(dim=1, keepdim=True) * (2 + torch.randint(2, (len(z), 1), generator=generator))
+    aim = Target(Latents(z), torch.arange(rows), z[rows:], identity_whitening(8))
+    settings = StageSettings(width=64, steps=600, batch_size=512, patience=10)
+    learner = StageLearner(aim, Ladder(NormalBase(8).float()), settings, (8,), 0)
+    assert learner.decay == pytest.approx(0.3)
+    learn(learner)
+    assert learner.decay == pytest.approx(decay)
+    assert {group["weight_decay"] for o in learner.optimizers for group in o.param_groups} != {0.3}

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .bases.mixture import MANY
 from .errors import LatentPriorError, LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
@@ -55,7 +54,7 @@ class StageSettings:
     """Largest log ratio of one stage, in nats."""
     mixture_features: bool = True
     """Whether the network also reads where a row stands in the ladder's mixture."""
-    steps: int = 2000
+    steps: int = 3000
     batch_size: int = 1024
     """Rows and particles a step; an eighth of the rows where that is less, but 64 at least."""
     odds: float = 16.0
@@ -67,7 +66,8 @@ class StageSettings:
     learning_rate: float = 3e-3
     weight_decay: float | None = None
     """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being
-    remembered. By default 0.3 below 32 coordinates, 0.5 from there on."""
+    remembered. By default from 0.1 to 0.5, the more the larger a share of the gain on rows that were learned from is
+    missing on held-out rows."""
     average: float = 0.999
     """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3
@@ -96,11 +96,12 @@ class StageSettings:
         if not 0 <= (self.weight_decay or 0.0) < math.inf or not 0 <= self.average <= 1:
             raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
 
-    def decay(self, dim: int) -> float:
-        """Weight decay of networks on ``dim`` coordinates."""
+    def decay(self, remembered: float) -> float:
+        """Weight decay where that share of the gain is missing on held-out rows."""
         if self.weight_decay is not None:
             return self.weight_decay
-        return 0.3 if dim < MANY else 0.5
+        (least, most), (few, many) = DECAYS, SHARES
+        return least + (most - least) * min(1.0, max(0.0, (remembered - few) / (many - few)))
 
     def spec(self, event_shape: tuple[int, ...], features: bool = False) -> dict[str, Any]:
         """The network's specification for :func:`~latentprior.ratios.build_ratio`."""
@@ -158,6 +159,8 @@ class LearnedStage(NamedTuple):
 
 
 EVALUATE = 100
+DECAYS, SHARES = (0.1, 0.5), (0.1, 0.4)
+"""Least and most weight decay, and the shares of the gain that are missing on held-out rows where they begin."""
 WARM_UP = 50
 HELD_OUT_PARTICLES = 8192
 METRIC_ROWS = 32_768
@@ -202,8 +205,8 @@ class StageLearner:
         hidden = matrices() if settings.optimizer == "muon" else []
         forms: Callable[[], Sequence[Tensor]] = getattr(network, "form_parameters", tuple)
         form = forms() if settings.optimizer == "natural" else ()
-        decay = settings.decay(target.held_out.shape[1])
-        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, form, self.learning_rate, decay)
+        self.decay = settings.decay(sum(SHARES) / 2)
+        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, form, self.learning_rate, self.decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
@@ -327,6 +330,7 @@ class StageLearner:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+                group["weight_decay"] = self.decay
         u = torch.cat([positives, negatives])
         # A mixture's distances would lose too much.
         features = self.ratio.features and self.ratio.features(u)
@@ -351,9 +355,13 @@ class StageLearner:
             return joined(self.processes, torch.cat(parts))
 
         rows = self.target.held_out
-        f = averaged(self.processes.stripe(rows))[: len(rows)]
-        others = averaged(held_out)
-        now, learned = self.processes.first([gain(f, others, effective, odds) for odds in (1.0, self.settings.odds)])
+        own = self.processes.stripe(rows)
+        f, others = averaged(own)[: len(rows)], averaged(held_out)
+        known = averaged(self.target.draw(len(own), self._draws("remembered", self.step)))
+        odds = self.settings.odds
+        gains = gain(f, others, effective), gain(f, others, effective, odds), gain(known, others, effective, odds)
+        now, learned, most = self.processes.first(gains)
+        self.decay = self.settings.decay(1 - learned.value / most.value if most.value > 0 else 0.0)
         if not math.isfinite(now.value):
             raise LearningDivergedError(
                 f"stage {self.index}: the held-out loss is not finite after {self.step} steps at learning rate "
@@ -383,6 +391,7 @@ class StageLearner:
             "best_bound": self.best_bound,
             "history": self.history,
             "learning_rate": self.learning_rate,
+            "decay": self.decay,
         }
         return config, tensors
 
@@ -391,7 +400,7 @@ class StageLearner:
         self.step, self.waited = int(config["step"]), int(config["waited"])
         self.best_gain, self.best_bound = Gain(*map(float, config["best_gain"])), float(config["best_bound"])
         self.history = [float(v) for v in config["history"]]
-        self.learning_rate = float(config["learning_rate"])
+        self.learning_rate, self.decay = float(config["learning_rate"]), float(config.get("decay", self.decay))
         names = {parameter: name for name, parameter in self.parameters.items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
