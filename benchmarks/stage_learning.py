@@ -33,6 +33,7 @@ VARIANTS = {
     "odds 16, Muon": {"odds": 16.0, "optimizer": "muon", "weight_decay": 0.1},
     "odds 16, Muon, decay 0.3": {"odds": 16.0, "optimizer": "muon", "weight_decay": 0.3},
     "odds 16, Muon, decay 0.5": {"odds": 16.0, "optimizer": "muon", "weight_decay": 0.5},
+    "odds 16, Muon, decay adapted": {"odds": 16.0, "optimizer": "muon", "weight_decay": None},
 }
 
 

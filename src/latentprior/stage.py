@@ -205,7 +205,7 @@ class StageLearner:
         hidden = matrices() if settings.optimizer == "muon" else []
         forms: Callable[[], Sequence[Tensor]] = getattr(network, "form_parameters", tuple)
         form = forms() if settings.optimizer == "natural" else ()
-        self.decay = settings.decay(sum(SHARES) / 2)
+        self.decay = settings.decay(1.0)
         self.optimizers = build_optimizers(self.ratio.parameters(), hidden, form, self.learning_rate, self.decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
@@ -361,7 +361,9 @@ class StageLearner:
         odds = self.settings.odds
         gains = gain(f, others, effective), gain(f, others, effective, odds), gain(known, others, effective, odds)
         now, learned, most = self.processes.first(gains)
-        self.decay = self.settings.decay(1 - learned.value / most.value if most.value > 0 else 0.0)
+        wanted = self.settings.decay(1 - learned.value / most.value if most.value > 0 else 0.0)
+        # What is remembered is forgotten slowly: the decay falls by halves, and rises at once.
+        self.decay = max(wanted, (self.decay + wanted) / 2)
         if not math.isfinite(now.value):
             raise LearningDivergedError(
                 f"stage {self.index}: the held-out loss is not finite after {self.step} steps at learning rate "
