@@ -321,7 +321,7 @@ def test_held_out_particles_never_train(target: Target) -> None:
 
 
 def test_decay_follows_what_is_remembered() -> None:
-    found = [StageSettings().decay(share) for share in (-1.0, 0.1, 0.25, 0.4, 0.9)]
+    found = [StageSettings().decay(share) for share in (-1.0, 0.1, 0.175, 0.25, 0.9)]
     assert found == pytest.approx([0.1, 0.1, 0.3, 0.5, 0.5])
     assert StageSettings(weight_decay=0.0).decay(0.9) == 0.0
 

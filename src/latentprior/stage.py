@@ -159,7 +159,7 @@ class LearnedStage(NamedTuple):
 
 
 EVALUATE = 100
-DECAYS, SHARES = (0.1, 0.5), (0.1, 0.4)
+DECAYS, SHARES = (0.1, 0.5), (0.1, 0.25)
 """Least and most weight decay, and the shares of the gain that are missing on held-out rows where they begin."""
 WARM_UP = 50
 HELD_OUT_PARTICLES = 8192

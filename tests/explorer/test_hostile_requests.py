@@ -393,11 +393,14 @@ def test_nothing_is_left_behind(model_server):
     ]  # fmt: skip
     for data in bad * 3:
         talk(model_server, data)
-    threads, before = threading.active_count(), resident()
-    for data in bad * 50:
-        talk(model_server, data)
-    # The uploads alone are 50 MiB.
-    assert resident() - before < 20 << 20
+    threads, grown = threading.active_count(), []
+    for _ in range(3):
+        before = resident()
+        for data in bad * 50:
+            talk(model_server, data)
+        grown.append(resident() - before)
+    # The uploads alone are 50 MiB a round; an allocator may keep a part of the first one's for the next.
+    assert min(grown) < 10 << 20
     late = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < late:
         time.sleep(0.05)
