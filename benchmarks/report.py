@@ -49,7 +49,8 @@ OLDER = (
     "All tables but those of latents, of mutual information, of kills, of the normaliser's coverage and of the loss, "
     "optimiser and decay of a stage are older than these: their ladders were learned at odds of 1 by AdamW with a "
     "decay of 0.1, and their trials of a stage took 200 steps. Detector and rivals still learn so. They are also older "
-    "than the shrinkage of mixtures' covariances, and than the rule that averages of mixtures begin at 32 coordinates."
+    "than the shrinkage of mixtures' covariances, and than the rule that averages of mixtures begin at 32 coordinates. "
+    "The normaliser's coverage is older than the adapted decay of stages and their 3,000 steps."
 )
 
 
