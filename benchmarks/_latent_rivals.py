@@ -31,7 +31,9 @@ from latentprior.ladder import Ladder
 from latentprior.prior import LatentPrior, Stage
 from latentprior.ratios import build_ratio
 from latentprior.sampling import langevin
-from latentprior.stage import StageLearner, StageSettings, Target, derived_generator
+from latentprior.seeding import derived_generator
+from latentprior.stage import StageLearner, Target
+from latentprior.stage_settings import StageSettings
 from latentprior.whitening import Whitening, identity_whitening
 
 __all__ = ["RIVALS", "Rows"]

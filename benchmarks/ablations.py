@@ -23,7 +23,7 @@ from _results import join_results
 from images import MAP_IMAGES, RATE, SCALES, Bench, Scale
 from latentprior.generator.two_phase import aggregate_posterior
 from latentprior.metrics import features, frechet_distance, mean_squared_error
-from latentprior.stage import derived_generator
+from latentprior.seeding import derived_generator
 
 CPU = torch.device("cpu")
 WIDTHS = (16, 64, 256)

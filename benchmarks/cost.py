@@ -25,7 +25,8 @@ from latentprior.generator.model import LatentVariableModel
 from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
 from latentprior.images import Images
 from latentprior.metrics import features, frechet_distance
-from latentprior.stage import StageSettings, derived_generator
+from latentprior.seeding import derived_generator
+from latentprior.stage_settings import StageSettings
 
 HASTE = ((0.03, 6_000, 100), (0.04, 8_000, 100), (0.075, 20_000, 300), (0.2, 60_000, 600))
 """Share of the autoencoder's steps, images whose latents the ladder learns, steps of its one stage."""

@@ -39,7 +39,7 @@ from latentprior.generator.training import TrainingConfig, train
 from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
 from latentprior.images import Images
 from latentprior.metrics import features, frechet_distance, kernel_distance, mean_squared_error
-from latentprior.stage import derived_generator
+from latentprior.seeding import derived_generator
 
 CPU = torch.device("cpu")
 

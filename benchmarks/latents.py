@@ -29,7 +29,7 @@ from latentprior.metrics import frechet_distance, two_sample_auc
 from latentprior.normalizers import check
 from latentprior.prior import LatentPrior
 from latentprior.progress import FitProgress
-from latentprior.stage import derived_generator
+from latentprior.seeding import derived_generator
 from latentprior.whitening import Whitening
 
 SAMPLES = 10_000

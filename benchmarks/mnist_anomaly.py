@@ -50,7 +50,7 @@ from latentprior.generator.networks import build_encoder, build_generator, netwo
 from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
 from latentprior.images import Images
 from latentprior.metrics import average_precision
-from latentprior.stage import derived_generator
+from latentprior.seeding import derived_generator
 
 CPU = torch.device("cpu")
 AXES = 24

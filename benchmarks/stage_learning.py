@@ -21,7 +21,9 @@ import latentprior as lp
 from _data import SETS, load_set
 from _results import read_results, write_results
 from latentprior.sampling.resampling import log_mean_exp
-from latentprior.stage import StageLearner, StageSettings, Target, derived_generator
+from latentprior.seeding import derived_generator
+from latentprior.stage import StageLearner, Target
+from latentprior.stage_settings import StageSettings
 
 CPU = torch.device("cpu")
 NAME = "stage_learning"

@@ -12,7 +12,8 @@ from latentprior import LatentPriorError, Latents, LearningDivergedError, StageS
 from latentprior.bases import NormalBase
 from latentprior.ladder import FreshParticles, Ladder
 from latentprior.ratios import build_ratio
-from latentprior.stage import StageLearner, Target, derived_generator
+from latentprior.seeding import derived_generator
+from latentprior.stage import StageLearner, Target
 from latentprior.targets import Banana, CorrelatedGaussian
 from latentprior.whitening import Whitening, identity_whitening
 

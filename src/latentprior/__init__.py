@@ -35,7 +35,7 @@ from .onnx_graphs import export_onnx
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
 from .report import Report, write_report
-from .stage import StageSettings
+from .stage_settings import StageSettings
 
 if TYPE_CHECKING:
     from .detectors import RatioDetector as RatioDetector

@@ -19,7 +19,7 @@ from .errors import LatentPriorError, MissingExtraError
 from .generator.model import LatentVariableModel
 from .generator.training import TrainingConfig
 from .generator.two_phase import AutoencoderConfig
-from .stage import StageSettings
+from .stage_settings import StageSettings
 from .whitening import Kind
 
 __all__ = [

@@ -29,7 +29,8 @@ from .learning import fit
 from .metrics import image_frechet_distance, two_sample_auc
 from .prior import LatentPrior
 from .progress import FitProgress
-from .stage import StageSettings, derived_generator
+from .seeding import derived_generator
+from .stage_settings import StageSettings
 
 __all__ = ["run_demo"]
 

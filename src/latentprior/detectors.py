@@ -20,7 +20,9 @@ from .latents import Latents
 from .prior import LatentPrior
 from .progress import part_bar
 from .sampling.resampling import log_mean_exp, systematic
-from .stage import StageLearner, StageSettings, Target, derived_generator
+from .seeding import derived_generator
+from .stage import StageLearner, Target
+from .stage_settings import StageSettings
 from .tables import Columns, held_out_rows, seed_from
 from .whitening import Kind, Whitening
 

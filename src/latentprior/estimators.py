@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .prior import LatentPrior
 from .progress import FitProgress
-from .stage import StageSettings
+from .stage_settings import StageSettings
 from .tables import TableDensity, seed_from
 
 __all__ = ["LatentDensity"]

@@ -17,7 +17,9 @@ from .errors import InvalidLatentsError, LatentPriorError, LearningDivergedError
 from .ladder import Ladder
 from .latents import Latents, as_latents
 from .prior import LatentPrior
-from .stage import StageLearner, StageSettings, Target, derived_generator
+from .seeding import derived_generator
+from .stage import StageLearner, Target
+from .stage_settings import StageSettings
 from .whitening import Kind, Whitening
 
 __all__ = ["Rows", "checked_device", "fit_identity", "split_rows", "standardised_rows", "start_ladder"]

@@ -31,7 +31,9 @@ from .ladder import FreshParticles, Stage
 from .latents import as_latents
 from .prior import LatentPrior
 from .processes import Processes, in_unison, launched_processes
-from .stage import LearnedStage, StageLearner, StageSettings, Target, derived_generator
+from .seeding import derived_generator
+from .stage import LearnedStage, StageLearner, Target
+from .stage_settings import StageSettings
 from .waypoints import learn_waypoints
 from .whitening import Kind
 

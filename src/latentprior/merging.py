@@ -14,7 +14,8 @@ from .ladder import Ladder, Stage
 from .latents import as_latents
 from .prior import LatentPrior
 from .ratios import BoundedRatio, build_ratio, gain
-from .stage import StageSettings, derived_generator
+from .seeding import derived_generator
+from .stage_settings import StageSettings
 
 __all__ = ["merge"]
 

@@ -20,7 +20,7 @@ from .errors import CheckpointError, LatentPriorError
 from .generator.model import LatentVariableModel
 from .generator.networks import build_encoder, build_generator, network_spec
 from .options import remove_checkpoint
-from .stage import derived_generator
+from .seeding import derived_generator
 
 __all__ = ["image_size", "load_model", "new_model", "sampler_options", "save_model"]
 

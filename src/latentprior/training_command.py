@@ -27,7 +27,7 @@ from .options import AsJson, Device, ImagesSource, Key, Seed, WorkFailed, check_
 from .outputs import check_folder, check_images_out, picture_grid, write_whole
 from .processes import Processes, launched_processes
 from .progress import FitProgress, Stopped, StopSignals, TrainingProgress, note
-from .stage import derived_generator
+from .seeding import derived_generator
 from .summary import record, strict_json, text
 from .tracking import JSONLinesTracker, TensorBoardTracker, Tracker, tracked
 

@@ -16,7 +16,9 @@ from .ladder import FreshParticles, Ladder, Stage
 from .processes import ALONE, Processes
 from .sampling import smc
 from .sampling.resampling import LogMean
-from .stage import LearnedStage, StageLearner, StageSettings, Target, derived_generator
+from .seeding import derived_generator
+from .stage import LearnedStage, StageLearner, Target
+from .stage_settings import StageSettings
 
 __all__ = ["Waypoint", "learn_waypoints"]
 

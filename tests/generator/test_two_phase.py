@@ -21,7 +21,7 @@ from latentprior.generator.two_phase import (
     train_two_phase,
 )
 from latentprior.images import Images
-from latentprior.stage import derived_generator
+from latentprior.seeding import derived_generator
 from linear_gaussian import PIXELS, LinearDecoder
 
 SPEC = network_spec("mlp", 2, 16, PIXELS)

@@ -20,7 +20,7 @@ from ..images import Images
 from ..prior import Stage
 from ..processes import SingleProcess
 from ..ratios import gain
-from ..stage import derived_generator
+from ..seeding import derived_generator
 
 __all__ = ["LEBMConfig", "contrastive_loss", "train_lebm"]
 

@@ -15,7 +15,7 @@ from ..generator.two_phase import aggregate_posterior
 from ..images import Images
 from ..learning import fit
 from ..prior import LatentPrior
-from ..stage import StageSettings
+from ..stage_settings import StageSettings
 from .vae import VAEConfig, learn_vae
 
 __all__ = ["NCPVAEConfig", "train_ncp_vae"]

@@ -25,7 +25,7 @@ from ..generator.two_phase import SAVE_EVERY, aggregate_posterior
 from ..images import Images
 from ..latents import Latents
 from ..prior import LatentPrior
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from ..whitening import identity_whitening
 from .vae import VAEConfig, learn_vae
 

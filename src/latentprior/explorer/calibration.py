@@ -15,7 +15,7 @@ from ..images import Images, read_images
 from ..latents import as_latents
 from ..model_folders import image_size, sampler_options
 from ..prior import LatentPrior
-from ..stage import derived_generator
+from ..seeding import derived_generator
 
 __all__ = ["Calibration", "from_images", "from_latents", "from_model", "from_prior", "inferred", "joint_score"]
 

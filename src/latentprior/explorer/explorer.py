@@ -19,7 +19,7 @@ from ..prior import LatentPrior
 from ..report.evidence import StageDraws, plane_limits, principal_axes, shown_stages, stage_draws
 from ..report.png import data_uri, grid
 from ..report.sources import load_folder
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from . import calibration as calibrations
 from .calibration import Calibration
 from .properties import Brightness, Classes, Towards, fit_brightness, fit_classes, tilted_draws

@@ -18,7 +18,7 @@ from ..ladder import Ladder
 from ..prior import LatentPrior
 from ..sampling import smc
 from ..sampling.resampling import LogMean, combine_islands
-from ..stage import derived_generator
+from ..seeding import derived_generator
 
 __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_classes", "tilted_draws"]
 

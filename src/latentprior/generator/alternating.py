@@ -8,7 +8,7 @@ from typing import Any
 
 from ..images import Images
 from ..learning import Callback as FitCallback
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from .config import AutoencoderConfig, TrainingConfig, TrainingEvent
 from .model import LatentVariableModel
 from .run import phase_folder

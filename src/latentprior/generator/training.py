@@ -21,7 +21,7 @@ from ..prior import Stage
 from ..processes import Processes, SingleProcess, agreed, joined
 from ..ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..sampling import langevin
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from .config import UNKNOWN, TrainingConfig, TrainingEvent
 from .inference import log_gaussian, posterior_density, short_run
 from .model import LatentVariableModel

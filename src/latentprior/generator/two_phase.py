@@ -17,7 +17,7 @@ from ..images import Images
 from ..latents import Latents
 from ..learning import Callback as FitCallback
 from ..learning import fit
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from .config import AutoencoderConfig, TrainingEvent
 from .model import LatentVariableModel
 from .run import epoch_rows, foreign, images_identity, network_state, phase_folder, restore_network

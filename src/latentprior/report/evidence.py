@@ -14,7 +14,7 @@ from ..ladder import MIN_ESS
 from ..metrics import TwoSampleTest, two_sample_auc
 from ..prior import LatentPrior
 from ..sampling.resampling import effective_sample_size
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from .sources import Rows
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..metrics import TwoSampleTest
 from ..prior import LatentPrior
-from ..stage import derived_generator
+from ..seeding import derived_generator
 from . import evidence, png
 from .figures import Points, histogram, intervals, number, quantiles, scatter
 from .markup import Markup, tag

@@ -18,7 +18,7 @@ from ..images import Images, read_images
 from ..latents import Latents, as_latents
 from ..model_folders import image_size, load_model, sampler_options
 from ..prior import LatentPrior
-from ..stage import derived_generator
+from ..seeding import derived_generator
 
 __all__ = ["Rows", "Subject", "find", "load_folder"]
 
