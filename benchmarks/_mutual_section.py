@@ -52,7 +52,7 @@ def _tried(runs: list[dict[str, Any]]) -> list[str]:
     for run in runs:
         ends = "{:.1f} and {:.1f}".format(*run["log_z_ends"])
         told.append(
-            f"d = {run['dim']}, {NAMES[run['optimizer']]} at rate {run['learning_rate']}, "
+            f"d = {run['dim']}, {run['method']}, {NAMES[run['optimizer']]} at rate {run['learning_rate']}, "
             f"batches of {run['batch_size']}, {max(run['steps']):,} steps: sum {run['sum_of_log_ratios']:.1f}, "
             f"normalised {run['normalised']:.1f}, log Z's ends {ends}"
         )
