@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,11 @@ def draw_scale(document: dict[str, Any], path: Path) -> None:
             x, y = [p[AXES[name]] for p in points], [p[key] for p in points]
             axes.plot(x, y, "o-", color="#2563eb", ms=3, lw=1)
             axes.set(xscale="log", ylim=(0, 1.15 * max(y)), xlabel="batch" if name == "particles" else name)
-            axes.set_xticks(x, [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in x], fontsize=8)
+            # A label that would touch its neighbour is left out.
+            told = [v for v, after in zip(x, [*x[1:], math.inf], strict=True) if after > 2 * v]
+            axes.set_xticks(
+                told, [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in told], fontsize=8
+            )
             axes.minorticks_off()
             if column == 0:
                 axes.set_ylabel(label)
