@@ -66,6 +66,26 @@ def test_decay_bounds_the_singular_values_whatever_the_width(width: int, generat
     assert float(torch.linalg.matrix_norm(weight.detach(), ord=2)) == pytest.approx(float(3.2 / 0.4 * step), rel=0.02)
 
 
+def test_half_precision_is_of_the_direction_alone(generator: torch.Generator) -> None:
+    start = torch.randn(2, 32, 32, generator=generator)
+    gradients = torch.randn(3, 2, 32, 32, generator=generator)
+
+    def moved(halved: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        weights = [nn.Parameter(w.clone()) for w in start]
+        optimizer = Muon(weights, lr=0.01, weight_decay=0.0, halved=halved)
+        for gradient in gradients:
+            for weight, g in zip(weights, gradient, strict=True):
+                weight.grad = g.clone()
+            optimizer.step()
+        return torch.stack([w.detach() for w in weights]) - start, [optimizer.state[w]["momentum"] for w in weights]
+
+    (whole, kept), (half, kept_by_half) = moved(False), moved(True)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, whole)
+    assert float((half - whole).norm() / whole.norm()) < 0.02
+    assert all(torch.equal(a, b) for a, b in zip(kept, kept_by_half, strict=True))
+
+
 def test_matrices_without_a_gradient_stay() -> None:
     weight = nn.Parameter(torch.ones(3, 3))
     Muon([weight], lr=0.1, weight_decay=0.1).step()

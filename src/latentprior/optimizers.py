@@ -43,12 +43,22 @@ class Muon(Optimizer):
     \mathrm{orth}((1 - \mu) G + \mu M)`, with :math:`s = \sqrt{\max(n, m)}` and :math:`\eta` four times ``lr``. No
     singular value then grows far beyond :math:`3.2 / \lambda`, whatever the width. Sources: Jordan et al. 2024; the
     scale, which gives steps the size of AdamW's, Liu et al. 2025 (arXiv 2502.16982). All matrices are orthogonalised
-    in one batch, in their own precision: ``torch.optim.Muon`` takes them one by one in bfloat16, which few processors
-    multiply natively.
+    in one batch; ``torch.optim.Muon`` takes them one by one and always in bfloat16, which few processors multiply
+    natively.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = MOMENTUM) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float = MOMENTUM,
+        *,
+        halved: bool = False,
+    ) -> None:
+        """``halved``: orthogonalise in bfloat16; momentum and weights keep their precision."""
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.halved = halved
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -64,7 +74,8 @@ class Muon(Optimizer):
                 ahead.append(p.grad.lerp(mean, momentum))
             if not moved:
                 continue
-            directions = orthogonalized(torch.stack(ahead))
+            stacked = torch.stack(ahead)
+            directions = orthogonalized(stacked.bfloat16() if self.halved else stacked).to(stacked.dtype)
             size = rate * max(moved[0].shape) ** 0.5
             for p, direction in zip(moved, directions, strict=True):
                 p.mul_(1 - size / 16 * group["weight_decay"]).add_(direction, alpha=-0.2 * size)
@@ -117,7 +128,13 @@ class NaturalGradient(Optimizer):
 
 
 def build_optimizers(
-    parameters: Iterable[Tensor], hidden: Sequence[Tensor], form: Sequence[Tensor], lr: float, weight_decay: float
+    parameters: Iterable[Tensor],
+    hidden: Sequence[Tensor],
+    form: Sequence[Tensor],
+    lr: float,
+    weight_decay: float,
+    *,
+    halved: bool = False,
 ) -> tuple[Optimizer, ...]:
     """AdamW, but :class:`Muon` for the ``hidden`` matrices and :class:`NaturalGradient` for a quadratic ``form``."""
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
@@ -125,7 +142,7 @@ def build_optimizers(
     rest = [p for p in parameters if not any(p is other for other in apart)]
     found: list[Optimizer] = [AdamW(rest, fused=True, **settings)] if rest else []
     if hidden:
-        found.append(Muon(hidden, **settings))
+        found.append(Muon(hidden, halved=halved, **settings))
     if form:
         found.append(NaturalGradient(form, **settings))
     return tuple(found)

@@ -110,11 +110,13 @@ class StageLearner:
         forms: Callable[[], Sequence[Tensor]] = getattr(network, "form_parameters", tuple)
         form = forms() if settings.optimizer == "natural" else ()
         self.decay = settings.decay(1.0)
-        self.optimizers = build_optimizers(self.ratio.parameters(), hidden, form, self.learning_rate, self.decay)
         # A quadratic form is small, and its terms cancel.
         small = spec["kind"] == "quadratic" or self.dtype != torch.float32
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
         self.halved = native or settings.precision == "bfloat16"
+        self.optimizers = build_optimizers(
+            self.ratio.parameters(), hidden, form, self.learning_rate, self.decay, halved=self.halved
+        )
         self.step, self.waited = 0, 0
         self.best_gain, self.best_bound = Gain(-math.inf, 0.0), -math.inf
         self.history: list[float] = []
