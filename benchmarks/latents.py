@@ -142,6 +142,7 @@ class Bench:
             "log_prob_base": ladder.base.log_prob(self.test).mean().item(),
             "log_prob_stderr_normalizer": ladder.log_prob_stderr,
             "integral": list(integral),
+            "annealed_from_both_ends": integral.method == "annealing",
             "integral_from_base": list(from_base),
             "bracket": ladder.bracket and [list(ladder.bracket.forward), list(ladder.bracket.reverse)],
             "stopped": ladder.info["stopped"],

@@ -50,8 +50,9 @@ OLDER = (
     "of costs against d and of the loss, optimiser and decay of a stage are older than these: their ladders were "
     "learned at odds of 1 by AdamW with a decay of 0.1, and their trials of a stage took 200 steps. Detector and "
     "rivals still learn so. They are also older than the shrinkage of mixtures' covariances, and than the rule that "
-    "averages of mixtures begin at 32 coordinates. The normaliser's coverage, and the ladders on cifar128 at "
-    "seed 0, taef512 and pca50, are older than the adapted decay of stages and their 3,000 steps."
+    "averages of mixtures begin at 32 coordinates. The normaliser's coverage is older than the adapted decay of stages "
+    "and their 3,000 steps. All but tables of latents and of several processes are older than the orthogonalisation of "
+    "hidden layers in bfloat16."
 )
 
 

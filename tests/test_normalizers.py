@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
-from latentprior.bases import NormalBase
+from latentprior.bases import GaussianMixtureBase, NormalBase
 from latentprior.ladder import Ladder
 from latentprior.normalizers import PARTS, _direct, bracket, check, check_from, estimate, expected_seconds
 from latentprior.processes import ALONE
-from latentprior.sampling import mala
-from latentprior.sampling.resampling import LogMean
+from latentprior.sampling import mala, smc
+from latentprior.sampling.resampling import LogMean, systematic
 from quadrature import integral
 
 
@@ -229,7 +229,9 @@ def test_weights_of_a_heavy_tail_are_annealed(shift: float) -> None:
         plain = check(ladder.base.log_prob, narrow.log_prob, draws, "narrow")
     assert plain.tail_shape > 0.7
     assert plain.value < 0.8
-    found = check_from(ladder, narrow, draws, "narrow", generator, log_normalizer=shift)
+    found = check_from(
+        ladder, narrow, draws, "narrow", generator, log_normalizer=shift, own=lambda n: ladder.base.sample(n, generator)
+    )
     assert (found.method, found.tail_shape) == ("annealing", plain.tail_shape)
     assert found.stderr < 0.1
     assert abs(found.value - math.exp(-shift)) < 3 * found.stderr
@@ -238,7 +240,12 @@ def test_weights_of_a_heavy_tail_are_annealed(shift: float) -> None:
 
 def test_weights_of_a_light_tail_are_averaged(ladder: Ladder, log_z: float, generator: torch.Generator) -> None:
     draws = ladder.base.sample(20_000, generator)
-    found = check_from(ladder, ladder.base, draws, "base", generator, log_normalizer=log_z)
+
+    def own(n: int) -> Tensor:
+        u, log_weights = ladder.importance(8 * n, generator)
+        return u[systematic(log_weights, n, generator)]
+
+    found = check_from(ladder, ladder.base, draws, "base", generator, log_normalizer=log_z, own=own)
     plain = check(
         ladder.base.log_prob, lambda u: ladder.base.log_prob(u) + log_z - ladder.log_potential(u), draws, "base"
     )
@@ -247,7 +254,25 @@ def test_weights_of_a_light_tail_are_averaged(ladder: Ladder, log_z: float, gene
     assert found.tail_shape < 0.5
     assert (found.method, found.passed) == ("importance", True)
     # So few draws say nothing.
-    assert check_from(ladder, ladder.base, draws[:50], "base", generator, log_normalizer=log_z).method == "annealing"
+    few = check_from(ladder, ladder.base, draws[:50], "base", generator, log_normalizer=log_z, own=own)
+    assert (few.method, few.passed) == ("annealing", True)
+
+
+def test_what_the_reference_does_not_reach_widens_the_bar(generator: torch.Generator) -> None:
+    """A reference on one of two distant modes: carried up it finds half of the integral, with hardly any spread."""
+    means = torch.tensor([[-20.0, 0.0], [20.0, 0.0]])
+    both = GaussianMixtureBase(torch.tensor([0.5, 0.5]), means, torch.eye(2).repeat(2, 1, 1))
+    ladder, one = Ladder(both), GaussianMixtureBase(torch.ones(1), means[:1], 1.1 * torch.eye(2)[None])
+    start = one.sample(8192, generator)
+    there = smc.run(start, ladder.path_from(one), islands=16, moves=6, generator=generator).log_normalizer
+    assert there.value == pytest.approx(math.log(0.5), abs=0.05)
+    assert there.stderr < 0.02
+    found = check_from(
+        ladder, one, start[:50], "one", generator, log_normalizer=0.0, own=lambda n: both.sample(n, generator)
+    )
+    assert found.method == "annealing"
+    assert found.value < 0.9
+    assert abs(found.value - 1) < 3 * found.stderr
 
 
 class Spike(torch.nn.Module):

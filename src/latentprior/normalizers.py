@@ -49,6 +49,12 @@ class Bracket(NamedTuple):
         """Standard error of the width."""
         return math.hypot(self.forward.stderr, self.reverse.stderr)
 
+    @property
+    def middle(self) -> LogMean:
+        """The mean of both ends; half their distance is part of its error."""
+        value = 0.5 * (self.forward.value + self.reverse.value)
+        return LogMean(value, 0.5 * math.hypot(self.stderr, self.width), min(self.forward.ess, self.reverse.ess))
+
 
 class Normalizer(NamedTuple):
     """The log normaliser of a whole ladder: value, standard error, how it was found, and its bracket."""
@@ -120,9 +126,7 @@ def estimate(
         missed = max(0.0, ends.width - 2 * ends.stderr)
         result = Normalizer(direct.value, math.hypot(direct.stderr, missed), direct.ess, "importance", ends)
     else:
-        middle = 0.5 * (ends.forward.value + ends.reverse.value)
-        stderr = math.hypot(0.5 * ends.stderr, 0.5 * ends.width)
-        result = Normalizer(middle, stderr, ends.forward.ess, "smc", ends)
+        result = Normalizer(ends.middle.value, ends.middle.stderr, ends.forward.ess, "smc", ends)
     alone = result.source == "importance" and ends.reverse.ess < 2 / islands
     if ends.width > max(WIDE, 2 * ends.stderr) or (ends.width < -WIDE - 2 * ends.stderr and not alone):
         warn(
@@ -259,7 +263,8 @@ def check_from(
     generator: torch.Generator | None = None,
     *,
     log_normalizer: float,
-    particles: int = 16_384,
+    own: Callable[[int], Tensor],
+    particles: int = 8192,
     islands: int = 16,
     moves: int = 6,
 ) -> NormalizerCheck:
@@ -267,18 +272,23 @@ def check_from(
 
     Where the tail's shape is above 1/2, or fewer than 100 draws are effective, ``particles`` of the ``reference`` h are
     carried along :math:`\log h + t\,(\log p_K - \log h)` by sequential Monte Carlo in ``islands``, whose estimate is
-    unbiased as well and whose weights are even (Neal 2001; Del Moral, Doucet and Jasra 2006).
+    unbiased as well and whose weights are even (Neal 2001; Del Moral, Doucet and Jasra 2006), and as many of the
+    ladder's ``own`` samples the other way. What h does not reach leaves the first estimate low and not the second, so
+    that the two are a :class:`Bracket`: the value is its middle, and half its width part of the standard error.
     """
     weights = _weights(lambda u: ladder.base.log_prob(u) + ladder.log_potential(u), reference.log_prob, draws)
     found = _by_importance(weights - log_normalizer, name)
     if found.ess * len(draws) >= FEW and not found.tail_shape > UNCERTAIN:
         return found
-    start = reference.sample(particles // islands * islands, generator)
-    result = smc.run(start, ladder.path_from(reference), islands=islands, moves=moves, generator=generator)
-    z = math.exp(result.log_normalizer.value - log_normalizer)
-    return NormalizerCheck(
-        z, z * result.log_normalizer.stderr, result.log_normalizer.ess, name, "annealing", found.tail_shape
+    path, rows = ladder.path_from(reference), particles // islands * islands
+    there = smc.run(reference.sample(rows, generator), path, islands=islands, moves=moves, generator=generator)
+    back = smc.run(
+        own(rows), path, start=float(path.length), end=0.0, islands=islands, moves=moves, generator=generator
     )
+    value, stderr, ess = back.log_normalizer
+    middle = Bracket(there.log_normalizer, LogMean(-value, stderr, ess)).middle
+    z = math.exp(middle.value - log_normalizer)
+    return NormalizerCheck(z, z * middle.stderr, middle.ess, name, "annealing", found.tail_shape)
 
 
 def _weights(log_prob: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:

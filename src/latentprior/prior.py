@@ -272,8 +272,8 @@ class LatentPrior(Distribution, Shareable):
         In many coordinates weights may have so heavy a tail that their average is low nearly always and its error bar
         too small. Where that may be (:func:`~latentprior.sampling.resampling.tail_shape` above 1/2, or fewer than 100
         effective draws), draws of the mixture or of the base are carried to the prior by sequential Monte Carlo, whose
-        weights are even; those of a Distribution of yours are averaged as they are. At 128 coordinates an annealed
-        integral still came out a tenth low, 3.5 of its standard errors: ask the base and :attr:`bracket` too.
+        weights are even, and draws of the prior back: half of what lies between both ends is part of the standard
+        error. Draws of a Distribution of yours are averaged as they are.
 
         Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
         :attr:`log_prob_stderr`. Warns :class:`~latentprior.errors.LowESSWarning` where a Distribution of yours reaches
@@ -295,7 +295,10 @@ class LatentPrior(Distribution, Shareable):
         if isinstance(reference, Distribution):
             found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
         else:
-            found = normalizers.check_from(self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value)
+            found = normalizers.check_from(
+                self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value,
+                own=lambda n: draw(self.ladder, n, generator, "smc", {}),
+            )  # fmt: skip
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
     def _reference(self, generator: torch.Generator) -> Base:
