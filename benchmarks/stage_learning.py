@@ -21,6 +21,7 @@ from torch import Tensor
 import latentprior as lp
 from _data import SETS, load_set
 from _results import read_results, write_results
+from latentprior.bases.by_name import WIDE
 from latentprior.sampling.resampling import log_mean_exp
 from latentprior.seeding import derived_generator
 from latentprior.stage import StageLearner, Target
@@ -29,7 +30,6 @@ from latentprior.stage_settings import StageSettings
 CPU = torch.device("cpu")
 NAME = "stage_learning"
 DRAWS = 400_000
-LOW_RANK = 192
 VARIANTS = {
     "odds 1, AdamW": {"odds": 1.0, "optimizer": "adamw", "weight_decay": 0.1},
     "odds 16, AdamW": {"odds": 16.0, "optimizer": "adamw", "weight_decay": 0.1},
@@ -48,7 +48,7 @@ class Bench:
         rows = load_set(name)
         self.seed, self.latents = seed, lp.Latents(rows.train, rows.train_scale)
         held_out = lp.Latents(rows.validation, rows.validation_scale)
-        base = "gmm:32" if rows.train[0].size < LOW_RANK else "gmm-lowrank:32"
+        base = "gmm:32" if rows.train[0].size < WIDE else "gmm-lowrank:32"
         self.prior = lp.fit(self.latents, base=base, max_stages=0, seed=seed, validation=held_out)
         index = torch.arange(len(held_out))
         drawn = held_out.draw(index, derived_generator(CPU, seed, "validation"))
