@@ -7,15 +7,22 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from _data import CifarVAE, data_folder, image_cache, taef2
 from latentprior.feature_networks import FeatureNetwork, feature_network
 from latentprior.metrics import features
 
-__all__ = ["DECODERS", "decoded_features", "floor_features", "network_named", "real_features", "real_images"]
+__all__ = [
+    "DECODERS",
+    "NETWORKS",
+    "decoded_features",
+    "floor_features",
+    "network_named",
+    "real_features",
+    "real_images",
+]
 
 
 def real_images(dataset: str, part: str, n: int | None = None) -> Tensor:
@@ -44,30 +51,45 @@ def real_features(dataset: str, part: str, name: str, n: int | None = None) -> T
     return torch.from_numpy(np.load(path))
 
 
+def mnist16_decoder() -> nn.Module:
+    """16-d latents to ``(n, 1, 28, 28)`` in [0, 1]: linear 512, SiLU, linear 512, SiLU, linear, sigmoid."""
+    d = nn.Sequential(nn.Linear(16, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, 784))
+    d.load_state_dict(load_file(data_folder() / "pretrained" / "mnist16_decoder.safetensors"))
+    return nn.Sequential(d, nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
+
+
+def vae20_decoder() -> nn.Module:
+    """Latents of the classic MNIST VAE to ``(n, 1, 28, 28)`` in [0, 1]: fc3, ReLU, fc4, sigmoid."""
+    weights = load_file(data_folder() / "pretrained" / "vae20_mnist.safetensors")
+    d = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784))
+    names = {"0": "fc3", "2": "fc4"}
+    d.load_state_dict({f"{i}.{k}": weights[f"{name}.{k}"] for i, name in names.items() for k in ("weight", "bias")})
+    return nn.Sequential(d, nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
+
+
+def cifar_decoder(dim: int) -> nn.Module:
+    """Latents of the benchmarks' own CIFAR-10 VAE to ``(n, 3, 32, 32)`` in [-1, 1]."""
+    decoder = CifarVAE(dim).decoder
+    decoder.load_state_dict(load_file(image_cache() / f"cifar_vae{dim}.safetensors"))
+    return decoder.to(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def decode_mnist16(z: Tensor) -> Tensor:
-    """Decode 16-d latents to ``(n, 1, 28, 28)`` in [0, 1]: linear 512, SiLU, linear 512, SiLU, linear, sigmoid."""
-    weights = load_file(data_folder() / "pretrained" / "mnist16_decoder.safetensors")
-    h = z.float()
-    for layer in ("0", "2", "4"):
-        h = F.linear(h, weights[f"{layer}.weight"], weights[f"{layer}.bias"])
-        h = F.silu(h) if layer != "4" else h.sigmoid()
-    return h.view(-1, 1, 28, 28)
+    """Pictures of :func:`mnist16_decoder`."""
+    return mnist16_decoder()(z.float())  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def decode_vae20(z: Tensor) -> Tensor:
-    """Decode latents of the classic MNIST VAE to ``(n, 1, 28, 28)`` in [0, 1]: fc3, ReLU, fc4, sigmoid."""
-    weights = load_file(data_folder() / "pretrained" / "vae20_mnist.safetensors")
-    h = F.relu(F.linear(z.float(), weights["fc3.weight"], weights["fc3.bias"]))
-    return F.linear(h, weights["fc4.weight"], weights["fc4.bias"]).sigmoid().view(-1, 1, 28, 28)
+    """Pictures of :func:`vae20_decoder`."""
+    return vae20_decoder()(z.float())  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def decode_cifar(z: Tensor) -> Tensor:
-    """Decode latents of the benchmarks' own CIFAR-10 VAE to ``(n, 3, 32, 32)`` in [0, 1]."""
-    decoder = CifarVAE(z.shape[1]).decoder
-    decoder.load_state_dict(load_file(image_cache() / f"cifar_vae{z.shape[1]}.safetensors"))
+    """Pictures of :func:`cifar_decoder` in [0, 1]."""
+    decoder = cifar_decoder(z.shape[1])
     return torch.cat([decoder(block.float()) for block in z.split(500)]) / 2 + 0.5
 
 
@@ -89,6 +111,14 @@ DECODERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "taef512": ("cifar10", "efficientnet_lite0", decode_taef2),
 }
 """The images, the feature network and the decoder of a set of latents, where there is one."""
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mnist16": mnist16_decoder,
+    "vae20": vae20_decoder,
+    "cifar32": lambda: cifar_decoder(32),
+    "cifar64": lambda: cifar_decoder(64),
+    "cifar128": lambda: cifar_decoder(128),
+}
+"""Decoders as networks, for stages that read their pictures."""
 IMAGES = {"mnist": 10_000, "cifar10": 5_000}
 """How many are compared: EfficientNet-Lite0 takes many times as long as LeNet-5."""
 

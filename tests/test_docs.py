@@ -39,7 +39,7 @@ def test_every_public_name_has_its_entry() -> None:
     entries = " ".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
     named = set(re.findall(r"auto\w+:: latentprior\.(\w+)$", entries, re.MULTILINE))
     assert named == set(lp.__all__) - {"__version__"} | {"RatioDetector", "metrics", "feature_networks", "targets"} | {
-        "baselines", "ladder", "bases", "ratios", "whitening", "stage", "sampling", "processes", "optimizers", "seeding"
+        "baselines", "ladder", "bases", "ratios", "decoded", "whitening", "stage", "sampling", "processes", "optimizers", "seeding"
     }  # fmt: skip
 
 
@@ -64,6 +64,11 @@ def test_tutorial(tmp_path: Path) -> None:
     assert digits > noise
     assert (tmp_path / "tutorial.png").stat().st_size > 10_000
     assert (tmp_path / "my-prior" / "config.json").exists()
+
+
+def test_pictures_page_goes_on_from_the_tutorial(tmp_path: Path) -> None:
+    printed = run("\n".join([*blocks("tutorial.md")[:3], *blocks("howto/decoder.md")]), tmp_path)
+    assert printed.splitlines()[-1].startswith("LatentPrior(event_shape=(8,)")
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from .normalizers import NormalizerCheck
 from .onnx_graphs import export_onnx
 from .prior import LatentPrior, Stage
 from .progress import FitProgress
+from .refining import refine
 from .report import Report, write_report
 from .stage_settings import StageSettings
 
@@ -77,6 +78,7 @@ __all__ = [
     "merge",
     "model_card",
     "read_images",
+    "refine",
     "train",
     "train_alternating",
     "train_autoencoder",

@@ -19,7 +19,9 @@ def blank(kind: Callable[..., nn.Module], *sizes: Any, **options: Any) -> Any:
     return nn.utils.skip_init(kind, *sizes, **options, device=where)
 
 
-def built_for(weights: Mapping[str, Tensor], build: Callable[[], Network], *, ignored: str = "") -> Network:
+def built_for(
+    weights: Mapping[str, Tensor], build: Callable[[], Network], *, ignored: str | tuple[str, ...] = ()
+) -> Network:
     """Build a network whose state has the names and shapes of ``weights``, those that begin with ``ignored`` apart.
 
     It is first sketched without memory: a damaged or hostile specification of a kilobyte could otherwise ask for
@@ -27,7 +29,7 @@ def built_for(weights: Mapping[str, Tensor], build: Callable[[], Network], *, ig
     """
     with torch.device("meta"):
         sketch = build().state_dict()
-    wanted = {k: tuple(v.shape) for k, v in sketch.items() if not (ignored and k.startswith(ignored))}
+    wanted = {k: tuple(v.shape) for k, v in sketch.items() if not k.startswith(ignored)}
     found = {k: tuple(v.shape) for k, v in weights.items()}
     if wanted != found:
         wrong = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))

@@ -137,6 +137,8 @@ def fit(
     settings = settings or StageSettings()
     if settings.waypoints > max_stages:
         raise LatentPriorError(f"{settings.waypoints} waypoints need as many stages: raise max_stages ({max_stages})")
+    if settings.ratio == "decoded":
+        raise LatentPriorError('ratio="decoded" needs a decoder: fit first, and give it to latentprior.refine')
     where = checked_device(device, dtype)
     processes = processes or launched_processes(device)
     if settings.waypoints and processes.count > 1:

@@ -342,6 +342,7 @@ class LatentPrior(Distribution, Shareable):
         source: str | Path,
         *,
         base: Distribution | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -350,16 +351,16 @@ class LatentPrior(Distribution, Shareable):
     ) -> LatentPrior:
         """Load from a folder, or from ``"user/name"`` on the Hugging Face hub (extra ``hub``); a folder wins.
 
-        ``base`` gives back the torch Distribution of a prior that was fitted on one. ``revision`` (a branch, a tag, a
-        commit), ``token``, ``cache_dir`` and ``local_files_only`` are those of ``huggingface_hub``; safetensors and
-        JSON are all that is downloaded. Raises :class:`CheckpointError` for anything absent, damaged, foreign or from
-        another format version.
+        ``base`` gives back the torch Distribution of a prior that was fitted on one, ``decoder`` what the stages of
+        :func:`~latentprior.refine` read. ``revision`` (a branch, a tag, a commit), ``token``, ``cache_dir`` and
+        ``local_files_only`` are those of ``huggingface_hub``; safetensors and JSON are all that is downloaded. Raises
+        :class:`CheckpointError` for anything absent, damaged, foreign or from another format version.
         """
         folder = find_folder(
             source, cls.kind, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         config, tensors = load_state(folder, "prior")
-        return cls.from_state(config, tensors, base=base, where=str(folder)).to(device)
+        return cls.from_state(config, tensors, base=base, decoder=decoder, where=str(folder)).to(device)
 
     @classmethod
     def from_state(
@@ -368,10 +369,11 @@ class LatentPrior(Distribution, Shareable):
         tensors: Mapping[str, Tensor],
         *,
         base: Distribution | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
         where: str = "prior",
     ) -> LatentPrior:
         """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
-        parts = PriorParts.from_state(config, tensors, base=base, where=where)
+        parts = PriorParts.from_state(config, tensors, base=base, decoder=decoder, where=where)
         return cls(
             parts.base, parts.stages, parts.whitening, parts.event_shape, parts.normalizer, parts.info,
             cover=parts.cover,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .bases import MixtureBase
 from .bases.mixtures import responsibilities
 from .blueprint import blank
+from .decoded import DecodedNet, Decoder
 from .errors import CheckpointError, LatentPriorError
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 FIRST_LAYER_SCALE = 1.0
+NOT_LEARNED = ("features.", "network.decoder.")
+"""How the names begin of what a ratio reads and has not learned: the ladder's mixture, a decoder."""
 
 
 def _linear(fan_in: int, fan_out: int, std: float, bias_std: float, g: torch.Generator | None) -> nn.Linear:
@@ -288,13 +291,13 @@ class BoundedRatio(nn.Module):
         return self.bound * torch.tanh(value / self.bound)
 
     def weights(self) -> dict[str, Tensor]:
-        """The state to be saved: all of it but the mixture, which belongs to the ladder."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("features.")}
+        """The state to be saved: all that was learned."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(NOT_LEARNED)}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take in what :meth:`weights` gave; raises :class:`RuntimeError` where names or shapes differ."""
         missing, unexpected = self.load_state_dict(dict(weights), strict=False)
-        wrong = [k for k in missing if not k.startswith("features.")] + list(unexpected)
+        wrong = [k for k in missing if not k.startswith(NOT_LEARNED)] + list(unexpected)
         if wrong:
             raise RuntimeError(f"weights that do not fit: {', '.join(sorted(wrong)[:5])}")
 
@@ -307,12 +310,13 @@ def build_ratio(
     spec: Mapping[str, Any],
     generator: torch.Generator | None = None,
     mixture: MixtureBase | None = None,
+    decoder: Decoder | None = None,
 ) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 
-    ``kind`` is ``mlp``, ``residual``, ``quadratic`` or ``conv``; with ``event_shape``, ``width``, ``depth``, ``bound``
-    and, where the network reads :class:`MixtureFeatures`, ``features`` true. Raises :class:`CheckpointError` for
-    a kind it does not know, or if the mixture is absent.
+    ``kind`` is ``mlp``, ``residual``, ``quadratic``, ``conv`` or ``decoded``; with ``event_shape``, ``width``,
+    ``depth``, ``bound`` and, where the network reads :class:`MixtureFeatures`, ``features`` true; of ``decoded`` with
+    ``pictures``. Raises :class:`CheckpointError` for a kind it does not know, or if the mixture or decoder is absent.
     """
     kind, shape = spec.get("kind"), tuple(spec["event_shape"])
     width, depth = int(spec["width"]), int(spec["depth"])
@@ -331,8 +335,13 @@ def build_ratio(
         network = Quadratic(math.prod(shape), generator, extra)
     elif kind == "conv":
         network = ConvNet(shape, width, depth, generator, extra)
+    elif kind == "decoded":
+        if decoder is None:
+            raise CheckpointError("a stage reads what a decoder makes of the latents: pass decoder= to from_pretrained")
+        channels, height, breadth = map(int, spec["pictures"]["shape"])
+        network = DecodedNet((channels, height, breadth), decoder, max(1, width // 8), generator)
     else:
-        raise CheckpointError(f"unknown ratio network {kind!r}: choose mlp, residual, quadratic or conv")
+        raise CheckpointError(f"unknown ratio network {kind!r}: choose mlp, residual, quadratic, conv or decoded")
     return BoundedRatio(network, float(spec["bound"]), spec, features)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch.distributions import Distribution
 from .bases import Base, DistributionBase, MixtureBase, base_from_state
 from .blueprint import built_for
 from .checkpoint import UNFIT, tensors_under
+from .decoded import Decoder
 from .errors import CheckpointError, LatentPriorError, MissingExtraError
 from .ladder import Ladder, Stage
 from .normalizers import Bracket, Normalizer
-from .ratios import BoundedRatio, build_ratio
+from .ratios import NOT_LEARNED, BoundedRatio, build_ratio
 from .sampling.resampling import LogMean
 from .whitening import Whitening
 
@@ -76,7 +77,13 @@ class PriorParts:
 
     @classmethod
     def from_state(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, base: Distribution | None, where: str
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        base: Distribution | None,
+        where: str,
+        decoder: Callable[[Tensor], Tensor] | None = None,
     ) -> PriorParts:
         """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
         try:
@@ -102,7 +109,12 @@ class PriorParts:
             mixture = start if isinstance(start, MixtureBase) else cover
             stages = []
             for i, entry in enumerate(config["stages"]):
-                network = _rebuilt(entry["spec"], shape, tensors_under(tensors, f"stages.{i}."), mixture)
+                spec, learned = entry["spec"], tensors_under(tensors, f"stages.{i}.")
+                sees = None
+                if decoder is not None and spec["kind"] == "decoded":
+                    sees = Decoder(decoder, whitening, tuple(shape), spec["pictures"])
+                    sees.check(spec["pictures"])
+                network = _rebuilt(spec, shape, learned, mixture, sees)
                 network.to(whitening.loc.dtype)
                 figures = {
                     k: float(entry[k]) for k in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
@@ -135,11 +147,12 @@ def _rebuilt(
     shape: Sequence[int],
     weights: Mapping[str, Tensor],
     mixture: MixtureBase | None,
+    decoder: Decoder | None,
 ) -> BoundedRatio:
     """The ratio network of a saved stage, with its weights; raises :class:`ValueError` where they are not of it."""
     if list(spec["event_shape"]) != list(shape) or not 0 <= int(spec["depth"]) <= len(weights):
         raise ValueError(f"a stage for rows of shape {spec['event_shape']}, {spec['depth']} deep")
-    network = built_for(weights, lambda: build_ratio(spec, torch.Generator(), mixture), ignored="features.")
+    network = built_for(weights, lambda: build_ratio(spec, torch.Generator(), mixture, decoder), ignored=NOT_LEARNED)
     network.load_weights(weights)
     return network
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .decoded import Decoder
 from .errors import LearningDivergedError
 from .ladder import FreshParticles, Ladder
 from .latents import Latents
@@ -92,15 +93,20 @@ class StageLearner:
         *,
         learning_rate: float | None = None,
         processes: Processes = ALONE,
+        decoder: tuple[Decoder, dict[str, Any]] | None = None,
     ) -> None:
+        """``decoder``: for a ratio of the kind ``decoded``, as :meth:`Decoder.describe` gives it."""
         self.target, self.ladder, self.settings = target, ladder, settings
         self.seed, self.index, self.processes = seed, ladder.length, processes
         self.event_shape = event_shape
         self.device, self.dtype = target.held_out.device, target.held_out.dtype
         spec = settings.spec(event_shape, ladder.mixture is not None)
         generator = derived_generator(torch.device("cpu"), seed, self.index, "weights")
-        self.ratio = build_ratio(spec, generator, ladder.mixture).to(device=self.device, dtype=self.dtype)
-        self.parameters = dict(self.ratio.named_parameters())
+        self.decoder = decoder
+        sees, pictures = decoder or (None, None)
+        spec |= {"pictures": pictures} if pictures else {}
+        self.ratio = build_ratio(spec, generator, ladder.mixture, sees).to(device=self.device, dtype=self.dtype)
+        self.parameters = {name: p for name, p in self.ratio.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
         self.learning_rate = learning_rate or settings.learning_rate
@@ -115,7 +121,7 @@ class StageLearner:
         native = settings.precision == "auto" and not small and multiplies_bfloat16(self.device)
         self.halved = native or settings.precision == "bfloat16"
         self.optimizers = build_optimizers(
-            self.ratio.parameters(), hidden, form, self.learning_rate, self.decay, halved=self.halved
+            self.parameters.values(), hidden, form, self.learning_rate, self.decay, halved=self.halved
         )
         self.step, self.waited = 0, 0
         self.best_gain, self.best_bound = Gain(-math.inf, 0.0), -math.inf
@@ -130,7 +136,7 @@ class StageLearner:
         """One that has learned nothing yet, from the same rows: over another ladder, or at another rate."""
         return StageLearner(
             self.target, ladder or self.ladder, self.settings, self.event_shape, self.seed,
-            learning_rate=learning_rate, processes=self.processes,
+            learning_rate=learning_rate, processes=self.processes, decoder=self.decoder,
         )  # fmt: skip
 
     def particles(self, last: bool = False) -> FreshParticles:
@@ -181,7 +187,9 @@ class StageLearner:
                 on_evaluate(self)
                 if self._late(deadline) or self.step >= until:
                     break
-        self.ratio.load_weights(self.best)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
         ratio = self.ratio.eval().requires_grad_(False)
         with torch.no_grad():
             saturated = float(ratio.is_saturated(ratio(self.target.held_out)).double().mean())

@@ -32,7 +32,7 @@ class StageSettings:
 
     ratio: str = "auto"
     """``residual``, ``mlp``, ``quadratic`` or ``conv``; ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else
-    ``residual``."""
+    ``residual``. :func:`~latentprior.refine` takes ``decoded``, which reads what a decoder makes of the latents."""
     width: int = 256
     depth: int = 2
     bound: float = 5.0

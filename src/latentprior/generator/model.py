@@ -396,7 +396,8 @@ class LatentVariableModel(nn.Module, Shareable):
         try:
             made = loaded_network(config["generator"], generator, build_generator, "generator", tensors)
             coded = config["encoder"] and loaded_network(config["encoder"], encoder, build_encoder, "encoder", tensors)
-            learned = LatentPrior.from_state(config["prior"], tensors_under(tensors, "prior."), base=prior)
+            saved = tensors_under(tensors, "prior.")
+            learned = LatentPrior.from_state(config["prior"], saved, base=prior, decoder=made)
             return cls(made, learned, float(config["sigma"]), coded or None)
         except LatentPriorError:
             raise
