@@ -39,7 +39,8 @@ def test_every_public_name_has_its_entry() -> None:
     entries = " ".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
     named = set(re.findall(r"auto\w+:: latentprior\.(\w+)$", entries, re.MULTILINE))
     assert named == set(lp.__all__) - {"__version__"} | {"RatioDetector", "metrics", "feature_networks", "targets"} | {
-        "baselines", "ladder", "bases", "ratios", "decoded", "whitening", "stage", "sampling", "processes", "optimizers", "seeding"
+        "baselines", "ladder", "bases", "ratios", "decoded", "whitening", "stage", "sampling", "processes",
+        "optimizers", "seeding",
     }  # fmt: skip
 
 
