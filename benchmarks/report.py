@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from _decoded_section import decoded_sections
 from _growth_sections import draw_scale, known_truth_section, processes_section, scale_section
 from _image_sections import ablations_section, anomaly_section, cost_section, images_section
 from _latent_sections import latents_headline, latents_sections, stage_learning_section
@@ -59,6 +60,7 @@ OLDER = (
 def main() -> None:
     out = ["# Results", "", "Written by `python benchmarks/report.py` from `benchmarks/results/`.", "", OLDER, ""]
     out += latents_sections()
+    out += decoded_sections()
     for name, section in (
         ("stage_learning", stage_learning_section),
         ("known_truth", known_truth_section),

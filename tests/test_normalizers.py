@@ -91,6 +91,14 @@ def test_poor_overlap_gives_the_middle_of_the_bracket_and_warns() -> None:
     assert got.stderr >= 0.5 * got.bracket.width
 
 
+def test_without_draws_the_bracket_is_all(ladder: Ladder, held_out: Tensor, log_z: float) -> None:
+    got = estimate(ladder, held_out, torch.Generator().manual_seed(0), draws=0, particles=4096)
+    assert got.source == "smc"
+    assert got.bracket is not None
+    assert got.value == got.bracket.middle.value
+    assert abs(got.value - log_z) < 4 * got.stderr
+
+
 @pytest.mark.filterwarnings("ignore::latentprior.NormalizerBracketWarning")
 def test_late_estimates_take_fewer_particles(
     ladder: Ladder, held_out: Tensor, log_z: float, monkeypatch: pytest.MonkeyPatch

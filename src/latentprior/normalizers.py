@@ -109,7 +109,8 @@ def estimate(
     width, or its ends cross by more than both together. An end that hangs on a single island (a held-out row in the
     base's far tail) has no error bar to speak of: it crosses nothing where importance sampling gives the value.
 
-    With a ``deadline`` the bracket takes about half of the time left, with 1,024 ``particles`` at least.
+    With a ``deadline`` the bracket takes about half of the time left, with 1,024 ``particles`` at least. Without
+    ``draws`` it is all that there is.
 
     Of several processes each makes a share of draws and islands, from a generator of its own.
     """
@@ -120,7 +121,9 @@ def estimate(
         left = 0.5 * (deadline - time.monotonic())
         particles = processes.first(_affordable(ladder, held_out, left * processes.count, moves, particles))
     ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves, processes=processes)
-    direct = _direct(ladder, held_out.shape[1], generator, draws, tolerance, deadline, processes)
+    direct = LogMean(math.nan, math.inf, 0.0)
+    if draws:
+        direct = _direct(ladder, held_out.shape[1], generator, draws, tolerance, deadline, processes)
     if direct.ess >= MIN_ESS / 2:
         # What the data's end shows beyond doubt, draws of the base may have missed.
         missed = max(0.0, ends.width - 2 * ends.stderr)

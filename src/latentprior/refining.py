@@ -31,9 +31,8 @@ SETTINGS = StageSettings(
 )
 DESCRIBED = 2048
 """Rows whose pictures are standardised."""
-DRAWS = 1 << 14
-"""Of the base, by which log Z is looked at; pictures are dear, and such draws few of those that count."""
 MORE = 1.7
+"""By how much the time that is left is overstated to the bracket, which takes half of it."""
 SHARE_OF_TIME = 0.5
 """Most that the normaliser has of a time budget."""
 
@@ -148,10 +147,10 @@ def _longer(run: FitRun, prior: LatentPrior, learner: StageLearner, seed: int) -
     run.tell("normalizer", learner.index + 1)
     generator = derived_generator(prior.device, seed, "refined", learner.index)
     ladder = prior.ladder.extended(learned.ratio)
-    # The bracket takes half of what it is told of, and there is little to be done after it.
+    # Hardly a draw of the base would count. The bracket takes half of what it is told of, and nothing comes after it.
     now = time.monotonic()
     late = None if run.end is None else now + MORE * max(0.0, run.end - now)
-    total = normalizers.estimate(ladder, rows, generator, draws=DRAWS, deadline=late)
+    total = normalizers.estimate(ladder, rows, generator, draws=0, deadline=late)
     stage = _measured(prior, learned, particles, total, rows, time.monotonic() - begun)
     if not stage.is_worthwhile:
         return None, "no rise"
