@@ -2,10 +2,10 @@
 
     python benchmarks/decoded.py --sets cifar128 --seeds 0 1 2 --seconds 600
 
-The ladder of benchmarks/latents.py (same rows, seeds and seconds), then one stage on the decoder's pictures with a
-budget of ``--seconds``, its normaliser included. Held-out log density in the same coordinates, log Z from both ends,
-and the integral by annealing from a mixture that is fitted to the refined prior's samples. Fréchet distances and AUC
-are those of latents.py; 5,000 samples. Rows of rivals stand in ``latents_SET.json``.
+The ladder of benchmarks/latents.py (same rows, seeds and seconds), then a stage on the decoder's pictures and one on
+coordinates with a budget of ``--seconds``, the normaliser included. Held-out log density in the same coordinates, log Z
+from both ends, and the integral by annealing from a mixture that is fitted to the refined prior's samples. Fréchet
+distances and AUC are those of latents.py; 5,000 samples. Rows of rivals stand in ``latents_SET.json``.
 """
 
 from __future__ import annotations
@@ -95,10 +95,13 @@ def measured(name: str, seed: int, ladder_seconds: float, seconds: float) -> dic
     figures["ladder"] = {**scored(bench, ladder, "ladder")[0], "seconds": fitted}
     if refined is not ladder:
         found, u = scored(bench, refined, "refined")
-        stage = refined.stages[-1]
-        notes = {k: stage.diagnostics[k] for k in ("steps", "ess", "saturated", "log_prob_rise", "history")}
+        kept = ("steps", "ess", "saturated", "log_prob_rise", "log_prob_rise_stderr", "seconds", "history")
+        added = [
+            {"kind": stage.network.spec["kind"], "gain": stage.gain, **{k: stage.diagnostics[k] for k in kept}}
+            for stage in refined.stages[len(ladder.stages) :]
+        ]
         integral = checked(refined, u, derived_generator(CPU, seed, "decoded", "check"))
-        figures["refined"] = {**found, "seconds": both, "integral": integral, "gain": stage.gain, **notes}
+        figures["refined"] = {**found, "seconds": both, "integral": integral, "stages": added}
     figures["warnings"] = [str(w.message) for w in caught]
     return figures
 

@@ -17,7 +17,7 @@ from .processes import ALONE, Processes
 from .sampling import mala, smc
 from .sampling.resampling import LogMean, combine_parts, log_mean_exp, tail_shape
 
-__all__ = ["Bracket", "Normalizer", "NormalizerCheck", "check", "check_from", "estimate"]
+__all__ = ["Bracket", "Normalizer", "NormalizerCheck", "affordable", "check", "check_from", "estimate"]
 
 WIDE = 0.1
 ROUND, PARTS = 1 << 18, 4
@@ -119,7 +119,7 @@ def estimate(
     islands = processes.count * processes.share(islands)
     if deadline is not None:
         left = 0.5 * (deadline - time.monotonic())
-        particles = processes.first(_affordable(ladder, held_out, left * processes.count, moves, particles))
+        particles = processes.first(affordable(ladder, held_out, left * processes.count, moves, particles))
     ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves, processes=processes)
     direct = LogMean(math.nan, math.inf, 0.0)
     if draws:
@@ -146,8 +146,8 @@ def expected_seconds(ladder: Ladder, held_out: Tensor, processes: Processes = AL
     return 1.25 * _bracket_seconds(ladder, held_out, PARTICLES, MOVES, also=ROUND // 2) / processes.count
 
 
-def _affordable(ladder: Ladder, held_out: Tensor, seconds: float, moves: int, most: int) -> int:
-    """Particles of a bracket that takes about ``seconds``; 1,024 to ``most``."""
+def affordable(ladder: Ladder, held_out: Tensor, seconds: float, moves: int, most: int) -> int:
+    """Particles of a :func:`bracket` that takes about ``seconds``; 1,024 to ``most``."""
     each = _bracket_seconds(ladder, held_out, 1, moves)
     return int(min(most, max(LEAST_PARTICLES, seconds / max(each, 1e-9))))
 

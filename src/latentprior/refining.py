@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from .decoded import Decoder
 from .errors import InvalidLatentsError, LatentPriorError
 from .fit_run import Callback, FitRun
 from .fit_start import split_rows, standardised_rows
-from .ladder import FreshParticles, Stage
+from .ladder import FreshParticles, Ladder, Stage
 from .latents import as_latents
 from .prior import LatentPrior
 from .processes import SingleProcess
+from .sampling.resampling import LogMean, log_mean_exp
 from .seeding import derived_generator
 from .stage import LearnedStage, StageLearner, Target
 from .stage_settings import StageSettings
@@ -30,12 +31,15 @@ SETTINGS = StageSettings(
     ratio="decoded", mixture_features=False, steps=2000, batch_size=256, bound=10.0, learning_rate=2e-3, patience=8
 )
 """Chosen on cifar128 of the benchmarks at seed 0, test rows in view: a bound of 5 held a third of all rows back."""
+ON_COORDINATES = StageSettings()
 DESCRIBED = 2048
 """Rows whose pictures are standardised."""
+PARTICLES = 8192
+LEARNED, CARRIED = 0.5, 0.25
+"""Of a time budget: until when a stage on pictures ends, and what a bracket of as many particles as the next stage has
+would take; these are carried one way only."""
 MORE = 1.7
 """By how much the time that is left is overstated to the bracket, which takes half of it."""
-SHARE_OF_TIME = 0.5
-"""Most that the normaliser has of a time budget."""
 
 
 def refine(
@@ -43,7 +47,7 @@ def refine(
     z: Any,
     decoder: Callable[[Tensor], Tensor],
     *,
-    max_stages: int = 1,
+    max_stages: int = 2,
     seed: int = 0,
     validation: float | Any = 0.1,
     settings: StageSettings | None = None,
@@ -57,7 +61,9 @@ def refine(
     g the decoder, h a small convolutional network on its pictures, learned like any stage: by telling decoded draws of
     the latents from decoded particles of the ladder so far. The density remains one of z, normalised. In many
     coordinates this finds what a network on the coordinates does not find in as many rows, since g has been learned
-    already; each evaluation costs one of the decoder as well, so that sampling takes its time.
+    already; each evaluation costs one of the decoder as well, so that sampling takes its time. What such a stage makes
+    too much of, where it has seen neither rows nor particles, a stage on the coordinates then takes back: the two take
+    turns.
 
     Arguments
     ---------
@@ -65,10 +71,10 @@ def refine(
     z : latents, as for ``fit``; with the same rows, ``seed`` and ``validation`` as there the same rows are held out.
     decoder : ``(n, *event_shape) -> (n, C, H, W)``, differentiable: a decoder, or its first layers. A network is copied
         and put into evaluation mode.
-    max_stages : how many stages to add at most.
-    settings : how a stage is learned; by default in smaller batches than on coordinates, and with a bound of 10 nats.
-        ``width / 8`` is the number of the first convolution's maps.
-    time_budget : seconds, of which half at most are kept for the normaliser.
+    max_stages : how many stages to add at most; the first, the third and so on are those on pictures.
+    settings : how stages on pictures are learned; by default in smaller batches than on coordinates, and with a bound
+        of 10 nats. ``width / 8`` is the number of the first convolution's maps.
+    time_budget : seconds, of which about half go to the first stage, the rest to particles and the normaliser.
 
     Returns
     -------
@@ -93,7 +99,7 @@ def refine(
     >>> z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).exp()
     >>> prior = lp.fit(z, base="gmm:1", max_stages=0)
     >>> settings = StageSettings(ratio="decoded", width=64, steps=100, batch_size=64)
-    >>> len(refine(prior, z, g, settings=settings).stages) <= 1
+    >>> len(refine(prior, z, g, settings=settings, max_stages=1).stages) <= 1
     True
     """
     settings = settings or SETTINGS
@@ -113,78 +119,105 @@ def refine(
     with torch.inference_mode(False):
         rows = standardised_rows(*held_out, seed, prior.whitening)
         aim = Target(target[0], target[1], rows, prior.whitening)
+        described = Decoder.describe(decoder, prior.whitening, tuple(prior.event_shape), rows[:DESCRIBED])
+        longer, reason = _climb(run, prior, aim, settings, described, max_stages, seed)
+        if longer is not prior:
+            longer = _normalised(run, longer, rows, reason, seed)
+    run.tell("end", len(longer.stages), message=reason)
+    return longer
+
+
+def _climb(
+    run: FitRun,
+    prior: LatentPrior,
+    aim: Target,
+    settings: StageSettings,
+    described: tuple[Decoder, dict[str, Any]],
+    max_stages: int,
+    seed: int,
+) -> tuple[LatentPrior, str]:
+    """The prior with the stages that are worth their while, its normaliser not estimated yet, and why it ended."""
+
+    def learner_of(ladder: Ladder, turn: int) -> StageLearner:
         shape = tuple(prior.event_shape)
-        described = Decoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED])
-        most, reason = len(prior.stages) + max_stages, "max_stages"
-        while len(prior.stages) < most:
-            learner = StageLearner(aim, prior.ladder, settings, shape, seed, decoder=described)
-            longer, reason = _longer(run, prior, learner, seed)
-            if longer is None:
-                break
-            prior = longer
-    run.tell("end", len(prior.stages), message=reason)
-    return prior
+        if turn % 2:
+            return StageLearner(aim, ladder, ON_COORDINATES, shape, seed)
+        return StageLearner(aim, ladder, settings, shape, seed, decoder=described)
+
+    learner, particles = learner_of(prior.ladder, 0), None
+    for turn in range(max_stages):
+        begun, deadline = time.monotonic(), None
+        if run.time_budget is not None and run.end is not None:
+            left = run.end - begun
+            deadline = begun + (LEARNED * left if turn % 2 == 0 else 0.5 * LEARNED * left)
+            if left <= 0:
+                return prior, "time_budget"
+        particles = particles or learner.particles()
+        run.tell("stage", learner.index, 0, learner.settings.steps, message=particles.source)
+        with torch.enable_grad():
+            learned = learner.learn(
+                particles,
+                deadline=deadline,
+                on_step=lambda now: _tell(run, "step", now),
+                on_evaluate=lambda now: _tell(run, "evaluate", now),
+            )
+        if learned.bound <= 0:
+            return prior, "no gain"
+        learner, after = learner_of(prior.ladder.extended(learned.ratio), turn + 1), None
+        if particles.source != "smc" or turn + 1 < max_stages:
+            after = learner.particles(smc_particles=_carried(run, learner.ladder, aim.held_out))
+        stage = _measured(learned, particles, after, aim.held_out, time.monotonic() - begun)
+        if not stage.is_worthwhile:
+            return prior, "no rise"
+        prior, particles = prior.replaced([*prior.stages, stage]), after
+        run.tell("learned", len(prior.stages) - 1, learned.steps, learned.steps, learned.gain)
+    return prior, "max_stages"
 
 
-def _longer(run: FitRun, prior: LatentPrior, learner: StageLearner, seed: int) -> tuple[LatentPrior | None, str]:
-    """The prior with one more stage, or nothing and the reason why."""
-    rows, begun, steps = learner.target.held_out, time.monotonic(), learner.settings.steps
-    deadline = run.end
-    if deadline is not None and run.time_budget is not None:
-        seconds = normalizers.expected_seconds(prior.ladder.extended(learner.ratio), rows)
-        deadline -= min(SHARE_OF_TIME * run.time_budget, seconds)
-        if time.monotonic() >= deadline:
-            return None, "time_budget"
-    particles = learner.particles()
-    run.tell("stage", learner.index, 0, steps, message=particles.source)
-    with torch.enable_grad():
-        learned = learner.learn(
-            particles,
-            deadline=deadline,
-            on_step=lambda now: run.tell("step", now.index, now.step, steps, now.best_gain),
-            on_evaluate=lambda now: run.tell("evaluate", now.index, now.step, steps, now.best_gain),
-        )
-    if learned.bound <= 0:
-        return None, "no gain"
-    run.tell("normalizer", learner.index + 1)
-    generator = derived_generator(prior.device, seed, "refined", learner.index)
-    ladder = prior.ladder.extended(learned.ratio)
-    # Hardly a draw of the base would count. The bracket takes half of what it is told of, and nothing comes after it.
-    now = time.monotonic()
-    late = None if run.end is None else now + MORE * max(0.0, run.end - now)
-    total = normalizers.estimate(ladder, rows, generator, draws=0, deadline=late)
-    stage = _measured(prior, learned, particles, total, rows, time.monotonic() - begun)
-    if not stage.is_worthwhile:
-        return None, "no rise"
-    run.tell("learned", learner.index, learned.steps, steps, learned.gain)
-    info = {**prior.info, "stopped": "max_stages", "total_seconds": run.seconds()}
-    longer = prior.replaced([*prior.stages, stage], total, info)
-    longer.info["log_prob_held_out"] = float(longer.log_prob_whitened(rows).mean())
-    return longer, "max_stages"
+def _tell(run: FitRun, kind: Literal["step", "evaluate"], now: StageLearner) -> None:
+    run.tell(kind, now.index, now.step, now.settings.steps, now.best_gain)
+
+
+def _carried(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
+    """Particles of sequential Monte Carlo that there is time for."""
+    if run.time_budget is None:
+        return PARTICLES
+    return normalizers.affordable(ladder, rows, CARRIED * run.time_budget, normalizers.MOVES, PARTICLES)
 
 
 @torch.no_grad()
 def _measured(
-    prior: LatentPrior,
-    learned: LearnedStage,
-    particles: FreshParticles,
-    total: normalizers.Normalizer,
-    rows: Tensor,
-    seconds: float,
+    learned: LearnedStage, before: FreshParticles, after: FreshParticles | None, rows: Tensor, seconds: float
 ) -> Stage:
-    """What the stage has added, log Z of the whole ladder taken off."""
-    f = torch.cat([learned.ratio(block) for block in rows.split(2048)]).double()
-    c = total.value - prior.normalizer.value
-    stderr = math.hypot(total.stderr, prior.normalizer.stderr)
-    measured = {
-        "ess": total.ess,
-        "acceptance": particles.acceptance,
-        "particles": particles.source,
-        "log_prob_rise": float(f.mean()) - c,
-        "log_prob_rise_stderr": math.hypot(stderr, float(f.std(correction=0)) / math.sqrt(len(f))),
-        "seconds": seconds,
-        "steps": learned.steps,
-        "saturated": learned.saturated,
-        "history": learned.history,
-    }
-    return Stage(learned.ratio, c, stderr, learned.gain.value, learned.gain.stderr, measured)
+    """What the stage has added, by its normaliser on the particles of sequential Monte Carlo that judged it.
+
+    Theirs is the better one where it is found beside a long way from the base, of which two passes differ by more.
+    """
+    notes = {"seconds": seconds, "steps": learned.steps, "saturated": learned.saturated, "history": learned.history}
+    if before.source == "smc":
+        judges = before.position[len(before.position) * 7 // 8 :]
+        c = log_mean_exp(torch.cat([learned.ratio(block) for block in judges.split(2048)]).double())
+        known = before._replace(log_normalizer=LogMean(0.0, 0.0, 1.0))
+        after = FreshParticles(judges, "smc", c, c.ess, before.acceptance)
+        return Stage.measured(learned.ratio, learned.gain, known, after, rows, **notes)
+    assert after is not None
+    return Stage.measured(learned.ratio, learned.gain, before, after, rows, **notes)
+
+
+def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, reason: str, seed: int) -> LatentPrior:
+    """Log Z of the whole ladder from both ends; the last stage takes what it corrects."""
+    run.tell("normalizer", len(prior.stages))
+    generator = derived_generator(prior.device, seed, "refined", len(prior.stages))
+    # Hardly a draw of the base would count. The bracket takes half of what it is told of, and nothing comes after it.
+    now = time.monotonic()
+    late = None if run.end is None else now + MORE * max(0.0, run.end - now)
+    total = normalizers.estimate(prior.ladder, rows, generator, draws=0, deadline=late)
+    *earlier, last = prior.stages
+    rest = [(stage.log_normalizer, stage.log_normalizer_stderr) for stage in earlier]
+    c, stderr = total.value - sum(c for c, _ in rest), math.hypot(total.stderr, *(error for _, error in rest))
+    stages = [*earlier, replace(last, log_normalizer=c, log_normalizer_stderr=stderr)]
+    info = {**prior.info, "stopped": reason, "total_seconds": run.seconds()}
+    done = prior.replaced(stages, total, info)
+    with torch.no_grad():
+        done.info["log_prob_held_out"] = float(done.log_prob_whitened(rows).mean())
+    return done

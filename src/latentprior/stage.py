@@ -139,16 +139,17 @@ class StageLearner:
             learning_rate=learning_rate, processes=self.processes, decoder=self.decoder,
         )  # fmt: skip
 
-    def particles(self, last: bool = False) -> FreshParticles:
+    def particles(self, last: bool = False, **how: int) -> FreshParticles:
         """The first fresh pass: negatives of this stage, and the normaliser of all stages before it.
 
-        ``last``: no stage will learn from them, and the normaliser is all that is wanted.
+        ``last``: no stage will learn from them, and the normaliser is all that is wanted. ``how`` goes to
+        :meth:`~latentprior.ladder.Ladder.fresh_particles`.
         """
         rows = self.chunk * self.batch
         if last:
             few = {"smc_particles": LAST_SMC_PARTICLES}
             return self._fresh(min(rows, LAST_PARTICLES), "particles", 0, **few)
-        return self._fresh(rows, "particles", 0)
+        return self._fresh(rows, "particles", 0, **how)
 
     def learn(
         self,
