@@ -22,11 +22,11 @@ def decoded_sections() -> list[str]:
         "## Stages that see decoded latents",
         "",
         "`refine` on the ladder of the tables above: a stage whose network reads what the decoder makes of latents, "
-        "then one on coordinates. Seconds are the ladder's and its own, the normaliser included. The density is that "
-        "of latents, in the same coordinates; log Z by sequential Monte Carlo from both ends, and the integral, which "
-        "must be 1, by annealing from a mixture that was fitted to the refined prior's samples, and back. Test rows; "
-        "5,000 samples, Fréchet distances as above. Rivals' rows are those of the tables above. The bound of 10 nats "
-        "and the odds of a stage on pictures were chosen on cifar128 at seed 0, test rows in view.",
+        "then one on where they stand in its mixture. Seconds are the ladder's and its own, the normaliser included. "
+        "The density is that of latents, in the same coordinates; log Z by sequential Monte Carlo from both ends, and "
+        "the integral, which must be 1, by annealing from a mixture fitted to the refined prior's samples, and back. "
+        "Test rows; 5,000 samples, Fréchet distances as above. Rivals' rows are those of the tables above. The bound "
+        "of 10 nats and the odds of a stage on pictures were chosen on cifar128 at seed 0, test rows in view.",
         "",
     ]
     for name, document in found:

@@ -97,24 +97,31 @@ def test_the_stage_tells_what_it_added(prior: lp.LatentPrior, refined: lp.Latent
     assert refined.info["stopped"] == "max_stages"
 
 
-def test_stages_on_pictures_and_on_coordinates_take_turns(
-    prior: lp.LatentPrior, latents: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first one is bounded, so that there is something left for the second."""
-    quick = lp.StageSettings(width=64, steps=400, batch_size=512)
-    monkeypatch.setattr("latentprior.refining.ON_COORDINATES", quick)
-    short = dataclasses.replace(SMALL, steps=100, bound=0.2)
+def test_stages_on_pictures_and_on_the_mixture_take_turns(generator: torch.Generator) -> None:
+    """Two modes, whose weights have changed since the prior was learned, a first stage that may say little."""
+    mode = torch.where(torch.arange(5000) < 4000, 2.5, -2.5)[:, None] * torch.tensor([1.0, 0.0])
+    z = mode + torch.randn(5000, 2, generator=generator)
+    prior = lp.fit(torch.cat([z[2500:4000], z[4000:], z[4000:4500]]), base="gmm:2", max_stages=0, whitening="none")
     heard = []
-    both = lp.refine(prior, latents, Waves(), settings=short, callbacks=[heard.append])
-    kinds = [stage.network.spec["kind"] for stage in both.stages]
-    assert kinds == ["decoded", "residual"]
-    points, cell = square()
+    short = dataclasses.replace(SMALL, steps=100, bound=0.2)
+    both = lp.refine(prior, z, lambda z: z.tanh()[:, :, None, None].expand(-1, -1, 8, 8), settings=short,
+                     callbacks=[heard.append])  # fmt: skip
+    assert [stage.network.spec["kind"] for stage in both.stages] == ["decoded", "mixture"]
+    points, cell = square(8.0)
     with torch.no_grad():
-        assert float(both.log_prob(points).exp().sum() * cell) == pytest.approx(1.0, abs=0.01)
+        density = both.log_prob(points).exp() * cell
+    assert float(density.sum()) == pytest.approx(1.0, abs=0.005 + 3 * both.log_prob_stderr)
+    assert float(density[points[:, 0] > 0].sum() / density.sum()) == pytest.approx(0.8, abs=0.02)
     assert both.normalizer.value == pytest.approx(sum(stage.log_normalizer for stage in both.stages))
     assert [event.kind for event in heard if event.kind not in ("step", "evaluate")] == [
         "stage", "learned", "stage", "learned", "normalizer", "end"
     ]  # fmt: skip
+
+
+def test_without_a_mixture_there_is_one_stage(latents: Tensor) -> None:
+    prior = lp.fit(latents, base="normal", max_stages=0)
+    settings = dataclasses.replace(SMALL, steps=100)
+    assert len(lp.refine(prior, latents, Waves(), settings=settings, max_stages=4).stages) <= 1
 
 
 class First(nn.Module):
