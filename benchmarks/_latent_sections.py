@@ -51,8 +51,7 @@ ABOUT = [
     "",
     "The last column tells the machine's pace (matrix products of a hidden layer on the thread that fits): rows at "
     "about 180 are of one day, rows at about 100 of later ones, rows without of earlier days. What a method learns in "
-    "its seconds depends on it. All ladders are of the later days; those on cifar64 "
-    "orthogonalised in float32, which takes more time.",
+    "its seconds depends on it. All ladders are of the later days.",
 ]
 
 
