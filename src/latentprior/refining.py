@@ -194,9 +194,10 @@ def _carried(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
 def _measured(
     learned: LearnedStage, before: FreshParticles, after: FreshParticles | None, rows: Tensor, seconds: float
 ) -> Stage:
-    """What the stage has added, by its normaliser on the particles of sequential Monte Carlo that judged it.
+    """What the stage has added.
 
-    Theirs is the better one where it is found beside a long way from the base, of which two passes differ by more.
+    Where particles come from sequential Monte Carlo, its normaliser is the mean of its ratio over those that judged it:
+    log Z of two passes from the base differ by more than such a stage changes.
     """
     notes = {"seconds": seconds, "steps": learned.steps, "saturated": learned.saturated, "history": learned.history}
     if before.source == "smc":
