@@ -32,7 +32,7 @@ from latentprior.progress import FitProgress
 from latentprior.seeding import derived_generator
 from latents import CPU, Bench, load_set
 
-SAMPLES, FITTED, CARRIED = 5000, 20_000, 2048
+SAMPLES, FITTED, CARRIED = 5000, 10_000, 1024
 
 
 def scored(bench: Bench, prior: LatentPrior, name: str) -> tuple[dict[str, Any], Tensor]:
@@ -60,8 +60,8 @@ def scored(bench: Bench, prior: LatentPrior, name: str) -> tuple[dict[str, Any],
 def checked(prior: LatentPrior, u: Tensor, generator: torch.Generator) -> list[Any]:
     """The integral from a mixture fitted to samples ``u``, both ways, a few at a time: pictures are dear."""
     d = u.shape[1]
-    size = max(1, min(16, len(u) // (10 * d)))
-    fitted = GaussianMixtureBase.fit(u, u[:1], n_components=size, generator=generator).widened((1.05,))
+    size = max(1, min(16, len(u) // (2 * d)))
+    fitted = GaussianMixtureBase.fit(u, u[:1], n_components=size, generator=generator).to(u.dtype).widened((1.05,))
     found = check_from(
         prior.ladder, fitted, fitted.sample(FITTED, generator), "gmm", generator,
         log_normalizer=prior.normalizer.value, own=lambda n: draw(prior.ladder, n, generator, "smc", {}),
@@ -100,6 +100,7 @@ def measured(name: str, seed: int, ladder_seconds: float, seconds: float) -> dic
             {"kind": stage.network.spec["kind"], "gain": stage.gain, **{k: stage.diagnostics[k] for k in kept}}
             for stage in refined.stages[len(ladder.stages) :]
         ]
+        print(f"{name} seed {seed}: {figures}, refined {found}, {added}", flush=True)
         integral = checked(refined, u, derived_generator(CPU, seed, "decoded", "check"))
         figures["refined"] = {**found, "seconds": both, "integral": integral, "stages": added}
     figures["warnings"] = [str(w.message) for w in caught]
