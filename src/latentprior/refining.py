@@ -62,12 +62,11 @@ def refine(
     .. math:: p_{K+1}(z) = p_K(z)\, e^{f(z) - c}, \qquad f(z) = s \tanh(h(g(z)) / s),
 
     g the decoder, h a small convolutional network on its pictures, learned like any stage: by telling decoded draws of
-    the latents from decoded particles of the ladder so far. The density remains one of z, normalised. In many
-    coordinates this finds what a network on the coordinates does not find in as many rows, since g has been learned
-    already; each evaluation costs one of the decoder as well, so that sampling takes its time. Such a stage may make
-    too much of places where it has seen neither rows nor particles. A stage on where rows stand in the ladder's
-    mixture, if there is one, comes next and can take that back, as far as its particles show it, which are few where
-    they are dear: the two take turns.
+    the latents from decoded particles of the ladder so far. The density remains one of z, normalised. What g
+    has learned of the data need not be found anew in the latents; each evaluation costs one of the decoder as well, so
+    that sampling takes its time. Such a stage may make too much of places where it has seen neither rows nor particles.
+    A stage on where rows stand in the ladder's mixture, if there is one, comes next and can take that back, as far as
+    its particles show it, which are few where they are dear: the two take turns.
 
     Arguments
     ---------
