@@ -102,6 +102,13 @@ def decode_taef2(z: Tensor) -> Tensor:
     return torch.cat(parts) / 2 + 0.5
 
 
+def taef2_first_layers() -> nn.Module:
+    """TAEF2's decoder until its map has doubled once: codes to ``(n, 64, 8, 8)``, a thirtieth of its work."""
+    decoder = next(taef2().generator.children())
+    assert isinstance(decoder, nn.Sequential)
+    return decoder[:8].to(memory_format=torch.channels_last)
+
+
 DECODERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "mnist16": ("mnist", "lenet", decode_mnist16),
     "vae20": ("mnist", "lenet", decode_vae20),
@@ -117,8 +124,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "cifar32": lambda: cifar_decoder(32),
     "cifar64": lambda: cifar_decoder(64),
     "cifar128": lambda: cifar_decoder(128),
+    "taef512": taef2_first_layers,
 }
-"""Decoders as networks, for stages that read their pictures."""
+"""Decoders as networks, or their first layers, for stages that read what they make."""
 IMAGES = {"mnist": 10_000, "cifar10": 5_000}
 """How many are compared: EfficientNet-Lite0 takes many times as long as LeNet-5."""
 

@@ -23,7 +23,8 @@ from _data import SETS
 from _features import NETWORKS, decoded_features
 from _latent_pictures import add_picture
 from _results import join_results
-from latentprior.bases import GaussianMixtureBase
+from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase
+from latentprior.bases.by_name import WIDE
 from latentprior.draws import draw
 from latentprior.metrics import frechet_distance, two_sample_auc
 from latentprior.normalizers import check_from
@@ -61,7 +62,8 @@ def checked(prior: LatentPrior, u: Tensor, generator: torch.Generator) -> list[A
     """The integral from a mixture fitted to samples ``u``, both ways, a few at a time: pictures are dear."""
     d = u.shape[1]
     size = max(1, min(16, len(u) // (2 * d)))
-    fitted = GaussianMixtureBase.fit(u, u[:1], n_components=size, generator=generator).to(u.dtype).widened((1.05,))
+    kind = GaussianMixtureBase if d < WIDE else LowRankMixtureBase
+    fitted = kind.fit(u, u[:1], n_components=size, generator=generator).to(u.dtype).widened((1.05,))
     found = check_from(
         prior.ladder, fitted, fitted.sample(FITTED, generator), "gmm", generator,
         log_normalizer=prior.normalizer.value, own=lambda n: draw(prior.ladder, n, generator, "smc", {}),

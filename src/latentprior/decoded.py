@@ -46,7 +46,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.decode = copy.deepcopy(decode).eval().requires_grad_(False) if isinstance(decode, nn.Module) else decode
-        self.whitening, self.event_shape = whitening, tuple(event_shape)
+        self.whitening, self.event_shape, self.pictures = whitening, tuple(event_shape), dict(pictures)
         for name in ("loc", "scale"):
             # Even where networks are sketched without memory, the decoder is there.
             value = torch.tensor([float(x) for x in pictures[name]], device=whitening.loc.device)
@@ -73,8 +73,8 @@ class Decoder(nn.Module):
     @classmethod
     def describe(
         cls, decode: Callable[[Tensor], Tensor], whitening: Whitening, event_shape: tuple[int, ...], rows: Tensor
-    ) -> tuple[Decoder, dict[str, Any]]:
-        """Standardise pictures of ``rows`` ``(n, d)``, and describe them for a saved file.
+    ) -> Decoder:
+        """Standardise pictures of ``rows`` ``(n, d)``, and describe them in ``pictures``, for a saved file.
 
         Raises :class:`LatentPriorError` for a decoder whose pictures are not finite or have no gradient.
         """
@@ -94,8 +94,8 @@ class Decoder(nn.Module):
                 "scale": some.double().std((0, 2, 3), correction=0).clamp_min(1e-6).tolist(),
             }
             found = cls(decode, whitening, event_shape, pictures)
-            pictures["probe"] = found.probe().tolist()
-        return found, pictures
+            found.pictures["probe"] = found.probe().tolist()
+        return found
 
     @torch.no_grad()
     def probe(self) -> Tensor:
@@ -104,10 +104,10 @@ class Decoder(nn.Module):
         flat = ((picture - self.loc) / self.scale).flatten()
         return flat[torch.linspace(0, len(flat) - 1, PROBES).long().to(flat.device)]
 
-    def check(self, pictures: Mapping[str, Any]) -> None:
+    def check(self) -> None:
         """Raise :class:`LatentPriorError` where this is not the decoder that stages have learned from."""
-        known = self.probe().new_tensor([float(x) for x in pictures["probe"]])
         found = self.probe()
+        known = found.new_tensor([float(x) for x in self.pictures["probe"]])
         if known.shape != found.shape or not (found - known).abs().max() < SAME:
             raise LatentPriorError("this is not the decoder that the stages were learned with: its pictures differ")
 

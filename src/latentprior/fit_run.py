@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checkpoint import UNFIT, load_state, save_state, tensors_under
 from .errors import CheckpointError
+from .normalizers import Normalizer
 from .prior import LatentPrior
 from .processes import Processes
 from .ratios import Gain
@@ -88,6 +89,10 @@ class FitRun:
         for callback in self.callbacks:
             callback(Event(kind, stage, step, steps, value, stderr, self.seconds(), message))
 
+    def tell_of(self, kind: Literal["step", "evaluate", "learned"], learner: StageLearner) -> None:
+        """Tell every callback how far a stage is."""
+        self.tell(kind, learner.index, learner.step, learner.settings.steps, learner.best_gain)
+
     def time_for(self, seconds: float) -> bool:
         """Whether there is time for another stage, after one that took ``seconds``."""
         if self.deadline is None:
@@ -99,6 +104,21 @@ class FitRun:
         """Leave ``seconds`` of the budget to the normaliser, a fifth of it at most."""
         if self.end is not None and self.time_budget is not None:
             self.deadline = self.end - min(MOST_KEPT * self.time_budget, self.processes.first(seconds))
+
+    def normalised(
+        self, prior: LatentPrior, total: Normalizer, held_out: Tensor, reason: str, **more: Any
+    ) -> LatentPrior:
+        """The ladder with its log Z; the last stage takes what that corrects. ``more`` joins its info."""
+        stages = list(prior.stages)
+        if stages:
+            *earlier, last = stages
+            c = total.value - sum(stage.log_normalizer for stage in earlier)
+            stderr = math.hypot(total.stderr, *(stage.log_normalizer_stderr for stage in earlier))
+            stages = [*earlier, replace(last, log_normalizer=c, log_normalizer_stderr=stderr)]
+        done = prior.replaced(stages, total, {**prior.info, "stopped": reason, "total_seconds": self.seconds(), **more})
+        with torch.no_grad():
+            done.info["log_prob_held_out"] = float(done.log_prob_whitened(held_out).mean())
+        return done
 
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device

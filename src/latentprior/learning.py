@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -237,18 +238,12 @@ def _start_on_waypoints(
     run: FitRun, prior: LatentPrior, aim: Target, settings: StageSettings, seed: int
 ) -> LatentPrior:
     """Learn the stages between waypoints, saved when all of them are learned."""
-
-    def on_step(now: StageLearner) -> None:
-        run.tell("step", now.index, now.step, settings.steps, now.best_gain)
-
-    def on_learned(now: StageLearner) -> None:
-        run.tell("learned", now.index, now.step, settings.steps, now.best_gain)
-
     shape = tuple(prior.event_shape)
     with torch.enable_grad():
         stages = learn_waypoints(
-            aim, prior.ladder, settings, shape, seed, deadline=run.deadline, on_step=on_step, on_learned=on_learned
-        )
+            aim, prior.ladder, settings, shape, seed, deadline=run.deadline,
+            on_step=partial(run.tell_of, "step"), on_learned=partial(run.tell_of, "learned"),
+        )  # fmt: skip
     prior = prior.replaced(stages)
     run.save(prior, None)
     return prior
@@ -261,14 +256,11 @@ def _learn(
 
     The last good state is the ladder before the stage: from there it is learned at a quarter of the learning rate.
     """
-    steps, started = learner.settings.steps, time.monotonic()
-
-    def on_step(now: StageLearner) -> None:
-        run.tell("step", now.index, now.step, steps, now.best_gain)
+    on_step, started = partial(run.tell_of, "step"), time.monotonic()
 
     def on_evaluate(now: StageLearner) -> None:
         run.save(prior, now)
-        run.tell("evaluate", now.index, now.step, steps, now.best_gain)
+        run.tell_of("evaluate", now)
 
     for attempt in range(2):
         try:
@@ -305,36 +297,17 @@ def _check_moved(particles: FreshParticles, stage: int, rate: float) -> None:
 def _finish(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: str) -> LatentPrior:
     """Estimate and bracket log Z on particles that trained nothing; the last stage takes what it corrects."""
     run.tell("normalizer", len(prior.stages))
-    stages = list(prior.stages)
     generator = derived_generator(prior.device, seed, "normalizer", *run.processes.keys)
     total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.end, processes=run.processes)
-    if stages:
-        last = stages[-1]
-        rest = sum(stage.log_normalizer for stage in stages[:-1])
-        stages[-1] = Stage(
-            last.network,
-            total.value - rest,
-            math.hypot(total.stderr, *(s.log_normalizer_stderr for s in stages[:-1])),
-            last.gain,
-            last.gain_stderr,
-            last.diagnostics,
+    if prior.stages and reason in ("max_stages", "time_budget") and prior.stages[-1].gain > SATURATED_GAIN:
+        warn(
+            f"the ladder ended ({reason}) while stage {len(prior.stages) - 1} still told data from samples almost "
+            f"perfectly (gain {prior.stages[-1].gain:.2f} of 1.39): raise max_stages or use a better base (base='gmm')",
+            StageSaturatedWarning,
         )
-        if reason in ("max_stages", "time_budget") and last.gain > SATURATED_GAIN:
-            warn(
-                f"the ladder ended ({reason}) while stage {len(stages) - 1} still told data from samples almost "
-                f"perfectly (gain {last.gain:.2f} of 1.39): raise max_stages or use a better base (base='gmm')",
-                StageSaturatedWarning,
-            )
-    info = {
-        **prior.info,
-        "stopped": reason,
-        "total_seconds": run.seconds(),
-        "versions": _versions(),
-    }
-    done = prior.replaced(stages, total, info)
-    done.info["log_prob_held_out"] = float(done.log_prob_whitened(rows).mean())
+    done = run.normalised(prior, total, rows, reason, versions=_versions())
     run.save(done, None)
-    run.tell("end", len(stages), message=reason)
+    run.tell("end", len(done.stages), message=reason)
     return done
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,8 +123,8 @@ def refine(
     with torch.inference_mode(False):
         rows = standardised_rows(*held_out, seed, prior.whitening)
         aim = Target(target[0], target[1], rows, prior.whitening)
-        described = Decoder.describe(decoder, prior.whitening, tuple(prior.event_shape), rows[:DESCRIBED])
-        longer, reason = _climb(run, prior, aim, settings, described, max_stages, seed)
+        sees = Decoder.describe(decoder, prior.whitening, tuple(prior.event_shape), rows[:DESCRIBED])
+        longer, reason = _climb(run, prior, aim, settings, sees, max_stages, seed)
         if longer is not prior:
             longer = _normalised(run, longer, rows, reason, seed)
     run.tell("end", len(longer.stages), message=reason)
@@ -136,7 +136,7 @@ def _climb(
     prior: LatentPrior,
     aim: Target,
     settings: StageSettings,
-    described: tuple[Decoder, dict[str, Any]],
+    sees: Decoder,
     max_stages: int,
     seed: int,
 ) -> tuple[LatentPrior, str]:
@@ -146,7 +146,7 @@ def _climb(
         shape = tuple(prior.event_shape)
         if turn % 2 and ladder.mixture:
             return StageLearner(aim, ladder, ON_MIXTURE, shape, seed)
-        return StageLearner(aim, ladder, settings, shape, seed, decoder=described)
+        return StageLearner(aim, ladder, settings, shape, seed, decoder=sees)
 
     max_stages = max_stages if prior.ladder.mixture else 1
     learner, particles = learner_of(prior.ladder, 0), None
@@ -163,8 +163,8 @@ def _climb(
             learned = learner.learn(
                 particles,
                 deadline=deadline,
-                on_step=lambda now: _tell(run, "step", now),
-                on_evaluate=lambda now: _tell(run, "evaluate", now),
+                on_step=partial(run.tell_of, "step"),
+                on_evaluate=partial(run.tell_of, "evaluate"),
             )
         if learned.bound <= 0:
             return prior, "no gain"
@@ -177,10 +177,6 @@ def _climb(
         prior, particles = prior.replaced([*prior.stages, stage]), after
         run.tell("learned", len(prior.stages) - 1, learned.steps, learned.steps, learned.gain)
     return prior, "max_stages"
-
-
-def _tell(run: FitRun, kind: Literal["step", "evaluate"], now: StageLearner) -> None:
-    run.tell(kind, now.index, now.step, now.settings.steps, now.best_gain)
 
 
 def _carried(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
@@ -218,12 +214,4 @@ def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, reason: str, seed
     now = time.monotonic()
     late = None if run.end is None else now + MORE * max(0.0, run.end - now)
     total = normalizers.estimate(prior.ladder, rows, generator, draws=0, deadline=late)
-    *earlier, last = prior.stages
-    rest = [(stage.log_normalizer, stage.log_normalizer_stderr) for stage in earlier]
-    c, stderr = total.value - sum(c for c, _ in rest), math.hypot(total.stderr, *(error for _, error in rest))
-    stages = [*earlier, replace(last, log_normalizer=c, log_normalizer_stderr=stderr)]
-    info = {**prior.info, "stopped": reason, "total_seconds": run.seconds()}
-    done = prior.replaced(stages, total, info)
-    with torch.no_grad():
-        done.info["log_prob_held_out"] = float(done.log_prob_whitened(rows).mean())
-    return done
+    return run.normalised(prior, total, rows, reason)

@@ -113,7 +113,7 @@ class PriorParts:
                 sees = None
                 if decoder is not None and spec["kind"] == "decoded":
                     sees = Decoder(decoder, whitening, tuple(shape), spec["pictures"])
-                    sees.check(spec["pictures"])
+                    sees.check()
                 network = _rebuilt(spec, shape, learned, mixture, sees)
                 network.to(whitening.loc.dtype)
                 figures = {

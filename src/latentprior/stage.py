@@ -93,7 +93,7 @@ class StageLearner:
         *,
         learning_rate: float | None = None,
         processes: Processes = ALONE,
-        decoder: tuple[Decoder, dict[str, Any]] | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """``decoder``: for a ratio of the kind ``decoded``, as :meth:`Decoder.describe` gives it."""
         self.target, self.ladder, self.settings = target, ladder, settings
@@ -103,9 +103,8 @@ class StageLearner:
         spec = settings.spec(event_shape, ladder.mixture is not None)
         generator = derived_generator(torch.device("cpu"), seed, self.index, "weights")
         self.decoder = decoder
-        sees, pictures = decoder or (None, None)
-        spec |= {"pictures": pictures} if pictures else {}
-        self.ratio = build_ratio(spec, generator, ladder.mixture, sees).to(device=self.device, dtype=self.dtype)
+        spec |= {"pictures": decoder.pictures} if decoder else {}
+        self.ratio = build_ratio(spec, generator, ladder.mixture, decoder).to(device=self.device, dtype=self.dtype)
         self.parameters = {name: p for name, p in self.ratio.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
