@@ -27,8 +27,8 @@ def decoded_sections() -> list[str]:
         "the integral, which must be 1, by annealing from a mixture fitted to the refined prior's samples, and back. "
         "Test rows; 5,000 samples, Fréchet distances as above. Rivals' rows are those of the tables above. The bound "
         "of 10 nats and the odds of a stage on pictures were chosen on cifar128 at seed 0, test rows in view. On "
-        "taef512 the network reads the decoder's first layers, until a convolution on maps of 8 x 8, a thirtieth of "
-        "its work; how many was chosen there by gains on validation rows at seed 0.",
+        "taef512 the network reads the decoder's first eight layers, until a convolution on maps of 8 x 8; how many "
+        "was chosen there by gains on validation rows at seed 0.",
         "",
     ]
     for name, document in found:

@@ -103,7 +103,7 @@ def decode_taef2(z: Tensor) -> Tensor:
 
 
 def taef2_first_layers() -> nn.Module:
-    """TAEF2's decoder until its map has doubled once: codes to ``(n, 64, 8, 8)``, a thirtieth of its work."""
+    """TAEF2's decoder until its map has doubled once: codes to ``(n, 64, 8, 8)``."""
     decoder = next(taef2().generator.children())
     assert isinstance(decoder, nn.Sequential)
     return decoder[:8].to(memory_format=torch.channels_last)
