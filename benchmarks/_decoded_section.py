@@ -21,8 +21,9 @@ def decoded_sections() -> list[str]:
     out = [
         "## Stages that see decoded latents",
         "",
-        "`refine` on the ladder of the tables above: a stage whose network reads what the decoder makes of latents, "
-        "then one on where they stand in its mixture. Seconds are the ladder's and its own, the normaliser included. "
+        "`refine` on the ladder of the tables above: a stage whose network reads what the decoder makes of latents. "
+        "Seconds are the ladder's and its own, the normaliser included. In these runs `refine` went on to try a second "
+        "stage, a linear form of where latents stand in the ladder's mixture; it was kept at no seed and is gone. "
         "The density is that of latents, in the same coordinates; log Z by sequential Monte Carlo from both ends, and "
         "the integral, which must be 1, by annealing from a mixture fitted to the refined prior's samples, and back. "
         "Test rows; 5,000 samples, Fréchet distances as above. Rivals' rows are those of the tables above. The bound "

@@ -2,8 +2,8 @@
 
     python benchmarks/decoded.py --sets cifar128 --seeds 0 1 2 --seconds 600
 
-The ladder of benchmarks/latents.py (same rows, seeds and seconds), then a stage on the decoder's pictures and one on
-the mixture with a budget of ``--seconds``, the normaliser included. Held-out log density in the same coordinates, log Z
+The ladder of benchmarks/latents.py (same rows, seeds and seconds), then a stage on the decoder's pictures with
+a budget of ``--seconds``, the normaliser included. Held-out log density in the same coordinates, log Z
 from both ends, and the integral by annealing from a mixture that is fitted to the refined prior's samples. Fréchet
 distances and AUC are those of latents.py; 5,000 samples. Rows of rivals stand in ``latents_SET.json``.
 """

@@ -275,18 +275,3 @@ def test_ratio_reads_features_and_saves_without_the_mixture(kind: str, generator
         again.load_weights({})
     with pytest.raises(CheckpointError, match="mixture"):
         build_ratio(spec, generator)
-
-
-def test_a_form_of_the_mixture_moves_weight_between_components(generator: torch.Generator) -> None:
-    """f = log 4 times the first responsibility: the odds of far components become four times what they were."""
-    means = torch.tensor([[-6.0], [6.0]])
-    source = GaussianMixtureBase(torch.tensor([0.5, 0.5]), means, torch.ones(2, 1, 1))
-    spec = {"kind": "mixture", "event_shape": [1], "width": 8, "depth": 2, "bound": 50.0, "features": True}
-    ratio = build_ratio(spec, generator, source)
-    u = source.sample(1000, generator)
-    assert ratio(u).abs().max() == 0
-    with torch.no_grad():
-        ratio.network.beside.weight[0, 0] = math.log(4)
-    torch.testing.assert_close(ratio(u), torch.where(u[:, 0] < 0, math.log(4), 0.0), atol=2e-3, rtol=0)
-    with pytest.raises(CheckpointError, match="mixture"):
-        build_ratio({**spec, "features": False}, generator, source)

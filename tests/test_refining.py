@@ -54,7 +54,7 @@ def prior(latents: Tensor) -> lp.LatentPrior:
 
 @pytest.fixture(scope="module")
 def refined(prior: lp.LatentPrior, latents: Tensor) -> lp.LatentPrior:
-    return lp.refine(prior, latents, Waves(), settings=SMALL, max_stages=1)
+    return lp.refine(prior, latents, Waves(), settings=SMALL)
 
 
 def square(side: float = 5.0, n: int = 400) -> tuple[Tensor, float]:
@@ -94,34 +94,23 @@ def test_the_stage_tells_what_it_added(prior: lp.LatentPrior, refined: lp.Latent
     assert stage.diagnostics["log_prob_rise"] == pytest.approx(rise, abs=4 * stage.diagnostics["log_prob_rise_stderr"])
     assert stage.log_normalizer == pytest.approx(refined.normalizer.value - prior.normalizer.value)
     assert len(prior.stages) == 0
-    assert refined.info["stopped"] == "max_stages"
+    assert refined.info["stopped"] == "refined"
 
 
-def test_stages_on_pictures_and_on_the_mixture_take_turns(generator: torch.Generator) -> None:
-    """Two modes, whose weights have changed since the prior was learned, a first stage that may say little."""
-    mode = torch.where(torch.arange(5000) < 4000, 2.5, -2.5)[:, None] * torch.tensor([1.0, 0.0])
-    z = mode + torch.randn(5000, 2, generator=generator)
-    prior = lp.fit(torch.cat([z[2500:4000], z[4000:], z[4000:4500]]), base="gmm:2", max_stages=0, whitening="none")
-    heard = []
-    short = dataclasses.replace(SMALL, steps=100, bound=0.2)
-    both = lp.refine(prior, z, lambda z: z.tanh()[:, :, None, None].expand(-1, -1, 8, 8), settings=short,
-                     callbacks=[heard.append])  # fmt: skip
-    assert [stage.network.spec["kind"] for stage in both.stages] == ["decoded", "mixture"]
-    points, cell = square(8.0)
+def test_its_result_can_be_refined_again(prior: lp.LatentPrior, latents: Tensor) -> None:
+    """A first stage that may say little leaves the rest to a second one."""
+    heard, short = [], dataclasses.replace(SMALL, steps=100, bound=0.3)
+    first = lp.refine(prior, latents, Waves(), settings=short, callbacks=[heard.append])
+    second = lp.refine(first, latents, Waves(), settings=SMALL, callbacks=[heard.append])
+    assert [len(first.stages), len(second.stages)] == [1, 2]
+    assert second.info["log_prob_held_out"] > first.info["log_prob_held_out"] + 0.05
+    points, cell = square()
     with torch.no_grad():
-        density = both.log_prob(points).exp() * cell
-    assert float(density.sum()) == pytest.approx(1.0, abs=0.005 + 3 * both.log_prob_stderr)
-    assert float(density[points[:, 0] > 0].sum() / density.sum()) == pytest.approx(0.8, abs=0.02)
-    assert both.normalizer.value == pytest.approx(sum(stage.log_normalizer for stage in both.stages))
-    assert [event.kind for event in heard if event.kind not in ("step", "evaluate")] == [
-        "stage", "learned", "stage", "learned", "normalizer", "end"
-    ]  # fmt: skip
-
-
-def test_without_a_mixture_there_is_one_stage(latents: Tensor) -> None:
-    prior = lp.fit(latents, base="normal", max_stages=0)
-    settings = dataclasses.replace(SMALL, steps=100)
-    assert len(lp.refine(prior, latents, Waves(), settings=settings, max_stages=4).stages) <= 1
+        density = second.log_prob(points).exp() * cell
+    assert float(density.sum()) == pytest.approx(1.0, abs=0.005 + 3 * second.log_prob_stderr)
+    assert second.normalizer.value == pytest.approx(sum(stage.log_normalizer for stage in second.stages))
+    told = [event.kind for event in heard if event.kind not in ("step", "evaluate")]
+    assert told == 2 * ["stage", "learned", "normalizer", "end"]
 
 
 class First(nn.Module):
@@ -188,7 +177,7 @@ def test_the_weights_of_the_decoder_are_not_saved(refined: lp.LatentPrior) -> No
 def test_the_decoder_is_left_as_it_was(prior: lp.LatentPrior, latents: Tensor) -> None:
     decoder = nn.Sequential(Waves(), nn.BatchNorm2d(2), nn.Dropout(0.5)).train()
     before = copy.deepcopy(decoder.state_dict())
-    lp.refine(prior, latents[:500], decoder, settings=dataclasses.replace(SMALL, steps=50), max_stages=1)
+    lp.refine(prior, latents[:500], decoder, settings=dataclasses.replace(SMALL, steps=50))
     assert decoder.training
     assert all(p.requires_grad for p in decoder.parameters())
     torch.testing.assert_close(decoder.state_dict(), before)
@@ -202,7 +191,7 @@ def test_a_function_will_do_and_moves_with_the_prior(refined: lp.LatentPrior, la
     waves = Waves().requires_grad_(False)
     settings = dataclasses.replace(SMALL, steps=200)
     plain = lp.fit(latents, base="gmm:1", max_stages=0)
-    by_function = lp.refine(plain, latents, waves.forward, settings=settings, max_stages=1)
+    by_function = lp.refine(plain, latents, waves.forward, settings=settings)
     assert len(by_function.stages) == 1
 
 
@@ -246,8 +235,6 @@ def test_senseless_calls_are_named(prior: lp.LatentPrior, latents: Tensor) -> No
         lp.refine(prior, torch.ones(100, 3), Waves())
     with pytest.raises(lp.LatentPriorError, match="decoded"):
         lp.refine(prior, latents, Waves(), settings=lp.StageSettings(ratio="mlp"))
-    with pytest.raises(lp.LatentPriorError, match="max_stages"):
-        lp.refine(prior, latents, Waves(), max_stages=0)
     with pytest.raises(lp.LatentPriorError, match="time_budget"):
         lp.refine(prior, latents, Waves(), time_budget=-1.0)
     with pytest.raises(lp.LatentPriorError, match="refine"):

@@ -22,7 +22,6 @@ __all__ = [
     "ConvNet",
     "Gain",
     "MixtureFeatures",
-    "MixtureForm",
     "Quadratic",
     "ResidualMLP",
     "build_ratio",
@@ -214,23 +213,6 @@ class Quadratic(nn.Module):
         return h if self.beside is None else h + self.beside(features).squeeze(1)  # type: ignore[no-any-return]
 
 
-class MixtureForm(nn.Module):
-    """A linear form of :class:`MixtureFeatures`, ``(n, d), (n, features) -> (n,)``, zero at first.
-
-    It moves weight from component to component, and from their centres to their rims and back: few weights, for
-    particles that are few.
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.beside: nn.Linear = blank(nn.Linear, features, 1)
-        nn.init.zeros_(self.beside.weight)
-        nn.init.zeros_(self.beside.bias)
-
-    def forward(self, u: Tensor, features: Tensor) -> Tensor:
-        return self.beside(features).squeeze(1)  # type: ignore[no-any-return]
-
-
 class ConvNet(nn.Module):
     """A convolutional ratio for spatial latents: flat ``(n, C*H*W) -> (n,)``.
 
@@ -332,7 +314,7 @@ def build_ratio(
 ) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 
-    ``kind`` is ``mlp``, ``residual``, ``quadratic``, ``mixture``, ``conv`` or ``decoded``; with ``event_shape``,
+    ``kind`` is ``mlp``, ``residual``, ``quadratic``, ``conv`` or ``decoded``; with ``event_shape``,
     ``width``, ``depth``, ``bound`` and, where the network reads :class:`MixtureFeatures`, ``features`` true; of
     ``decoded`` with ``pictures``. Raises :class:`CheckpointError` for a kind it does not know, or if the mixture or
     decoder is absent.
@@ -352,10 +334,6 @@ def build_ratio(
         network = ResidualMLP(math.prod(shape), width, depth, generator, extra)
     elif kind == "quadratic":
         network = Quadratic(math.prod(shape), generator, extra)
-    elif kind == "mixture":
-        if features is None:
-            raise CheckpointError("a form of the mixture's features needs a mixture")
-        network = MixtureForm(extra)
     elif kind == "conv":
         network = ConvNet(shape, width, depth, generator, extra)
     elif kind == "decoded":
@@ -364,9 +342,7 @@ def build_ratio(
         channels, height, breadth = map(int, spec["pictures"]["shape"])
         network = DecodedNet((channels, height, breadth), decoder, max(1, width // 8), generator)
     else:
-        raise CheckpointError(
-            f"unknown ratio network {kind!r}: choose mlp, residual, quadratic, mixture, conv or decoded"
-        )
+        raise CheckpointError(f"unknown ratio network {kind!r}: choose mlp, residual, quadratic, conv or decoded")
     return BoundedRatio(network, float(spec["bound"]), spec, features)
 
 

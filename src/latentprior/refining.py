@@ -1,4 +1,4 @@
-"""Further stages on a learned prior, most of which see latents as their decoder shows them."""
+"""A further stage on a learned prior, which sees latents as their decoder shows them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,12 @@ SETTINGS = StageSettings(
     ratio="decoded", mixture_features=False, steps=2000, batch_size=256, bound=10.0, learning_rate=2e-3, patience=8
 )
 """Chosen on cifar128 of the benchmarks at seed 0, test rows in view: a bound of 5 held a third of all rows back."""
-ON_MIXTURE = StageSettings(
-    ratio="mixture", steps=1000, odds=1.0, optimizer="adamw", learning_rate=0.03, weight_decay=0.01, average=0.99
-)
-"""A network on the coordinates learns some thousand particles by heart within a hundred steps."""
 DESCRIBED = 2048
 """Rows whose pictures are standardised."""
 PARTICLES = 8192
 LEARNED, CARRIED = 0.5, 0.25
-"""Of a time budget: until when a stage on pictures ends, and what a bracket of as many particles as the next stage has
-would take; these are carried one way only."""
+"""Of a time budget: until when the stage ends, and what a bracket of as many particles as measure it would take; these
+are carried one way only."""
 MORE = 1.7
 """By how much the time that is left is overstated to the bracket, which takes half of it."""
 
@@ -50,14 +46,13 @@ def refine(
     z: Any,
     decoder: Callable[[Tensor], Tensor],
     *,
-    max_stages: int = 2,
     seed: int = 0,
     validation: float | Any = 0.1,
     settings: StageSettings | None = None,
     time_budget: float | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> LatentPrior:
-    r"""Add stages to a prior that see what a decoder makes of the latents.
+    r"""Add a stage to a prior that sees what a decoder makes of the latents.
 
     .. math:: p_{K+1}(z) = p_K(z)\, e^{f(z) - c}, \qquad f(z) = s \tanh(h(g(z)) / s),
 
@@ -65,8 +60,7 @@ def refine(
     the latents from decoded particles of the ladder so far. The density remains one of z, normalised. What g
     has learned of the data need not be found anew in the latents; each evaluation costs one of the decoder as well, so
     that sampling takes its time. Such a stage may make too much of places where it has seen neither rows nor particles.
-    A stage on where rows stand in the ladder's mixture, if there is one, comes next and can take that back, as far as
-    its particles show it, which are few where they are dear: the two take turns.
+    Called on its own result, it adds another one.
 
     Arguments
     ---------
@@ -74,16 +68,14 @@ def refine(
     z : latents, as for ``fit``; with the same rows, ``seed`` and ``validation`` as there the same rows are held out.
     decoder : ``(n, *event_shape) -> (n, C, H, W)``, differentiable: a decoder, or its first layers. A network is copied
         and put into evaluation mode.
-    max_stages : how many stages to add at most; the first, the third and so on are those on pictures. Without a mixture
-        as base or cover there is one.
-    settings : how stages on pictures are learned; by default in smaller batches than on coordinates, and with a bound
+    settings : how the stage is learned; by default in smaller batches than on coordinates, and with a bound
         of 10 nats. ``width / 8`` is the number of the first convolution's maps.
-    time_budget : seconds, of which about half go to the first stage, the rest to particles and the normaliser.
+    time_budget : seconds, of which about half go to the stage, the rest to particles and the normaliser.
 
     Returns
     -------
-    The prior with those stages that raised the held-out log density by 0.05 nats and two standard errors; the prior
-    itself where none did, which ``info["stopped"]`` of a result, or the ``end`` event of a callback, tells.
+    The prior with the stage, if it raised the held-out log density by 0.05 nats and two standard errors, else the prior
+    itself; the ``end`` event of a callback tells which.
     :meth:`~latentprior.LatentPrior.from_pretrained` needs the ``decoder`` again; a
     :class:`~latentprior.LatentVariableModel` saves it, where it is the model's generator.
 
@@ -103,14 +95,12 @@ def refine(
     >>> z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).exp()
     >>> prior = lp.fit(z, base="gmm:1", max_stages=0)
     >>> settings = StageSettings(ratio="decoded", width=64, steps=100, batch_size=64)
-    >>> len(refine(prior, z, g, settings=settings, max_stages=1).stages) <= 1
+    >>> len(refine(prior, z, g, settings=settings).stages) <= 1
     True
     """
     settings = settings or SETTINGS
     if settings.ratio not in ("auto", "decoded"):
         raise LatentPriorError(f"stages that see pictures have ratio='decoded', not {settings.ratio!r}")
-    if max_stages < 1:
-        raise LatentPriorError(f"max_stages must be 1 or more, got {max_stages}")
     if time_budget is not None and not time_budget >= 0:
         raise LatentPriorError(f"time_budget must be seconds, 0 or more, got {time_budget}")
     settings = replace(settings, ratio="decoded", mixture_features=False)
@@ -124,59 +114,41 @@ def refine(
         rows = standardised_rows(*held_out, seed, prior.whitening)
         aim = Target(target[0], target[1], rows, prior.whitening)
         sees = Decoder.describe(decoder, prior.whitening, tuple(prior.event_shape), rows[:DESCRIBED])
-        longer, reason = _climb(run, prior, aim, settings, sees, max_stages, seed)
-        if longer is not prior:
-            longer = _normalised(run, longer, rows, reason, seed)
-    run.tell("end", len(longer.stages), message=reason)
-    return longer
+        learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, decoder=sees)
+        stage, reason = _learned(run, learner)
+        if stage is not None:
+            prior = _normalised(run, prior.replaced([*prior.stages, stage]), rows, reason, seed)
+    run.tell("end", len(prior.stages), message=reason)
+    return prior
 
 
-def _climb(
-    run: FitRun,
-    prior: LatentPrior,
-    aim: Target,
-    settings: StageSettings,
-    sees: Decoder,
-    max_stages: int,
-    seed: int,
-) -> tuple[LatentPrior, str]:
-    """The prior with the stages that are worth their while, its normaliser not estimated yet, and why it ended."""
-
-    def learner_of(ladder: Ladder, turn: int) -> StageLearner:
-        shape = tuple(prior.event_shape)
-        if turn % 2 and ladder.mixture:
-            return StageLearner(aim, ladder, ON_MIXTURE, shape, seed)
-        return StageLearner(aim, ladder, settings, shape, seed, decoder=sees)
-
-    max_stages = max_stages if prior.ladder.mixture else 1
-    learner, particles = learner_of(prior.ladder, 0), None
-    for turn in range(max_stages):
-        begun, deadline = time.monotonic(), None
-        if run.time_budget is not None and run.end is not None:
-            left = run.end - begun
-            deadline = begun + (LEARNED * left if turn % 2 == 0 else 0.5 * LEARNED * left)
-            if left <= 0:
-                return prior, "time_budget"
-        particles = particles or learner.particles()
-        run.tell("stage", learner.index, 0, learner.settings.steps, message=particles.source)
-        with torch.enable_grad():
-            learned = learner.learn(
-                particles,
-                deadline=deadline,
-                on_step=partial(run.tell_of, "step"),
-                on_evaluate=partial(run.tell_of, "evaluate"),
-            )
-        if learned.bound <= 0:
-            return prior, "no gain"
-        learner, after = learner_of(prior.ladder.extended(learned.ratio), turn + 1), None
-        if particles.source != "smc" or turn + 1 < max_stages:
-            after = learner.particles(smc_particles=_carried(run, learner.ladder, aim.held_out))
-        stage = _measured(learned, particles, after, aim.held_out, time.monotonic() - begun)
-        if not stage.is_worthwhile:
-            return prior, "no rise"
-        prior, particles = prior.replaced([*prior.stages, stage]), after
-        run.tell("learned", len(prior.stages) - 1, learned.steps, learned.steps, learned.gain)
-    return prior, "max_stages"
+def _learned(run: FitRun, learner: StageLearner) -> tuple[Stage | None, str]:
+    """The stage if it is worth its while, its normaliser not bracketed yet, and how it ended."""
+    begun, deadline, rows = time.monotonic(), None, learner.target.held_out
+    if run.end is not None:
+        if begun >= run.end:
+            return None, "time_budget"
+        deadline = begun + LEARNED * (run.end - begun)
+    particles = learner.particles()
+    run.tell("stage", learner.index, 0, learner.settings.steps, message=particles.source)
+    with torch.enable_grad():
+        learned = learner.learn(
+            particles,
+            deadline=deadline,
+            on_step=partial(run.tell_of, "step"),
+            on_evaluate=partial(run.tell_of, "evaluate"),
+        )
+    if learned.bound <= 0:
+        return None, "no gain"
+    after = None
+    if particles.source != "smc":
+        ladder = learner.ladder.extended(learned.ratio)
+        after = learner.anew(ladder).particles(smc_particles=_carried(run, ladder, rows))
+    stage = _measured(learned, particles, after, rows, time.monotonic() - begun)
+    if not stage.is_worthwhile:
+        return None, "no rise"
+    run.tell("learned", learner.index, learned.steps, learned.steps, learned.gain)
+    return stage, "refined"
 
 
 def _carried(run: FitRun, ladder: Ladder, rows: Tensor) -> int:

@@ -31,7 +31,7 @@ class StageSettings:
     """How a stage is learned. The defaults were chosen on latents of 16 to 128 coordinates and serve every set."""
 
     ratio: str = "auto"
-    """``residual``, ``mlp``, ``quadratic``, ``mixture`` (a linear form of the mixture's features) or ``conv``;
+    """``residual``, ``mlp``, ``quadratic`` or ``conv``;
     ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else ``residual``. :func:`~latentprior.refine` takes
     ``decoded``, which reads what a decoder makes of the latents."""
     width: int = 256
