@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentprior.generator.adapters import Autoencoder
-from latentprior.generator.pretrained import taesd_from_safetensors
+from latentprior.models.adapters import Autoencoder
+from latentprior.models.pretrained import taesd_from_safetensors
 
 __all__ = [
     "SETS", "LatentSet", "cifar32", "cifar64", "cifar128", "cifarpca40", "data_folder", "image_cache", "load_set",

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from _data import CifarVAE, data_folder, image_cache, taef2
-from latentprior.feature_networks import FeatureNetwork, feature_network
-from latentprior.metrics import features
+from latentprior.evaluation.feature_networks import FeatureNetwork, feature_network
+from latentprior.evaluation.metrics import features
 
 __all__ = [
     "DECODERS",

@@ -24,17 +24,17 @@ from torch.distributions import MultivariateNormal
 from tqdm import tqdm
 
 import latentprior as lp
-from latentprior import normalizers
-from latentprior.bases.normal import NormalBase
+from latentprior.density import normalizers
+from latentprior.density.bases.base import NormalBase
+from latentprior.density.ladder import Ladder, Stage
+from latentprior.density.prior import LatentPrior
+from latentprior.density.ratios import build_ratio
+from latentprior.density.sampling import langevin
+from latentprior.density.whitening import Whitening, identity_whitening
 from latentprior.errors import LearningDivergedError
-from latentprior.ladder import Ladder
-from latentprior.prior import LatentPrior, Stage
-from latentprior.ratios import build_ratio
-from latentprior.sampling import langevin
-from latentprior.seeding import derived_generator
-from latentprior.stage import StageLearner, Target
-from latentprior.stage_settings import StageSettings
-from latentprior.whitening import Whitening, identity_whitening
+from latentprior.fitting.settings import StageSettings
+from latentprior.fitting.stage import StageLearner, Target
+from latentprior.runtime.seeding import derived_generator
 
 __all__ = ["RIVALS", "Rows"]
 

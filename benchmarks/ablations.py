@@ -21,9 +21,9 @@ import torch
 import latentprior as lp
 from _results import join_results
 from images import MAP_IMAGES, RATE, SCALES, Bench, Scale
-from latentprior.generator.two_phase import aggregate_posterior
-from latentprior.metrics import features, frechet_distance, mean_squared_error
-from latentprior.seeding import derived_generator
+from latentprior.evaluation.metrics import features, frechet_distance, mean_squared_error
+from latentprior.runtime.seeding import derived_generator
+from latentprior.training.two_phase import aggregate_posterior
 
 CPU = torch.device("cpu")
 WIDTHS = (16, 64, 256)

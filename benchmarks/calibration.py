@@ -22,9 +22,9 @@ import torch
 
 import latentprior as lp
 from _results import read_results, write_results
-from latentprior import targets
-from latentprior.bases import GaussianMixtureBase
-from latentprior.sampling.resampling import LogMean, log_mean_exp
+from latentprior.density.bases import GaussianMixtureBase
+from latentprior.density.sampling.resampling import LogMean, log_mean_exp
+from latentprior.evaluation import known_densities as targets
 
 ROWS, ROUND, MOST, FITTED = 4000, 1 << 16, 1 << 22, 16_000
 SETTINGS = lp.StageSettings(steps=200, width=32, depth=1, batch_size=256, average=0.98, bound=3.0)

@@ -21,12 +21,13 @@ import latentprior as lp
 from _results import join_results
 from images import RATE, SCALES, Bench, paper_config
 from latentprior import baselines
-from latentprior.generator.model import LatentVariableModel
-from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
-from latentprior.images import Images
-from latentprior.metrics import features, frechet_distance
-from latentprior.seeding import derived_generator
-from latentprior.stage_settings import StageSettings
+from latentprior.data.images import Images
+from latentprior.evaluation.metrics import features, frechet_distance
+from latentprior.fitting.settings import StageSettings
+from latentprior.models.model import LatentVariableModel
+from latentprior.runtime.seeding import derived_generator
+from latentprior.training.config import AutoencoderConfig
+from latentprior.training.two_phase import aggregate_posterior, refit_prior, train_autoencoder
 
 HASTE = ((0.03, 6_000, 100), (0.04, 8_000, 100), (0.075, 20_000, 300), (0.2, 60_000, 600))
 """Share of the autoencoder's steps, images whose latents the ladder learns, steps of its one stage."""

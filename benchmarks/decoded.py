@@ -23,14 +23,14 @@ from _data import SETS
 from _features import NETWORKS, decoded_features
 from _latent_pictures import add_picture
 from _results import join_results
-from latentprior.bases import GaussianMixtureBase, LowRankMixtureBase
-from latentprior.bases.by_name import WIDE
-from latentprior.draws import draw
-from latentprior.metrics import frechet_distance, two_sample_auc
-from latentprior.normalizers import check_from
-from latentprior.prior import LatentPrior
-from latentprior.progress import FitProgress
-from latentprior.seeding import derived_generator
+from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase
+from latentprior.density.bases.by_name import WIDE
+from latentprior.density.normalizers import check_from
+from latentprior.density.prior import LatentPrior
+from latentprior.density.samplers import draw
+from latentprior.evaluation.metrics import frechet_distance, two_sample_auc
+from latentprior.runtime.progress import FitProgress
+from latentprior.runtime.seeding import derived_generator
 from latents import CPU, Bench, load_set
 
 SAMPLES, FITTED, CARRIED = 5000, 10_000, 1024

@@ -32,14 +32,20 @@ from _data import image_cache
 from _features import network_named, real_features
 from _results import FOLDER, join_results
 from latentprior import baselines
-from latentprior.generator.alternating import UNDER_A_PRIOR, train_under_prior
-from latentprior.generator.model import LatentVariableModel
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.generator.training import TrainingConfig, train
-from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
-from latentprior.images import Images
-from latentprior.metrics import features, frechet_distance, kernel_distance, mean_squared_error
-from latentprior.seeding import derived_generator
+from latentprior.data.images import Images
+from latentprior.evaluation.metrics import (
+    features,
+    frechet_distance,
+    kernel_distance,
+    mean_squared_error,
+)
+from latentprior.models.model import LatentVariableModel
+from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.runtime.seeding import derived_generator
+from latentprior.training.alternating import UNDER_A_PRIOR, train_under_prior
+from latentprior.training.config import AutoencoderConfig, TrainingConfig
+from latentprior.training.joint import train
+from latentprior.training.two_phase import aggregate_posterior, refit_prior, train_autoencoder
 
 CPU = torch.device("cpu")
 

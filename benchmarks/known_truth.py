@@ -22,9 +22,9 @@ from torch import Tensor
 
 import latentprior as lp
 from _results import read_results, write_results
-from latentprior import targets
-from latentprior.metrics import two_sample_auc
-from latentprior.sampling.resampling import log_mean_exp
+from latentprior.density.sampling.resampling import log_mean_exp
+from latentprior.evaluation import known_densities as targets
+from latentprior.evaluation.metrics import two_sample_auc
 
 ROWS, TEST, SAMPLES = 20_000, 50_000, 10_000
 

@@ -25,12 +25,12 @@ from _features import DECODERS, decoded_features, floor_features
 from _latent_pictures import add_picture
 from _latent_rivals import RIVALS, Rows
 from _results import join_results
-from latentprior.metrics import frechet_distance, two_sample_auc
-from latentprior.normalizers import check
-from latentprior.prior import LatentPrior
-from latentprior.progress import FitProgress
-from latentprior.seeding import derived_generator
-from latentprior.whitening import Whitening
+from latentprior.density.normalizers import check
+from latentprior.density.prior import LatentPrior
+from latentprior.density.whitening import Whitening
+from latentprior.evaluation.metrics import frechet_distance, two_sample_auc
+from latentprior.runtime.progress import FitProgress
+from latentprior.runtime.seeding import derived_generator
 
 SAMPLES = 10_000
 LADDER = "ladder"

@@ -45,12 +45,13 @@ import latentprior as lp
 from _contrastive import ContrastiveConfig, Projection, train_contrastive
 from _data import image_cache
 from _results import read_results, write_results
-from latentprior.generator.model import LatentVariableModel
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.generator.two_phase import AutoencoderConfig, aggregate_posterior, refit_prior, train_autoencoder
-from latentprior.images import Images
-from latentprior.metrics import average_precision
-from latentprior.seeding import derived_generator
+from latentprior.data.images import Images
+from latentprior.evaluation.metrics import average_precision
+from latentprior.models.model import LatentVariableModel
+from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.runtime.seeding import derived_generator
+from latentprior.training.config import AutoencoderConfig
+from latentprior.training.two_phase import aggregate_posterior, refit_prior, train_autoencoder
 
 CPU = torch.device("cpu")
 AXES = 24

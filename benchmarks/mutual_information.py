@@ -23,8 +23,8 @@ import torch
 
 import latentprior as lp
 from _results import read_results, write_results
-from latentprior.sampling.resampling import log_mean_exp
-from latentprior.targets import CorrelatedGaussian
+from latentprior.density.sampling.resampling import log_mean_exp
+from latentprior.evaluation.known_densities import CorrelatedGaussian
 
 DIMS = {80: 20, 160: 40, 320: 80}
 """Nats at each d."""

@@ -25,7 +25,7 @@ import torch
 
 import latentprior as lp
 from _results import write_results
-from latentprior.draws import SAMPLERS
+from latentprior.density.samplers import SAMPLERS
 
 ALLOWED_MIB = 16
 """What rounds of unequal size may leave in the allocator; 120 minutes make some thousand rounds."""

@@ -27,11 +27,16 @@ from torch import Tensor, nn
 
 import latentprior as lp
 from _results import read_results, write_results
-from latentprior.bases import GaussianMixtureBase, NormalBase
-from latentprior.ladder import Ladder
-from latentprior.metrics import two_sample_auc
-from latentprior.ratios import build_ratio
-from latentprior.sampling import LogDensity, hmc, langevin, mala
+from latentprior.density.bases import GaussianMixtureBase, NormalBase
+from latentprior.density.ladder import Ladder
+from latentprior.density.ratios import build_ratio
+from latentprior.density.sampling import (
+    LogDensity,
+    hmc,
+    langevin,
+    mala,
+)
+from latentprior.evaluation.metrics import two_sample_auc
 
 DIM, WIDTH, DEPTH, STAGES, PARTICLES = 64, 256, 2, 5, 8192
 

@@ -21,11 +21,11 @@ from torch import Tensor
 import latentprior as lp
 from _data import SETS, load_set
 from _results import read_results, write_results
-from latentprior.bases.by_name import WIDE
-from latentprior.sampling.resampling import log_mean_exp
-from latentprior.seeding import derived_generator
-from latentprior.stage import StageLearner, Target
-from latentprior.stage_settings import StageSettings
+from latentprior.density.bases.by_name import WIDE
+from latentprior.density.sampling.resampling import log_mean_exp
+from latentprior.fitting.settings import StageSettings
+from latentprior.fitting.stage import StageLearner, Target
+from latentprior.runtime.seeding import derived_generator
 
 CPU = torch.device("cpu")
 NAME = "stage_learning"

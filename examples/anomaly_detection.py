@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 import latentprior as lp
-from latentprior.metrics import average_precision
+from latentprior.evaluation.metrics import average_precision
 
 # Yours: normal rows to learn from, rows to judge. Here the digit 4 is the anomaly, and no 4 is learned from.
 data, digit = load_digits(return_X_y=True)

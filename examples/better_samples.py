@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import latentprior as lp
-from latentprior.metrics import two_sample_auc
+from latentprior.evaluation.metrics import two_sample_auc
 
 # Yours: images, and an autoencoder trained on them.
 torch.manual_seed(0)

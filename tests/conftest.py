@@ -10,7 +10,7 @@ from torch import Tensor
 
 import latentprior as lp
 from browsing import CHROMIUM
-from latentprior.targets import Banana
+from latentprior.evaluation.known_densities import Banana
 
 # A script for the extra `fuzz`, which instruments what it imports.
 collect_ignore = ["fuzz/fuzz.py"]

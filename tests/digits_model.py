@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import latentprior as lp
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_encoder, build_generator, network_spec
 
 DIM = 6
 

@@ -20,12 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import latentprior as lp
-from latentprior import cli, fit_run, learning, normalizers, stage
-from latentprior.checkpoint import locked
-from latentprior.ladder import Ladder
-from latentprior.processes import Processes, in_unison, joined, launched_processes
-from latentprior.stage import StageLearner
-from latentprior.targets import Banana
+from latentprior.cli.main import main as cli
+from latentprior.density import normalizers
+from latentprior.density.ladder import Ladder
+from latentprior.evaluation.known_densities import Banana
+from latentprior.fitting import fit as learning
+from latentprior.fitting import run as fit_run
+from latentprior.fitting import stage
+from latentprior.fitting.stage import StageLearner
+from latentprior.runtime.processes import (
+    Processes,
+    in_unison,
+    joined,
+    launched_processes,
+)
+from latentprior.storage.checkpoint import locked
 
 SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5, weight_decay=0.1)
 OPTIONS: dict[str, Any] = {"base": "normal", "max_stages": 2, "settings": SETTINGS}

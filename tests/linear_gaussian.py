@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from latentprior.bases import NormalBase
-from latentprior.generator.model import LatentVariableModel
-from latentprior.prior import LatentPrior
-from latentprior.whitening import Whitening
+from latentprior.density.bases import NormalBase
+from latentprior.density.prior import LatentPrior
+from latentprior.density.whitening import Whitening
+from latentprior.models.model import LatentVariableModel
 
 PIXELS = (1, 2, 3)
 

@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentprior import LatentPriorError
-from latentprior.generator.model import LatentVariableModel
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.generator.training import JointLearner, TrainingConfig, TrainingEvent, train
-from latentprior.images import Images
-from latentprior.processes import Processes, joined, launched_processes
+from latentprior.data.images import Images
+from latentprior.models.model import LatentVariableModel
+from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.runtime.events import TrainingEvent
+from latentprior.runtime.processes import Processes, joined, launched_processes
+from latentprior.training.config import TrainingConfig
+from latentprior.training.joint import train
+from latentprior.training.joint_learner import JointLearner
 from linear_gaussian import PIXELS, LinearDecoder
 
 SPEC = network_spec("mlp", 2, 8, PIXELS)

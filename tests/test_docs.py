@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import latentprior as lp
 from fake_hub import TOKEN, serve
-from latentprior.cli import main
+from latentprior.cli.main.main import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -82,7 +82,7 @@ def test_better_samples_from_a_diffusers_autoencoder(tmp_path: Path) -> None:
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     judged = """
 import torch
-from latentprior.metrics import two_sample_auc
+from latentprior.evaluation.metrics import two_sample_auc
 with torch.no_grad():
     z = latents.draw(torch.arange(1000), torch.Generator().manual_seed(0)).reshape(-1, *autoencoder.event_shape)
     normal = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))

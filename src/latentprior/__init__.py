@@ -4,7 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cards import model_card
+from .data.images import Images, read_images
+from .data.latents import Latents
+from .density.ladder import Stage
+from .density.normalizers import NormalizerCheck
+from .density.prior import LatentPrior
 from .errors import (
     CheckpointError,
     ExportError,
@@ -22,25 +26,25 @@ from .errors import (
     ProcessLostError,
     StageSaturatedWarning,
 )
-from .generator.alternating import train_alternating, train_under_prior
-from .generator.model import LatentVariableModel
-from .generator.training import TrainingConfig, TrainingEvent, train
-from .generator.two_phase import AutoencoderConfig, train_autoencoder, train_two_phase
-from .images import Images, read_images
-from .latents import Latents
-from .learning import Event, fit
-from .merging import merge
-from .normalizers import NormalizerCheck
-from .onnx_graphs import export_onnx
-from .prior import LatentPrior, Stage
-from .progress import FitProgress
-from .refining import refine
+from .fitting.fit import fit
+from .fitting.merge import merge
+from .fitting.refine import refine
+from .fitting.settings import StageSettings
+from .integrations.onnx_export import export_onnx
+from .models.model import LatentVariableModel
 from .report import Report, write_report
-from .stage_settings import StageSettings
+from .runtime.events import Event, TrainingEvent
+from .runtime.progress import FitProgress
+from .storage.cards import model_card
+from .training.alternating import train_alternating, train_under_prior
+from .training.config import AutoencoderConfig, TrainingConfig
+from .training.joint import train
+from .training.two_phase import train_autoencoder, train_two_phase
 
 if TYPE_CHECKING:
-    from .detectors import RatioDetector as RatioDetector
-    from .estimators import LatentDensity
+    from .integrations.pyod_detector import RatioDetector as RatioDetector
+    from .integrations.sklearn_density import LatentDensity
+    from .models.adapters import from_any, from_callables, from_diffusers, from_pythae
 
 __all__ = [
     "AutoencoderConfig",
@@ -75,6 +79,10 @@ __all__ = [
     "__version__",
     "export_onnx",
     "fit",
+    "from_any",
+    "from_callables",
+    "from_diffusers",
+    "from_pythae",
     "merge",
     "model_card",
     "read_images",
@@ -88,8 +96,15 @@ __all__ = [
 ]
 
 
-_LATE = {"LatentDensity": "estimators", "RatioDetector": "detectors"}
-"""Names imported when they are asked for: scikit-learn takes as long to import as torch, PyOD is an extra."""
+_LATE = {
+    "LatentDensity": "integrations.sklearn_density",
+    "RatioDetector": "integrations.pyod_detector",
+    "from_any": "models.adapters",
+    "from_callables": "models.adapters",
+    "from_diffusers": "models.adapters",
+    "from_pythae": "models.adapters",
+}
+"""Names that are imported when they are asked for: scikit-learn takes as long to import as torch; PyOD is an extra."""
 
 
 def __getattr__(name: str) -> Any:

@@ -31,15 +31,17 @@ from latentprior.baselines import (
     two_stage_vae,
 )
 from latentprior.baselines.lebm import contrastive_loss
-from latentprior.bases import GaussianMixtureBase
+from latentprior.data.images import Images
+from latentprior.density.bases import GaussianMixtureBase
+from latentprior.density.ratios import BoundedRatio
 from latentprior.errors import CheckpointError, LatentPriorError, LearningDivergedError
-from latentprior.generator import training, two_phase
-from latentprior.generator.inference import short_run
-from latentprior.generator.model import LatentVariableModel
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.generator.training import JointLearner, TrainingEvent
-from latentprior.images import Images
-from latentprior.ratios import BoundedRatio
+from latentprior.models.inference import short_run
+from latentprior.models.model import LatentVariableModel
+from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.runtime.events import TrainingEvent
+from latentprior.training import joint as training
+from latentprior.training import two_phase
+from latentprior.training.joint_learner import JointLearner
 
 VAE = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
 CHAINS = {"steps": 150, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}

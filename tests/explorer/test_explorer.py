@@ -12,13 +12,13 @@ import torch
 from torch.nn.functional import interpolate
 
 import latentprior as lp
+from latentprior.data.pictures import picture
 from latentprior.explorer.calibration import joint_score
 from latentprior.explorer.explorer import open_explorer
 from latentprior.explorer.properties import Brightness, Classes, Towards, fit_brightness, fit_classes, tilted_draws
 from latentprior.explorer.requests import Fields, Refused
 from latentprior.explorer.uploads import read_picture
-from latentprior.model_folders import load_model
-from latentprior.pictures import picture
+from latentprior.recipes.model_folders import load_model
 
 
 def test_samples_repeat_and_stages_are_coupled(model_explorer):

@@ -27,10 +27,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from latentprior import StageSettings, cli, learning
-from latentprior.checkpoint import load_state
-from latentprior.generator import two_phase
-from latentprior.targets import Banana
+from latentprior import StageSettings
+from latentprior.cli.main import main as cli
+from latentprior.evaluation.known_densities import Banana
+from latentprior.fitting import fit as learning
+from latentprior.storage.checkpoint import load_state
+from latentprior.training import two_phase
 
 TINY = StageSettings(steps=300, width=16, depth=1, batch_size=64, average=0.98, bound=1.5)
 TRAIN = """method=alternating network.width=16 network.latent_dim=2 autoencoder.steps=60 fit.base=normal

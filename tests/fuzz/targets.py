@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import save
 
 import latentprior as lp
-from latentprior.checkpoint import _checksum, load_state
-from latentprior.configs import read_recipe
+from latentprior.data.images import read_images
+from latentprior.data.latents import read_latents
+from latentprior.density.figures import record, strict_json, text
 from latentprior.errors import LatentPriorError
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
-from latentprior.images import read_images
-from latentprior.latents import read_latents
-from latentprior.summary import record, strict_json, text
+from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.recipes.recipe import read_recipe
+from latentprior.storage.checkpoint import _checksum, load_state
 
 SPRUNG: list[str] = []
 LIMIT = 1 << 20

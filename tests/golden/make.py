@@ -12,8 +12,8 @@ import torch
 
 import latentprior as lp
 from digits_model import as_images, digits, digits_model
-from latentprior.checkpoint import FORMAT_VERSION
-from latentprior.targets import Banana
+from latentprior.evaluation.known_densities import Banana
+from latentprior.storage.checkpoint import FORMAT_VERSION
 
 HERE = Path(__file__).resolve().parent
 BASES = ("normal", "gmm:1", "copula", "flow")

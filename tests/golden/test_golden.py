@@ -10,7 +10,7 @@ import torch
 
 import latentprior as lp
 from golden.make import HERE, figures
-from latentprior.checkpoint import read_config
+from latentprior.storage.checkpoint import read_config
 
 SAVED = [
     (path.parent, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import latentprior as lp
-from latentprior.targets import (
+from latentprior.evaluation.known_densities import (
     Banana,
     CorrelatedGaussian,
     GaussianMixture,

@@ -10,8 +10,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 import latentprior as lp
-from latentprior.sampling import hmc, mala
-from latentprior.targets import Banana, SkewedProduct, Target
+from latentprior.density.sampling import hmc, mala
+from latentprior.evaluation.known_densities import Banana, SkewedProduct, Target
 
 DRAWS, NOISE = 31, 0.4
 

@@ -8,7 +8,7 @@ import torch
 import latentprior as lp
 from browsing import keep_screenshot
 from digits_model import digits, digits_model
-from latentprior.generator.networks import build_generator, network_spec
+from latentprior.models.networks import build_generator, network_spec
 
 
 @pytest.fixture(scope="module")

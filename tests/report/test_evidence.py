@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import latentprior as lp
-from latentprior.bases import NormalBase
+from latentprior.density.bases import NormalBase
+from latentprior.density.whitening import Whitening
 from latentprior.report import evidence
 from latentprior.report.sources import Rows
-from latentprior.whitening import Whitening
 
 
 class Slope(nn.Module):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import latentprior as lp
-from latentprior.bases import NormalBase
-from latentprior.cli import main
-from latentprior.generator.networks import build_encoder, build_generator, network_spec
+from latentprior.cli.main.main import main
+from latentprior.density.bases import NormalBase
+from latentprior.density.whitening import identity_whitening
+from latentprior.models.networks import build_encoder, build_generator, network_spec
 from latentprior.report.figures import number
-from latentprior.whitening import identity_whitening
 
 VOID = {"meta", "img", "input", "br"}
 EVIL = "<script>alert(1)</script>\"'&"

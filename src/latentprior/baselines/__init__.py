@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from ..generator.model import LatentVariableModel
+from ..models.model import LatentVariableModel
 from .latent_flow import LatentFlowConfig, train_latent_flow
 from .latent_gmm import LatentGMMConfig, train_latent_gmm
 from .lebm import LEBMConfig, train_lebm

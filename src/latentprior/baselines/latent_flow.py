@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..generator.model import LatentVariableModel
-from ..generator.run import phase_folder
-from ..generator.training import TrainingEvent
-from ..generator.two_phase import aggregate_posterior
-from ..images import Images
-from ..learning import fit
+from ..data.images import Images
+from ..fitting.fit import fit
+from ..models.model import LatentVariableModel
+from ..runtime.events import TrainingEvent
+from ..training.resumable import phase_folder
+from ..training.two_phase import aggregate_posterior
 from .vae import VAEConfig, learn_vae
 
 __all__ = ["LatentFlowConfig", "train_latent_flow"]

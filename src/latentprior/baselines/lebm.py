@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import locked
+from ..data.images import Images
+from ..density.ladder import Stage
+from ..density.ratios import gain
 from ..errors import LearningDivergedError
-from ..generator.model import LatentVariableModel, standard_normal_prior
-from ..generator.run import TrainingRun
-from ..generator.training import JointLearner, TrainingConfig, TrainingEvent
-from ..images import Images
-from ..prior import Stage
-from ..processes import SingleProcess
-from ..ratios import gain
-from ..seeding import derived_generator
+from ..models.model import LatentVariableModel, standard_normal_prior
+from ..runtime.events import TrainingEvent
+from ..runtime.processes import SingleProcess
+from ..runtime.seeding import derived_generator
+from ..storage.checkpoint import locked
+from ..training.config import TrainingConfig
+from ..training.joint_learner import JointLearner
+from ..training.joint_run import TrainingRun
 
 __all__ = ["LEBMConfig", "contrastive_loss", "train_lebm"]
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.images import Images
+from ..density.prior import LatentPrior
 from ..errors import StageSaturatedWarning
-from ..generator.model import LatentVariableModel
-from ..generator.run import phase_folder
-from ..generator.training import TrainingEvent
-from ..generator.two_phase import aggregate_posterior
-from ..images import Images
-from ..learning import fit
-from ..prior import LatentPrior
-from ..stage_settings import StageSettings
+from ..fitting.fit import fit
+from ..fitting.settings import StageSettings
+from ..models.model import LatentVariableModel
+from ..runtime.events import TrainingEvent
+from ..training.resumable import phase_folder
+from ..training.two_phase import aggregate_posterior
 from .vae import VAEConfig, learn_vae
 
 __all__ = ["NCPVAEConfig", "train_ncp_vae"]

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..generator.model import LatentVariableModel, standard_normal_prior
-from ..generator.run import phase_folder
-from ..generator.training import TrainingEvent
-from ..generator.two_phase import AutoencoderConfig, aggregate_posterior, train_autoencoder
-from ..images import Images
-from ..learning import fit
+from ..data.images import Images
+from ..fitting.fit import fit
+from ..models.model import LatentVariableModel, standard_normal_prior
+from ..runtime.events import TrainingEvent
+from ..training.config import AutoencoderConfig
+from ..training.resumable import phase_folder
+from ..training.two_phase import aggregate_posterior, train_autoencoder
 
 __all__ = ["RAEConfig", "train_rae"]
 
@@ -32,7 +33,7 @@ class RAEConfig:
     average: float = 0.999
 
     def autoencoder(self) -> AutoencoderConfig:
-        """The same for :func:`~latentprior.generator.two_phase.train_autoencoder`."""
+        """The same for :func:`~latentprior.training.two_phase.train_autoencoder`."""
         return AutoencoderConfig(
             "ae",
             self.steps,

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..generator.model import LatentVariableModel, standard_normal_prior
-from ..generator.training import TrainingConfig, TrainingEvent, train
-from ..images import Images
+from ..data.images import Images
+from ..models.model import LatentVariableModel, standard_normal_prior
+from ..runtime.events import TrainingEvent
+from ..training.config import TrainingConfig
+from ..training.joint import train
 
 __all__ = ["SRIConfig", "train_sri"]
 

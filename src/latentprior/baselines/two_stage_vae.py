@@ -14,19 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ..bases import DistributionBase
-from ..blueprint import blank
-from ..checkpoint import UNFIT, load_state, locked, save_state
+from ..data.images import Images
+from ..data.latents import Latents
+from ..density.bases import DistributionBase
+from ..density.prior import LatentPrior
+from ..density.whitening import identity_whitening
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
-from ..generator.model import LatentVariableModel
-from ..generator.run import foreign, images_identity, network_state, phase_folder, restore_network
-from ..generator.training import TrainingEvent
-from ..generator.two_phase import SAVE_EVERY, aggregate_posterior
-from ..images import Images
-from ..latents import Latents
-from ..prior import LatentPrior
-from ..seeding import derived_generator
-from ..whitening import identity_whitening
+from ..models.model import LatentVariableModel
+from ..runtime.events import TrainingEvent
+from ..runtime.seeding import derived_generator
+from ..storage.checkpoint import (
+    UNFIT,
+    load_state,
+    locked,
+    save_state,
+)
+from ..storage.sized_networks import blank
+from ..training.resumable import (
+    foreign,
+    images_identity,
+    network_state,
+    phase_folder,
+    restore_network,
+)
+from ..training.two_phase import SAVE_EVERY, aggregate_posterior
 from .vae import VAEConfig, learn_vae
 
 __all__ = ["TwoStageDistribution", "TwoStageVAEConfig", "train_two_stage_vae"]

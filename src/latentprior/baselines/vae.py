@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.images import Images
 from ..errors import LatentPriorError
-from ..generator.model import LatentVariableModel, standard_normal_prior
-from ..generator.run import phase_folder
-from ..generator.training import TrainingEvent
-from ..generator.two_phase import AutoencoderConfig, train_autoencoder
-from ..images import Images
+from ..models.model import LatentVariableModel, standard_normal_prior
+from ..runtime.events import TrainingEvent
+from ..training.config import AutoencoderConfig
+from ..training.resumable import phase_folder
+from ..training.two_phase import train_autoencoder
 
 __all__ = ["VAEConfig", "learn_vae", "train_vae"]
 
@@ -28,7 +29,7 @@ class VAEConfig:
     average: float = 0.999
 
     def autoencoder(self) -> AutoencoderConfig:
-        """The same for :func:`~latentprior.generator.two_phase.train_autoencoder`."""
+        """The same for :func:`~latentprior.training.two_phase.train_autoencoder`."""
         return AutoencoderConfig(
             "vae", self.steps, self.batch_size, self.learning_rate, self.learn_sigma, average=self.average
         )

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.images import Images, read_images
+from ..data.latents import as_latents
+from ..density.prior import LatentPrior
 from ..errors import InvalidImagesError, InvalidLatentsError
-from ..generator.model import ROWS, LatentVariableModel
-from ..images import Images, read_images
-from ..latents import as_latents
-from ..model_folders import image_size, sampler_options
-from ..prior import LatentPrior
-from ..seeding import derived_generator
+from ..models.model import ROWS, LatentVariableModel
+from ..recipes.model_folders import image_size, sampler_options
+from ..runtime.seeding import derived_generator
 
 __all__ = ["Calibration", "from_images", "from_latents", "from_model", "from_prior", "inferred", "joint_score"]
 

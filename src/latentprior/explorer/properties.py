@@ -13,12 +13,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from ..density.ladder import Ladder
+from ..density.prior import LatentPrior
+from ..density.sampling import smc
+from ..density.sampling.resampling import LogMean, combine_islands
 from ..errors import LatentPriorError
-from ..ladder import Ladder
-from ..prior import LatentPrior
-from ..sampling import smc
-from ..sampling.resampling import LogMean, combine_islands
-from ..seeding import derived_generator
+from ..runtime.seeding import derived_generator
 
 __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_classes", "tilted_draws"]
 

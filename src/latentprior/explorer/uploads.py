@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..data.pictures import Upright
 from ..errors import InvalidImagesError, MissingExtraError
-from ..pictures import Upright
 from .requests import Refused
 
 __all__ = ["MOST_BYTES", "TYPES", "read_picture"]

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint import write_whole
 from ..errors import LatentPriorError
-from ..outputs import check_folder
-from ..progress import part_bar
+from ..runtime.progress import part_bar
+from ..storage.checkpoint import write_whole
+from ..storage.output_files import check_folder
 
 __all__ = ["Report", "check_report_out", "write_report"]
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..generator.model import LatentVariableModel
-from ..ladder import MIN_ESS
-from ..metrics import TwoSampleTest, two_sample_auc
-from ..prior import LatentPrior
-from ..sampling.resampling import effective_sample_size
-from ..seeding import derived_generator
+from ..density.ladder import MIN_ESS
+from ..density.prior import LatentPrior
+from ..density.sampling.resampling import effective_sample_size
+from ..evaluation.metrics import TwoSampleTest, two_sample_auc
+from ..models.model import LatentVariableModel
+from ..runtime.seeding import derived_generator
 from .sources import Rows
 
 __all__ = [

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..bases import DistributionBase, MixtureBase
-from ..prior import LatentPrior
-from ..ratios import BoundedRatio
-from ..summary import record
+from ..density.bases import DistributionBase, MixtureBase
+from ..density.figures import record
+from ..density.prior import LatentPrior
+from ..density.ratios import BoundedRatio
 from . import sections
 from .figures import number
 from .markup import Markup, tag

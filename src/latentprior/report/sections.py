@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics import TwoSampleTest
-from ..prior import LatentPrior
-from ..seeding import derived_generator
+from ..density.prior import LatentPrior
+from ..evaluation.metrics import TwoSampleTest
+from ..runtime.seeding import derived_generator
 from . import evidence, png
-from .figures import Points, histogram, intervals, number, quantiles, scatter
+from .figures import (
+    Points,
+    histogram,
+    intervals,
+    number,
+    quantiles,
+    scatter,
+)
 from .markup import Markup, tag
 from .sources import Rows, Subject
 

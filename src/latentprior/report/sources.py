@@ -11,14 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bases import DistributionBase
-from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
-from ..generator.model import ROWS, LatentVariableModel
-from ..images import Images, read_images
-from ..latents import Latents, as_latents
-from ..model_folders import image_size, load_model, sampler_options
-from ..prior import LatentPrior
-from ..seeding import derived_generator
+from ..data.images import Images, read_images
+from ..data.latents import Latents, as_latents
+from ..density.bases import DistributionBase
+from ..density.prior import LatentPrior
+from ..errors import (
+    CheckpointError,
+    InvalidImagesError,
+    InvalidLatentsError,
+    LatentPriorError,
+)
+from ..models.model import ROWS, LatentVariableModel
+from ..recipes.model_folders import image_size, load_model, sampler_options
+from ..runtime.seeding import derived_generator
 
 __all__ = ["Rows", "Subject", "find", "load_folder"]
 

@@ -1,0 +1,50 @@
+"""What the commands share: their arguments and options, and checks before the work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..errors import LatentPriorError
+
+__all__ = [
+    "AsJson",
+    "Device",
+    "ImagesSource",
+    "Key",
+    "Seed",
+    "WorkFailed",
+    "check_device",
+]
+
+ImagesSource = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGES", help="Folder of pictures, .npy, .npz, .safetensors, .parquet, MNIST's or CIFAR-10's files."
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="K", help="Array in an archive; by default the only one, or train, or z."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of every random draw.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout, nothing else there.")
+]
+
+
+class WorkFailed(Exception):
+    """The call was right, but its work could not be done: exit code 1."""
+
+
+def check_device(device: str | None) -> None:
+    """Raise now if nothing can be computed there."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise LatentPriorError(f"cannot compute on --device {device}: {reason}") from None

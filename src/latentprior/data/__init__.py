@@ -1,0 +1,1 @@
+"""Latents and images, from whatever holds them."""

@@ -1,0 +1,1 @@
+"""The prior as a density: base, ratios, normaliser, samplers."""

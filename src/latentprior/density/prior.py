@@ -1,0 +1,399 @@
+"""The learned prior: a torch Distribution that samples, scores, tilts and saves."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from ..data.latents import check_tensor
+from ..errors import LatentPriorError
+from ..storage.checkpoint import load_state
+from ..storage.hub import find_folder
+from ..storage.sharing import Shareable
+from . import normalizers
+from .bases import (
+    Base,
+    DistributionBase,
+    GaussianMixtureBase,
+    MixtureBase,
+)
+from .bases.full_mixture import MANY
+from .ladder import Ladder, Stage
+from .normalizers import Bracket, Normalizer, NormalizerCheck
+from .samplers import SAMPLE_BLOCK, check_options, draw
+from .sampling import smc
+from .sampling.resampling import LogMean, effective_sample_size
+from .saved_prior import PriorParts
+from .whitening import Whitening
+
+__all__ = ["LatentPrior", "Stage"]
+
+FAR = 1e6
+"""Standard deviations beyond which a density that is not a number is none at all."""
+
+
+class LatentPrior(Distribution, Shareable):
+    r"""A normalised density on latents, :math:`\log p_K(z) = \log p_0(z) + \sum_{k<K} (f_k(z) - c_k)`.
+
+    Made by :func:`latentprior.fit` or :meth:`from_pretrained`. A :class:`torch.distributions.Distribution` with an
+    empty ``batch_shape``: ``log_prob`` takes ``(n, *event_shape)`` in the user's coordinates and returns
+    ``(n,)`` nats, normalised, differentiable with respect to its input.
+
+    Source: Xiao and Han (NeurIPS 2022), eqs. 4 to 6; standardisation, bounds and normalisers are this package's.
+
+    Examples
+    --------
+    >>> import latentprior as lp
+    >>> z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).exp()
+    >>> prior = lp.fit(z, base="gmm:2", max_stages=0)
+    >>> prior
+    LatentPrior(event_shape=(2,), base='gmm', stages=0, log_prob_stderr=0)
+    >>> prior.log_prob(z).shape, prior.log_prob(z[0]).shape
+    (torch.Size([300]), torch.Size([]))
+    >>> tilted = prior.tilt(lambda z: -z.square().sum(1), particles=1024)
+    >>> tilted.sample((5,), generator=torch.Generator().manual_seed(1)).shape
+    torch.Size([5, 2])
+    >>> prior.check_normalizer(draws=20_000).passed
+    True
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = False
+    kind = "prior"
+
+    def __init__(
+        self,
+        base: Base,
+        stages: Sequence[Stage],
+        whitening: Whitening,
+        event_shape: Sequence[int],
+        normalizer: Normalizer | None = None,
+        info: Mapping[str, Any] | None = None,
+        *,
+        cover: MixtureBase | None = None,
+    ) -> None:
+        super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
+        self.base = base
+        self.stages = tuple(stages)
+        self.whitening = whitening
+        self.normalizer = normalizer or Normalizer(
+            sum((s.log_normalizer for s in self.stages), 0.0),
+            math.hypot(*(s.log_normalizer_stderr for s in self.stages)),
+            1.0,
+            "stages",
+            None,
+        )
+        self.info = dict(info or {})
+        self.cover = cover
+        self.ladder = Ladder(base, [stage.network for stage in self.stages], cover)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All of real space."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type that densities are computed in."""
+        return self.whitening.loc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that densities are computed on."""
+        return self.whitening.loc.device
+
+    @property
+    def log_prob_stderr(self) -> float:
+        """Standard error that the normaliser's estimate adds to every ``log_prob``, in nats."""
+        return self.normalizer.stderr
+
+    @property
+    def bracket(self) -> Bracket | None:
+        """Log Z of the whole ladder from the base's end and from the data's end; None without stages."""
+        return self.normalizer.bracket
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentPrior(event_shape={tuple(self.event_shape)}, base={self.base.name!r}, stages={len(self.stages)}, "
+            f"log_prob_stderr={self.log_prob_stderr:.3g})"
+        )
+
+    def replaced(
+        self,
+        stages: Sequence[Stage],
+        normalizer: Normalizer | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> LatentPrior:
+        """The same base and standardisation under other stages."""
+        info = self.info if info is None else info
+        return LatentPrior(self.base, stages, self.whitening, self.event_shape, normalizer, info, cover=self.cover)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:
+        """Return a copy on another device or in another floating type (the networks are shared if nothing moves)."""
+        if (device is None or torch.device(device) == self.device) and dtype in (None, self.dtype):
+            return self
+        # Copied in one go, so that stages go on sharing one mixture with the ladder.
+        parts = copy.deepcopy((self.base, self.whitening, self.cover, [stage.network for stage in self.stages]))
+        base, whitening, cover, networks = parts
+        for part in (base, whitening, *([] if cover is None else [cover]), *networks):
+            part.to(device=device, dtype=dtype)
+        stages = [replace(stage, network=network) for stage, network in zip(self.stages, networks, strict=True)]
+        return LatentPrior(base, stages, whitening, self.event_shape, self.normalizer, self.info, cover=cover)
+
+    def log_prob(self, value: Tensor | NDArray[Any]) -> Tensor:
+        r"""Normalised log density, ``(n, *event_shape) -> (n,)`` nats; also one unbatched event, to a scalar.
+
+        Every value carries the same unknown shift of size :attr:`log_prob_stderr`. Raises
+        :class:`~latentprior.errors.InvalidLatentsError` for another shape or type. NaN in gives NaN out, and rows too
+        far out for the floating type ``-inf``. An array is read block by block, a memory-mapped one too, so that memory
+        grows by the ``n`` results alone.
+        """
+        if isinstance(value, np.ndarray) and value.ndim == 1 + len(self.event_shape) and len(value) > SAMPLE_BLOCK:
+            return torch.cat([self.log_prob(value[i : i + SAMPLE_BLOCK]) for i in range(0, len(value), SAMPLE_BLOCK)])
+        single = np.shape(value) == tuple(self.event_shape) if hasattr(value, "shape") else False
+        z = check_tensor(value[None] if single else value, self.event_shape, self.device, self.dtype)
+        u = self.whitening.whiten(z)
+        result = self.log_prob_whitened(u) + self.whitening.log_abs_det
+        # Squares of such rows overflow, and their differences are no numbers.
+        lost = result.isnan() & ~(u.detach().abs() < FAR).all(1) & ~z.isnan().any(1)
+        result = torch.where(lost, -math.inf, result) if lost.any() else result
+        return result[0] if single else result
+
+    def log_prob_whitened(self, u: Tensor) -> Tensor:
+        """Normalised log density in the standardised coordinates themselves, ``(n, d) -> (n,)`` nats."""
+        # A mixture holds a number for each row and component: so many rows at a time.
+        base = torch.cat([self.base.log_prob(block) for block in u.split(SAMPLE_BLOCK)])
+        return base + self.ladder.log_potential(u) - self.normalizer.value
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sample_shape: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        sampler: str = "smc",
+        **options: Any,
+    ) -> Tensor:
+        """Draw ``(*sample_shape, *event_shape)`` in the user's coordinates.
+
+        Samplers
+        --------
+        ``smc`` : sequential Monte Carlo down the ladder, shuffled (default): base draws, enough for n effective
+            ones, resampled and moved by MALA in one level where their effective share is 1% or more, else
+            level by level. ``ess`` of a level, ``moves`` a level.
+        ``sir`` : sampling-importance-resampling of base draws (NCP-VAE, Aneja et al. 2021); fast, repeats rows
+            where the effective share is low. ``candidates`` a draw, default 16.
+        ``mala``, ``hmc`` : Metropolis-corrected chains from ``sir`` draws. ``steps``, ``step_size``,
+            ``leapfrog_steps``.
+        ``langevin`` : the paper's short-run dynamics from base draws. ``steps`` 60, ``step_size`` 0.4; biased.
+
+        Raises :class:`LatentPriorError` for an unknown sampler or option, or steps so long that draws run away.
+        """
+        check_options(sampler, options)
+        try:
+            sample_shape = torch.Size(sample_shape)
+        except TypeError:
+            raise LatentPriorError(f"sample_shape must be whole numbers, as in (1000,), got {sample_shape!r}") from None
+        if any(size < 0 for size in sample_shape):
+            raise LatentPriorError(f"sample_shape must be 0 or more in every place, got {tuple(sample_shape)}")
+        n = math.prod(sample_shape)
+        z = self.whitening.loc.new_empty(n, len(self.whitening.loc))
+        for rows in z.split(SAMPLE_BLOCK) if n else ():
+            u = draw(self.ladder, len(rows), generator, sampler, options)
+            if not u.isfinite().all():
+                raise LatentPriorError(f"draws by {sampler} ran away: lower step_size, or choose another sampler")
+            rows.copy_(self.whitening.unwhiten(u))
+        return z.reshape(*sample_shape, *self.event_shape)
+
+    @torch.no_grad()
+    def tilt(
+        self,
+        g: Callable[[Tensor], Tensor],
+        *,
+        particles: int = 16_384,
+        generator: torch.Generator | None = None,
+    ) -> LatentPrior:
+        r"""The prior :math:`p_g(z) = p(z)\, e^{g(z)} / Z_g`: again a prior that samples and scores.
+
+        Arguments
+        ---------
+        g : a log potential on the user's coordinates, ``(n, *event_shape) -> (n,)``, differentiable: a log
+            likelihood, a class score, a property, a preference. Not bounded; it must keep :math:`Z_g` finite. Steps,
+            such as an indicator's log, need no gradient: moves then know nothing of them, and draws are as exact.
+
+        :math:`\log Z_g` comes from reweighed draws of the prior where half of them stay effective, else from SMC,
+        in islands; its standard error joins :attr:`log_prob_stderr`. A tilted prior cannot be saved.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        stage = Stage(_Potential(g, self.whitening, self.event_shape), 0.0, 0.0, math.nan, math.nan)
+        tilted = Ladder(self.base, [*self.ladder.ratios, stage.network])
+        islands = 16
+        parts = max(1, particles // islands) * islands
+        start = torch.cat([draw(self.ladder, parts // islands, generator, "smc", {}) for _ in range(islands)])
+        potential = stage.network(start)
+        if potential.isnan().any() or potential.max() in (math.inf, -math.inf):
+            raise LatentPriorError("the tilt is NaN, infinite, or -inf at every draw: it has no normaliser")
+        # One reweighing needs no moves, and no gradient of g.
+        moves = 0 if effective_sample_size(potential) >= 0.5 else 6
+        begin = float(len(self.stages))
+        result = smc.run(start, tilted, start=begin, islands=islands, moves=moves, generator=generator)
+        c: LogMean = result.log_normalizer
+        stage = replace(stage, log_normalizer=c.value, log_normalizer_stderr=c.stderr)
+        total = Normalizer(
+            self.normalizer.value + c.value,
+            math.hypot(self.log_prob_stderr, c.stderr),
+            result.ess,
+            "tilt",
+            None,
+        )
+        return self.replaced((*self.stages, stage), total)
+
+    @torch.no_grad()
+    def check_normalizer(
+        self,
+        reference: str | Distribution = "gmm",
+        *,
+        draws: int = 200_000,
+        generator: torch.Generator | None = None,
+    ) -> NormalizerCheck:
+        r"""Integrate ``exp(log_prob)`` with another normalised density h: :math:`\mathbb E_h[p/h]` must be 1.
+
+        Arguments
+        ---------
+        reference : ``"gmm"``, a mixture fitted to draws of this prior (from 32 coordinates on the average of two of
+            them), two thirds of it widened by 3%, a third by a fifth, and mixed with one part in ten of a wide normal
+            so that weights stay bounded; ``"base"``, fresh draws of the base; or a torch Distribution over the user's
+            coordinates.
+
+        In many coordinates weights may have so heavy a tail that their average is low nearly always and its error bar
+        too small. Where that may be (:func:`~latentprior.density.sampling.resampling.tail_shape` above 1/2, or fewer
+        than 100 effective draws), draws of the mixture or of the base are carried to the prior by sequential Monte
+        Carlo, whose weights are even, and draws of the prior back: half of what lies between both ends is part of the
+        standard error. Draws of a Distribution of yours are averaged as they are.
+
+        Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
+        :attr:`log_prob_stderr`. Warns :class:`~latentprior.errors.LowESSWarning` where a Distribution of yours reaches
+        the prior with few effective draws or with weights of a heavy tail.
+        """
+        if draws < 1:
+            raise LatentPriorError(f"draws must be 1 or more, got {draws}")
+        generator = generator or torch.Generator().manual_seed(1)
+        base: Base
+        if isinstance(reference, Distribution):
+            base, name = DistributionBase(reference, self.whitening), type(reference).__name__
+        elif reference == "base":
+            base, name = self.base, "base"
+        elif reference == "gmm":
+            base, name = self._reference(generator), "gmm"
+        else:
+            raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
+        u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
+        if isinstance(reference, Distribution):
+            found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+        else:
+            found = normalizers.check_from(
+                self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value,
+                own=lambda n: draw(self.ladder, n, generator, "smc", {}),
+            )  # fmt: skip
+        return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
+
+    def _reference(self, generator: torch.Generator) -> Base:
+        d = len(self.whitening.loc)
+        if d < MANY:
+            n, members = max(20_000, min(60_000, 10 * d * d)), 1
+            # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
+            k = max(1, min(32, n // max(10 * d, 5 * d * d // 8)))
+        else:
+            # Shrunk covariances need fewer rows, and an average varies less with the draws.
+            n, members = 60_000, 2
+            k = GaussianMixtureBase.plan(n, d, False).sizes[-1]
+        u = draw(self.ladder, n, generator, "smc", {})
+        parts = [GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator) for _ in range(members)]
+        fitted = GaussianMixtureBase.averaged(parts)
+        spread = torch.linalg.cholesky(torch.cov(u.T).double().reshape(d, d)).to(fitted.cholesky)
+        weights = torch.cat([share * fitted.log_weights.exp() for share in (0.6, 0.3)])
+        means = torch.cat([fitted.means, fitted.means, u.mean(0, keepdim=True).to(fitted.means)])
+        cholesky = torch.cat([1.03 * fitted.cholesky, 1.2 * fitted.cholesky, 1.5 * spread[None]])
+        mixture = GaussianMixtureBase(torch.cat([weights, weights.new_tensor([0.1])]), means, cholesky)
+        return mixture.to(device=self.device, dtype=self.dtype)
+
+    @torch.no_grad()
+    def card_draws(self) -> dict[str, Tensor]:
+        """Rows ``(1500, d)`` of the base and of the ladder on it, the same in every call."""
+        generator = torch.Generator().manual_seed(0)
+        draws = {f"base: {self.base.name}": self.whitening.unwhiten(self.base.sample(1500, generator))}
+        if self.stages:
+            draws["ladder"] = self.sample((1500,), generator).flatten(1)
+        return draws
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds this prior."""
+        return PriorParts(
+            self.base, self.stages, self.whitening, self.event_shape, self.normalizer, self.info, self.cover
+        ).state()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        base: Distribution | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> LatentPrior:
+        """Load from a folder, or from ``"user/name"`` on the Hugging Face hub (extra ``hub``); a folder wins.
+
+        ``base`` gives back the torch Distribution of a prior that was fitted on one, ``decoder`` what the stages of
+        :func:`~latentprior.refine` read. ``revision`` (a branch, a tag, a commit), ``token``, ``cache_dir`` and
+        ``local_files_only`` are those of ``huggingface_hub``; safetensors and JSON are all that is downloaded. Raises
+        :class:`CheckpointError` for anything absent, damaged, foreign or from another format version.
+        """
+        folder = find_folder(
+            source, cls.kind, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config, tensors = load_state(folder, "prior")
+        return cls.from_state(config, tensors, base=base, decoder=decoder, where=str(folder)).to(device)
+
+    @classmethod
+    def from_state(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        base: Distribution | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
+        where: str = "prior",
+    ) -> LatentPrior:
+        """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
+        parts = PriorParts.from_state(config, tensors, base=base, decoder=decoder, where=where)
+        return cls(
+            parts.base, parts.stages, parts.whitening, parts.event_shape, parts.normalizer, parts.info,
+            cover=parts.cover,
+        )  # fmt: skip
+
+
+class _Potential(nn.Module):
+    def __init__(self, g: Callable[[Tensor], Tensor], whitening: Whitening, event_shape: torch.Size) -> None:
+        super().__init__()
+        self.g, self.event_shape = g, event_shape
+        self.whitening = whitening
+
+    def forward(self, u: Tensor) -> Tensor:
+        value = self.g(self.whitening.unwhiten(u).reshape(len(u), *self.event_shape))
+        if not isinstance(value, Tensor) or value.shape != (len(u),):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise LatentPriorError(f"the tilt returned {found} for {len(u)} rows: return one log potential a row")
+        return value.to(u)

@@ -1,0 +1,1 @@
+"""Metrics, the networks they see with, and densities known exactly."""

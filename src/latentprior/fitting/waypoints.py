@@ -1,0 +1,152 @@
+"""Waypoints between base and target: first stages for a target that one classifier tells from the base at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..density.bases import Base
+from ..density.ladder import FreshParticles, Ladder, Stage
+from ..density.sampling import smc
+from ..density.sampling.resampling import LogMean
+from ..runtime.processes import ALONE, Processes
+from ..runtime.seeding import derived_generator
+from .settings import StageSettings
+from .stage import LearnedStage, StageLearner, Target
+
+__all__ = ["Waypoint", "learn_waypoints"]
+
+ISLANDS = 16
+PARTICLES = 4096
+MOVES = 8
+
+
+class Waypoint:
+    r"""Draws of :math:`u_\theta = \cos\theta\, u_0 + \sin\theta\, u`, with :math:`u_0 \sim p_0` and :math:`u \sim q`.
+
+    The base at :math:`\theta = 0`, the target at :math:`\pi / 2`; neighbours overlap even where base and target do
+    not. Source: Rhodes, Xu and Gutmann (NeurIPS 2020), eq. 5, spaced evenly in the angle.
+    """
+
+    def __init__(self, target: Target, base: Base, angle: float) -> None:
+        self.target, self.base = target, base
+        self.near, self.far = math.cos(angle), math.sin(angle)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` rows ``(n, d)`` made of training rows."""
+        return self._between(self.target.draw(n, generator), generator)
+
+    def held_out(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` rows ``(n, d)`` made of held-out rows, each of them used in turn."""
+        rows = self.target.held_out
+        order = torch.arange(n, device=rows.device) % len(rows)
+        return self._between(rows[order], generator)
+
+    def _between(self, u: Tensor, generator: torch.Generator) -> Tensor:
+        return self.near * self.base.sample(len(u), generator) + self.far * u
+
+
+@dataclass(frozen=True)
+class _Positives(Target):
+    """A waypoint where a stage learner looks for its target."""
+
+    waypoint: Waypoint
+
+    @classmethod
+    def at(cls, waypoint: Waypoint, generator: torch.Generator) -> _Positives:
+        target = waypoint.target
+        held_out = waypoint.held_out(len(target.held_out), generator)
+        return cls(target.latents, target.train, held_out, target.whitening, waypoint)
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        return self.waypoint.draw(rows, generator)
+
+
+class _Negatives(Ladder):
+    """A waypoint where a stage learner looks for particles of the ladder."""
+
+    def __init__(self, ladder: Ladder, waypoint: Waypoint) -> None:
+        super().__init__(ladder.base, ladder.ratios, ladder.cover)
+        self.waypoint = waypoint
+
+    def fresh_particles(self, n: int, generator: torch.Generator | None = None, **options: Any) -> FreshParticles:
+        assert generator is not None
+        return _exact(self.waypoint.draw(n, generator))
+
+    def held_out_particles(
+        self, n: int, draws: int, generator: torch.Generator, processes: Processes = ALONE
+    ) -> FreshParticles:
+        return _exact(self.waypoint.held_out(n, generator))
+
+
+def _exact(rows: Tensor) -> FreshParticles:
+    return FreshParticles(rows, "base", LogMean(0.0, 0.0, 1.0), 1.0, 1.0)
+
+
+def learn_waypoints(
+    target: Target,
+    ladder: Ladder,
+    settings: StageSettings,
+    event_shape: tuple[int, ...],
+    seed: int,
+    *,
+    deadline: float | None = None,
+    on_step: Callable[[StageLearner], None] = lambda learner: None,
+    on_learned: Callable[[StageLearner], None] = lambda learner: None,
+) -> list[Stage]:
+    r"""Learn K = ``settings.waypoints`` stages on a ladder that has none yet.
+
+    Stage k learns :math:`f_k \approx \log q_{k+1} / q_k` between neighbouring waypoints at the angles
+    :math:`\theta_k = \frac\pi2 \frac kK`, so that :math:`\sum_k f_k \approx \log q / p_0`. No particles are needed on
+    the way, and no stage sees the errors of those before it: later stages of :func:`~latentprior.fit` mend them. One
+    pass of sequential Monte Carlo through all of them, on particles that trained nothing, yields every :math:`c_k`.
+    What is left before the ``deadline`` (:func:`time.monotonic`) is shared out evenly.
+
+    Raises :class:`~latentprior.errors.LearningDivergedError` when a loss is not finite.
+    """
+    device, base, count = target.held_out.device, ladder.base, settings.waypoints
+    path = [Waypoint(target, base, 0.5 * math.pi * k / count) for k in range(count + 1)]
+    learned: list[tuple[LearnedStage, float]] = []
+    for k in range(count):
+        begun = time.monotonic()
+        until = None if deadline is None else begun + (deadline - begun) / (count - k)
+        positives = _Positives.at(path[k + 1], derived_generator(device, seed, k, "held-out waypoint"))
+        learner = StageLearner(positives, _Negatives(ladder, path[k]), settings, event_shape, seed)
+        found = learner.learn(learner.particles(), deadline=until, on_step=on_step)
+        learned.append((found, time.monotonic() - begun))
+        ladder = ladder.extended(found.ratio)
+        on_learned(learner)
+    return _measured(target, ladder, learned, seed)
+
+
+@torch.no_grad()
+def _measured(target: Target, ladder: Ladder, learned: list[tuple[LearnedStage, float]], seed: int) -> list[Stage]:
+    """One pass of fresh particles up the ladder: the normaliser of every stage."""
+    generator = derived_generator(target.held_out.device, seed, "waypoints")
+    position = ladder.base.sample(PARTICLES, generator)
+    rises = ladder.log_ratios(target.held_out).double().mean(0)
+    stages = []
+    for k, (found, seconds) in enumerate(learned):
+        passed = smc.run(
+            position, ladder, start=float(k), end=float(k + 1), islands=ISLANDS, moves=MOVES, generator=generator
+        )
+        position, (c, stderr, _) = passed.position, passed.log_normalizer
+        diagnostics = {
+            "ess": passed.ess,
+            "acceptance": passed.acceptance,
+            "particles": "waypoints",
+            "log_prob_rise": float(rises[k]) - c,
+            "log_prob_rise_stderr": stderr,
+            "seconds": seconds,
+            "steps": found.steps,
+            "saturated": found.saturated,
+            "history": found.history,
+        }
+        stages.append(Stage(found.ratio, c, stderr, found.gain.value, found.gain.stderr, diagnostics))
+    return stages

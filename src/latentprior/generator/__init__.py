@@ -1,1 +1,0 @@
-"""Generators, their latent variable models, and how they are learned."""

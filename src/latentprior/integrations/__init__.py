@@ -1,0 +1,1 @@
+"""The prior in scikit-learn, PyOD, tables and ONNX."""

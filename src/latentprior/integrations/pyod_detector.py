@@ -1,0 +1,281 @@
+"""An outlier detector for PyOD: minus the log density of a ladder, conformal p-values, and what makes a row odd."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from ..data.latents import Latents
+from ..density.bases import CopulaBase, fit_base
+from ..density.ladder import (
+    MIN_ESS,
+    FreshParticles,
+    Ladder,
+    Stage,
+)
+from ..density.prior import LatentPrior
+from ..density.sampling.resampling import log_mean_exp, systematic
+from ..density.whitening import Kind, Whitening
+from ..errors import LatentPriorError, MissingExtraError
+from ..fitting.settings import StageSettings
+from ..fitting.stage import StageLearner, Target
+from ..runtime.progress import part_bar
+from ..runtime.seeding import derived_generator
+from .tables import Columns, held_out_rows, seed_from
+
+try:
+    from pyod.models.base import BaseDetector
+except ImportError:
+    raise MissingExtraError("RatioDetector", "pyod") from None
+
+__all__ = ["RatioDetector"]
+
+Array = NDArray[np.float64]
+
+HELD_OUT = 0.2
+BASE_DRAWS = 4096
+NORMALIZER_DRAWS = 1 << 16
+TYPICAL_ROWS = 2000
+
+
+class RatioDetector(BaseDetector):  # type: ignore[misc]
+    r"""Outliers as rows of low density under a short ladder, :math:`s(x) = -\log p_0(u) - \min\{f(u), m\}`.
+
+    :math:`f(u) = \sum_k f_k(u)` is what the stages add to the log density of the base, and m its median over the
+    training rows: a row may be condemned by how its columns hang together, but pardoned no further than the
+    typical row is. Otherwise a clump of outliers among the training rows, far out under every margin and yet learned by
+    heart, would look normal. Why the median: outliers are fewer than half of the rows, so it lies among the values of
+    normal rows whatever the outliers are, as no other quantile is sure to (`benchmarks/RESULTS.md` has all of them).
+
+    u are the columns of x, shifted and scaled by quantiles and squashed by arsinh, so that neither units nor single
+    wild values rule. The base is by default a product of smooth marginals, and a stage adds how the columns hang
+    together. The target is a kernel estimate of the rows (``smoothing``); equal rows count once. Scores are in nats,
+    higher for odder rows, up to the change of coordinates from x to u.
+
+    Made for tables that hold outliers already: no labels, no clean training set. Lengths are counted in steps,
+    never in seconds, so that a seed gives the same scores again.
+
+    Arguments
+    ---------
+    contamination : share of outliers in the training rows, in (0, 0.5]: where ``threshold_`` is put, nothing else.
+    base : ``"copula"`` (product of marginals), ``"gmm"``, ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"`` or
+        ``"flow"``.
+    max_stages : most stages above the base; each must raise the held-out log density.
+    smoothing : kernel width around every row, in scales of the columns (a standard deviation where normal).
+    width, bound, steps : of a stage, see :class:`~latentprior.StageSettings`.
+    calibration : share of the training rows that train nothing and calibrate :meth:`p_value`; 0 for none.
+    random_state : int, ``RandomState``, or None for a fit that differs every time.
+    verbose : draw a progress bar while fitting, on a terminal or in a notebook.
+
+    Attributes
+    ----------
+    decision_scores_, threshold_, labels_ : as in every PyOD detector, for all training rows.
+    calibration_scores_ : ``(m,)`` sorted scores of the rows that trained nothing.
+    prior_ : the density, a :class:`~latentprior.LatentPrior` on the squashed columns that vary.
+    ceiling_ : m, in nats.
+    n_features_in_ : number of columns.
+    """
+
+    def __init__(
+        self,
+        contamination: Any = 0.1,
+        base: str = "copula",
+        max_stages: int = 1,
+        smoothing: float = 0.2,
+        width: int = 64,
+        bound: float = 5.0,
+        steps: int = 400,
+        calibration: float = 0.25,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(contamination=contamination)
+        self.base = base
+        self.max_stages = max_stages
+        self.smoothing = smoothing
+        self.width = width
+        self.bound = bound
+        self.steps = steps
+        self.calibration = calibration
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> RatioDetector:
+        """Learn the density of the rows of ``X`` ``(n, d)``, n at least 4; ``y`` is ignored.
+
+        Raises ``ValueError`` for input that scikit-learn refuses or a share outside its range, and its subclass
+        :class:`~latentprior.InvalidLatentsError` where all rows are equal.
+        """
+        x = validate_data(self, X, dtype=np.float64, ensure_min_samples=4)
+        if not 0 <= self.calibration < 1:
+            raise ValueError(f"calibration must be a share in [0, 1), got {self.calibration}")
+        if not self.smoothing >= 0:
+            raise ValueError(f"smoothing must not be negative, got {self.smoothing}")
+        self._set_n_classes(y)
+        seed = seed_from(self.random_state)
+        m = min(round(self.calibration * len(x)), len(x) - 3)
+        order = np.random.default_rng(seed).permutation(len(x))
+        train = x[order[m:]]
+        self._columns = Columns.fit(train, robust=True)
+        with part_bar(2, "RatioDetector") if self.verbose else contextlib.nullcontext(lambda _: None) as begin:
+            begin("density")
+            self.prior_ = self._learn(np.unique(self._squash(train)[:, self._columns.varies], axis=0), seed)
+            begin("scores")
+            self.ceiling_ = float(self._terms(self._squash(train))[1].median())
+            self.decision_scores_ = self._score(x)
+        self.calibration_scores_ = np.sort(self.decision_scores_[order[:m]])
+        scores = self.decision_scores_[order[m:]]
+        densest = np.argsort(scores, kind="stable")[: max(1, len(scores) // 2)]
+        self._typical = train[np.sort(densest[:TYPICAL_ROWS])]
+        self._process_decision_scores()
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """How odd every row is, in nats, ``(n, d) -> (n,)``: higher is odder."""
+        check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
+        return self._score(validate_data(self, X, dtype=np.float64, reset=False))
+
+    def p_value(self, X: Any) -> Array:
+        r"""Split-conformal p-values, :math:`p(x) = (1 + \#\{i \le m : s_i \ge s(x)\}) / (m + 1)`, ``(n,)``.
+
+        For a row drawn like the m calibration rows, :math:`P(p \le \alpha) \le \alpha` at any level, whatever was
+        learned (Vovk, Gammerman and Shafer 2005; Bates et al. 2023); outliers among the calibration rows make it
+        smaller still. No contamination is guessed. The least value is 1 / (m + 1).
+
+        Raises :class:`~latentprior.LatentPriorError` where no rows were set apart.
+        """
+        check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
+        m = len(self.calibration_scores_)
+        if m == 0:
+            raise LatentPriorError("no rows were set apart to calibrate p-values: fit with calibration=0.25, say")
+        below = np.searchsorted(self.calibration_scores_, self.decision_function(X), side="left")
+        return np.asarray((1.0 + m - below) / (m + 1.0))
+
+    def explain(self, X: Any, nodes: int = 256) -> Array:
+        r"""What each column adds to a row's score above that of a typical row near it, in nats, ``(n, d) -> (n, d)``.
+
+        Integrated gradients (Sundararajan, Taly and Yan 2017) on the squashed columns,
+        :math:`a_j = (u_j - b_j) \int_0^1 \partial_j s(b + t (u - b))\,dt`, from the nearest row b of the denser
+        half of the training rows, :meth:`typical`. The columns sum to :math:`s(x) - s(b)`, up to the error of a
+        midpoint rule of ``nodes`` nodes; a column in which x equals b gets 0.
+        """
+        check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
+        x = validate_data(self, X, dtype=np.float64, reset=False)
+        if nodes < 1:
+            raise ValueError(f"nodes must be 1 or more, got {nodes}")
+        u, b = self._squash(x), self._squash(self._nearest(x))
+        varies, prior = self._columns.varies, self.prior_
+        end, start = torch.from_numpy(u[:, varies]), torch.from_numpy(b[:, varies])
+        slope = torch.zeros_like(end)
+        base, whole = prior.ladder.density(0), prior.ladder.density(prior.ladder.length)
+        for i in range(nodes):
+            here = prior.whitening.whiten(start + (i + 0.5) / nodes * (end - start))
+            (low, low_grad), (high, high_grad) = base(here), whole(here)
+            grad = torch.where((high - low < self.ceiling_)[:, None], high_grad, low_grad)
+            slope -= grad @ prior.whitening.matrix / nodes
+        parts = 0.5 * (np.square(u) - np.square(b))
+        parts[:, varies] = ((end - start) * slope).numpy()
+        return np.asarray(parts)
+
+    def typical(self, X: Any) -> Array:
+        """The nearest row of the denser half of the training rows, ``(n, d) -> (n, d)``: where :meth:`explain` begins.
+
+        Nearest by Euclidean distance of squashed columns, among at most the 2,000 densest rows.
+        """
+        check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
+        return self._nearest(validate_data(self, X, dtype=np.float64, reset=False))
+
+    def _nearest(self, x: Array) -> Array:
+        u, rows = (torch.from_numpy(self._squash(v)) for v in (x, self._typical))
+        index = torch.cat([torch.cdist(block, rows).argmin(1) for block in u.split(1024)])
+        return np.asarray(self._typical[index.numpy()])
+
+    def _squash(self, x: Array) -> Array:
+        return np.asarray(np.arcsinh(self._columns.standardise(x)))
+
+    def _score(self, x: Array) -> Array:
+        u = self._squash(x)
+        base, ratios = self._terms(u)
+        # A constant column: a normal in squashed units. Constants are left out.
+        odd = 0.5 * np.square(u[:, ~self._columns.varies]).sum(1)
+        return np.asarray(odd - (base + ratios.clamp_max(self.ceiling_)).numpy())
+
+    def _terms(self, u: Array) -> tuple[Tensor, Tensor]:
+        """Log density under the base and sum of log ratios at squashed rows, nats, ``(n,)`` each."""
+        whitened = self.prior_.whitening.whiten(torch.from_numpy(u[:, self._columns.varies]))
+        with torch.no_grad():
+            return self.prior_.base.log_prob(whitened), self.prior_.ladder.log_potential(whitened)
+
+    def _learn(self, u: Array, seed: int) -> LatentPrior:
+        """Learn base and stages on distinct rows ``(n, d)`` by importance sampling alone, no Markov chain."""
+
+        def stream(*keys: int | str) -> torch.Generator:
+            return derived_generator(torch.device("cpu"), seed, "detector", *keys)
+
+        mean = torch.from_numpy(u).float()
+        latents = Latents(mean, torch.full_like(mean, self.smoothing))
+        out = torch.from_numpy(held_out_rows(u, HELD_OUT, seed))
+        train, held_out = (mask.nonzero().flatten() for mask in (~out, out))
+        kind: Kind = "diagonal" if self.base == "copula" else "full"
+        whitening = Whitening.fit(latents.blocks(stream("whitening")), kind).to(dtype=torch.float32)
+
+        def draws(index: Tensor, rows: int, name: str) -> Tensor:
+            repeats = math.ceil(rows / len(index)) if self.smoothing > 0 else 1
+            return whitening.whiten(latents.draw(index.repeat(repeats), stream(name)))
+
+        many, several = draws(train, BASE_DRAWS, "base"), draws(held_out, BASE_DRAWS // 4, "held-out base")
+        base = fit_base(self.base, many, several, whitening, stream("fit base"))
+        if isinstance(base, CopulaBase):
+            base = _with_tails(base, many)
+        target = Target(latents, train, draws(held_out, 1, "held-out"), whitening)
+        # The loss and the optimiser that the detector's other defaults were chosen with.
+        plain = StageSettings(batch_size=256, patience=2, odds=1.0, optimizer="adamw", weight_decay=0.1)
+        settings = dataclasses.replace(plain, width=self.width, bound=self.bound, steps=self.steps)
+        stages = _climb(target, Ladder(base), settings, self.max_stages, seed)
+        return LatentPrior(base, stages, whitening, (u.shape[1],)).to(dtype=torch.float64)
+
+
+def _with_tails(base: CopulaBase, u: Tensor) -> CopulaBase:
+    """Add to each margin one kernel half as wide as the range of ``u`` ``(n, d)``, in its middle.
+
+    Kernels at quantiles overlook rare values: a value that one row in a hundred has would cost hundreds of nats.
+    """
+    low, high = u.amin(0).to(base.centers), u.amax(0).to(base.centers)
+    centers = torch.cat([base.centers, 0.5 * (low + high)[:, None]], 1)
+    widths = torch.cat([base.widths, (0.5 * (high - low)[:, None]).clamp_min(float(base.widths.min()))], 1)
+    return CopulaBase(centers, widths)
+
+
+def _climb(target: Target, ladder: Ladder, settings: StageSettings, most: int, seed: int) -> list[Stage]:
+    """Learn stages while they raise the held-out log density and importance sampling can follow."""
+    stages: list[Stage] = []
+    shape = (target.held_out.shape[1],)
+    before: FreshParticles | None = None
+    while len(stages) < most:
+        learner = StageLearner(target, ladder, settings, shape, seed)
+        before = before or learner.particles()
+        learned = learner.learn(before)
+        if learned.bound <= 0:
+            break
+        ladder = ladder.extended(learned.ratio)
+        generator = derived_generator(torch.device("cpu"), seed, "detector", "normalizer", len(stages))
+        u, log_weights = ladder.importance(NORMALIZER_DRAWS, generator)
+        estimate = log_mean_exp(log_weights)
+        position = u[systematic(log_weights, len(before.position), generator)]
+        after = FreshParticles(position, "importance", estimate, estimate.ess, 1.0)
+        stage = Stage.measured(learned.ratio, learned.gain, before, after, target.held_out)
+        if not stage.is_worthwhile:
+            break
+        stages.append(stage)
+        before = after
+        if estimate.ess < MIN_ESS:
+            break
+    return stages

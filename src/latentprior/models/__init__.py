@@ -1,0 +1,1 @@
+"""Latent variable models: a decoder, its prior, and networks from here and elsewhere."""

@@ -1,0 +1,119 @@
+"""An encoder and a generator that fit each other, tried and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidImagesError, LatentPriorError
+from .halves import (
+    AdaptedEncoder,
+    AdaptedGenerator,
+    rescaled,
+    weight_of,
+)
+
+__all__ = ["Autoencoder", "joined"]
+
+
+@dataclass(frozen=True, eq=False)
+class Autoencoder:
+    """An encoder and a generator network over the same latents; ``LatentVariableModel`` takes them as they are.
+
+    Arguments
+    ---------
+    encoder : images ``(n, *image_shape)`` in [-1, 1] to ``(mean, scale)``, each ``(n, *event_shape)``, or to means.
+    generator : latents ``(n, *event_shape)`` to images ``(n, *image_shape)`` in [-1, 1].
+    """
+
+    encoder: AdaptedEncoder
+    generator: AdaptedGenerator
+    event_shape: torch.Size
+    image_shape: torch.Size
+
+    def encode(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Posterior means and standard deviations of images in [-1, 1], or means alone where no scale is known."""
+        return self.encoder(x)  # type: ignore[no-any-return]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images in [-1, 1] of latents ``(n, *event_shape)``; differentiable."""
+        return self.generator(z)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def standardised(self, images: Tensor, *, batch_size: int = 64) -> Autoencoder:
+        r"""The same autoencoder with latents of mean 0 and variance 1 over ``images``.
+
+        Moments are those of the aggregate posterior, :math:`\mathrm{var}(m) + \mathbb E[s^2]`, one pair a channel of
+        spatial latents and one a coordinate of flat ones. A coordinate that never varies is only shifted. The weights
+        are shared with this autoencoder. Raises :class:`InvalidImagesError` for fewer than two images.
+        """
+        if not isinstance(images, Tensor) or images.shape[1:] != self.image_shape or len(images) < 2:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise InvalidImagesError(
+                f"latents are standardised over a tensor (n, {', '.join(map(str, self.image_shape))}) of two images or "
+                f"more, not {shape}"
+            )
+        means, spread = [], []
+        for batch in images.split(batch_size):
+            output = self.encode(batch)
+            mean, scale = (output, torch.zeros_like(output)) if isinstance(output, Tensor) else output
+            means.append(mean.double())
+            spread.append(scale.double().square())
+        m, s2 = torch.cat(means), torch.cat(spread)
+        across = (0, 2, 3) if m.ndim == 4 else (0,)
+        # The spatial axes stay, with length 1: the moments then broadcast over latents.
+        center = m.mean(across, keepdim=True)
+        deviation = ((m - center).square().mean(across, keepdim=True) + s2.mean(across, keepdim=True)).sqrt()
+        deviation = torch.where(deviation > 1e-6 * (1 + center.abs()), deviation, 1.0)
+        # These latents are (z - shift) * factor of the foreign ones already.
+        shift, factor = center[0] / self.encoder.factor + self.encoder.shift, self.encoder.factor / deviation[0]
+        return self._rescaled(shift.float(), factor.float())
+
+    def _rescaled(self, shift: Tensor, factor: Tensor) -> Autoencoder:
+        encoder, generator = rescaled(self.encoder, shift, factor), rescaled(self.generator, shift, factor)
+        return Autoencoder(encoder, generator, self.event_shape, self.image_shape)
+
+
+@torch.no_grad()
+def joined(
+    encoder: AdaptedEncoder,
+    generator: AdaptedGenerator,
+    *,
+    event_shape: Sequence[int] | None = None,
+    image_shape: Sequence[int] | None = None,
+) -> Autoencoder:
+    """Join two halves that fit each other; the shape that is not given is found by trying."""
+    encoder.eval()
+    generator.eval()
+    like = weight_of(generator.part)
+    device = None if like is None else like.device
+    try:
+        if event_shape is None:
+            x = torch.zeros(1, *(image_shape or ()), device=device)
+        else:
+            x = generator(torch.zeros(1, *event_shape, device=device))
+        output = encoder(x)
+    except LatentPriorError:
+        raise
+    except Exception as error:
+        given = f"images {tuple(image_shape or ())}" if event_shape is None else f"latents {tuple(event_shape)}"
+        raise LatentPriorError(f"the autoencoder fails on {given}: {error}; check the shapes") from error
+    mean, scale = (output, None) if isinstance(output, Tensor) else output
+    if x.ndim != 4:
+        raise LatentPriorError(f"images of the autoencoder have shape {tuple(x.shape)}: they must be (n, C, H, W)")
+    if event_shape is not None and mean.shape[1:] != torch.Size(event_shape):
+        raise LatentPriorError(
+            f"the encoder returns latents {tuple(mean.shape[1:])}, the decoder takes {tuple(event_shape)}: "
+            "give the two halves of one autoencoder"
+        )
+    if scale is not None and (scale.shape != mean.shape or not (scale >= 0).all()):
+        raise LatentPriorError(
+            "the encoder's second output is no standard deviation of the first: return (mean, scale), scale >= 0 and "
+            "of the same shape; from a log variance, exp(v / 2)"
+        )
+    for half in (encoder, generator):
+        half.latent_shape, half.image_shape = mean.shape[1:], x.shape[1:]
+    return Autoencoder(encoder, generator, mean.shape[1:], x.shape[1:])

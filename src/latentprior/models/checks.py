@@ -1,0 +1,61 @@
+"""Images and masks that a model is given, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.latents import as_dense, check_tensor
+from ..errors import InvalidImagesError, InvalidLatentsError, LatentPriorError
+
+__all__ = ["check_chain", "check_images", "check_latents", "check_mask"]
+
+
+def check_images(images: Any, shape: Sequence[int] | None, device: torch.device) -> Tensor:
+    """Images ``(n, C, H, W)`` on ``device``; raises :class:`InvalidImagesError` for anything else, or another shape."""
+    x = as_dense(images, "images", InvalidImagesError).to(device=device)
+    if x.ndim != 4 or not x.is_floating_point():
+        raise InvalidImagesError(
+            f"images must be floating point (n, C, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}; "
+            "read files with latentprior.read_images"
+        )
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise InvalidImagesError(f"images have shape {tuple(x.shape[1:])}, the generator makes {tuple(shape)}")
+    if not torch.isfinite(x).all():
+        raise InvalidImagesError("images hold NaN or infinite values: remove or mend them")
+    return x
+
+
+def check_mask(mask: Any, x: Tensor) -> Tensor:
+    """A mask of the images' shape and type, numbers from 0 to 1; raises :class:`InvalidImagesError` for another."""
+    given = as_dense(mask, "masks", InvalidImagesError).to(x)
+    try:
+        seen = given.expand_as(x)
+    except RuntimeError:
+        raise InvalidImagesError(f"a mask {tuple(given.shape)} does not fit images {tuple(x.shape)}") from None
+    if not ((seen >= 0) & (seen <= 1)).all():
+        raise InvalidImagesError("a mask holds numbers from 0 (unseen) to 1 (seen)")
+    return seen
+
+
+def check_latents(z: Any, n: int, event_shape: torch.Size, like: Tensor) -> Tensor:
+    """Latents ``(n, *event_shape)``, one an image; raises :class:`InvalidLatentsError` for anything else."""
+    rows = check_tensor(z, event_shape, like.device, like.dtype)
+    if len(rows) != n:
+        raise InvalidLatentsError(f"{len(rows)} latents for {n} images: give one an image")
+    if not rows.isfinite().all():
+        raise InvalidLatentsError("latents hold NaN or infinite values: remove or mend them")
+    return rows.reshape(n, *event_shape)
+
+
+def check_chain(steps: Any, step_size: Any) -> None:
+    """Raise :class:`LatentPriorError` for a number of steps, or a size of them, that no chain can have."""
+    if not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise LatentPriorError(f"steps must be a whole number of 0 or more, got {steps!r}")
+    if not isinstance(step_size, (int, float, np.number)) or not 0 < step_size < math.inf:
+        raise LatentPriorError(f"step_size must be positive and finite, got {step_size!r}")

@@ -1,0 +1,1 @@
+"""Training recipes by name, and the folders that training writes."""

@@ -1,0 +1,1 @@
+"""Random streams, events, progress, trackers and processes."""

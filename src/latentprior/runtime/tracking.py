@@ -1,0 +1,124 @@
+"""Curves and pictures of a run, while it runs: JSON lines, TensorBoard, or a tracker of your own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..errors import LatentPriorError, MissingExtraError
+from .events import Event, TrainingEvent
+
+__all__ = ["JSONLinesTracker", "TensorBoardTracker", "Tracker", "tracked"]
+
+
+class Tracker(Protocol):
+    """What is told of a run; any object with these three methods will do."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Take numbers by name, such as ``stage-0/ratio``, at a step of the phase that the name begins with."""
+
+    def images(self, step: int, name: str, x: Tensor) -> None:
+        """Take images ``(n, C, H, W)`` in [-1, 1]."""
+
+    def close(self) -> None:
+        """Write what is still held, and end."""
+
+
+class JSONLinesTracker:
+    """One JSON object a line, ``{"step": 10, "stage-0/ratio": 1.2}``, appended to ``file``; no images.
+
+    Numbers that are not finite become null. Raises :class:`LatentPriorError` where the file cannot be written.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            # Line by line: a run that is killed leaves every line that was written.
+            self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise LatentPriorError(f"{file}: cannot write the log there ({error.strerror})") from None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+
+    def images(self, step: int, name: str, x: Tensor) -> None:
+        """Leave images out: lines are for numbers."""
+
+    def close(self) -> None:
+        """Close the file; again is fine."""
+        self._file.close()
+
+
+class TensorBoardTracker:
+    """Event files for TensorBoard in ``folder`` (extra ``tracking``).
+
+    Raises :class:`~latentprior.errors.MissingExtraError` without tensorboard.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("logging to TensorBoard", "tracking") from None
+        try:
+            self._writer: Any = SummaryWriter(str(folder))
+        except OSError as error:
+            raise LatentPriorError(f"{folder}: cannot write the log there ({error.strerror})") from None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, x: Tensor) -> None:
+        """Add a grid of images."""
+        self._writer.add_images(name, x.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def tracked(tracker: Tracker, *, every: int = 10) -> Callable[[TrainingEvent | Event], None]:
+    """Return a callback that tells ``tracker`` of a training run's or a fit's events.
+
+    Curves are named by phase, each over its own steps, so that a resumed run draws on at the right place:
+    ``autoencoder``, ``stage-K`` and ``settle`` while a generator is learned, ``prior-stage-K`` in
+    :func:`latentprior.fit`, and ``ladder``, the gain of each stage that joined. Losses are told at every step that
+    ``every`` divides, gains, in nats, at every evaluation.
+    """
+    if every < 1:
+        raise LatentPriorError(f"every must be 1 or more, got {every}")
+
+    def tell(event: TrainingEvent | Event) -> None:
+        if isinstance(event, Event):
+            known = {"gain": event.gain, "gain_stderr": event.gain_stderr}
+            if event.kind == "evaluate":
+                _tell(tracker, f"prior-stage-{event.stage}", event.step, known)
+            elif event.kind == "learned":
+                _tell(tracker, "ladder", event.stage, known)
+        elif event.kind == "evaluate":
+            known = {"gain": event.gain.value, "gain_stderr": event.gain.stderr}
+            _tell(tracker, f"stage-{event.stage}", event.step, {**event.losses, **known})
+        elif event.kind == "learned":
+            # The event counts the next stage, whose gain nobody knows yet.
+            stages = () if event.model is None else event.model.prior.stages
+            if stages:
+                known = {"gain": stages[-1].gain, "gain_stderr": stages[-1].gain_stderr}
+                _tell(tracker, "ladder", len(stages) - 1, known)
+        elif event.losses and event.step % every == 0:
+            phase = f"stage-{event.stage}" if event.kind == "step" else event.kind
+            _tell(tracker, phase, event.step, event.losses)
+
+    return tell
+
+
+def _tell(tracker: Tracker, phase: str, step: int, values: Mapping[str, float]) -> None:
+    tracker.scalars(step, {f"{phase}/{name}": value for name, value in values.items()})

@@ -1,0 +1,1 @@
+"""Saved folders: checkpoints, model cards, the hub and output files."""

@@ -1,0 +1,175 @@
+"""Where results go: checked before the work begins, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LatentPriorError, MissingExtraError
+from .checkpoint import check_lengths, write_whole
+
+__all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
+
+MOST_IN_GRID = 4096
+ROOM = 160
+"""Bytes of a path that are kept for what a run makes in its folder: states of its phases, TensorBoard's events."""
+
+
+def check_folder(folder: Path, name: str = "", inside: str = "") -> None:
+    """Raise now, not after hours of work, if files, or one of this name, cannot be written there.
+
+    ``inside`` is the longest name in it where the one of this name is a folder.
+    """
+    # The longest name that is given to a file on its way.
+    probe = folder / f".{name}.{os.getpid()}.partial"
+    try:
+        check_lengths(probe / inside if name else folder / ("x" * ROOM))
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LatentPriorError(
+            f"{folder / name}: cannot write there ({error.strerror}); choose another --out"
+        ) from None
+
+
+def check_file(path: Path) -> None:
+    """Raise now if no ``.npy`` file of this name can be written."""
+    if path.suffix != ".npy":
+        raise LatentPriorError(f"--out {path}: give a name that ends in .npy")
+    # Unlike Path.is_dir, this is False for names too long for the file system, which check_folder refuses.
+    if os.path.isdir(path):
+        raise LatentPriorError(f"--out {path}: is a folder; give a file name that ends in .npy")
+    check_folder(path.parent, path.name)
+
+
+@contextlib.contextmanager
+def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[BinaryIO]:
+    """A file that takes the rows of a ``.npy``: renamed into place when whole, removed when not.
+
+    Raises :class:`LatentPriorError` where the file system has no room for all of it.
+    """
+    wanted, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if wanted > free:
+        raise LatentPriorError(
+            f"--out {path}: needs {wanted / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free; ask for less"
+        )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    try:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_images_out(out: Path, n: int) -> None:
+    """Raise now if ``n`` images cannot go to ``out``: a ``.npy``, a ``.png`` with a grid, or a new folder of PNGs."""
+    if out.suffix == ".npy":
+        return check_file(out)
+    if out.suffix not in (".png", ""):
+        raise LatentPriorError(f"--out {out}: give a name that ends in .npy or .png, or a folder")
+    _pillow()
+    if out.suffix == ".png":
+        if os.path.isdir(out):
+            raise LatentPriorError(f"--out {out}: is a folder; give a file name that ends in .png")
+        if n > MOST_IN_GRID:
+            raise LatentPriorError(
+                f"--out {out}: a grid shows {MOST_IN_GRID:,} images at most, not {n:,}; give a folder or a .npy"
+            )
+    elif os.path.isdir(out) and any(out.iterdir()):
+        raise LatentPriorError(
+            f"--out {out}: holds files already; give a new folder, so that no other image joins them"
+        )
+    elif os.path.isfile(out):
+        raise LatentPriorError(f"--out {out}: is a file; give a name that ends in .npy or .png, or a new folder")
+    whole = Path(os.path.abspath(out))
+    check_folder(whole.parent, whole.name, f"{n:05}.png" if out.suffix == "" else "")
+
+
+@contextlib.contextmanager
+def images_out(
+    out: Path, n: int, shape: Sequence[int], *, columns: int | None = None
+) -> Iterator[Callable[[Tensor], None]]:
+    """A function that takes ``n`` images ``(b, C, H, W)`` in [-1, 1] block by block; all of them appear, or none.
+
+    A ``.npy`` holds float32 ``(n, C, H, W)`` in [-1, 1], as :func:`latentprior.data.images.read_images` takes them; a
+    ``.png`` one grid; a folder ``00000.png`` and so on.
+    """
+    if out.suffix == ".npy":
+        with array_file(out, (n, *shape), "<f4") as file:
+
+            def append(x: Tensor) -> None:
+                file.write(x.cpu().numpy().astype("<f4").tobytes())
+
+            yield append
+    elif out.suffix == ".png":
+        blocks: list[Tensor] = []
+        yield blocks.append
+        write_whole(out, picture_grid(torch.cat(blocks), columns=columns))
+    else:
+        whole = Path(os.path.abspath(out))
+        partial = whole.with_name(f".{whole.name}.{os.getpid()}.partial")
+        partial.mkdir()
+        width = max(5, len(str(n - 1)))
+        number = itertools.count()
+
+        def write(x: Tensor) -> None:
+            for picture in _bytes(x):
+                (partial / f"{next(number):0{width}}.png").write_bytes(_png(picture))
+
+        try:
+            yield write
+            if whole.is_dir():
+                whole.rmdir()
+            os.replace(partial, whole)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def picture_grid(x: Tensor, *, columns: int | None = None) -> bytes:
+    """A PNG of images ``(n, C, H, W)`` in [-1, 1], side by side with white lines of two pixels between them."""
+    pixels = _bytes(x)
+    n, c, h, w = pixels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = -(-n // columns)
+    canvas = torch.full((c, rows * (h + 2) - 2, columns * (w + 2) - 2), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = (i // columns) * (h + 2), (i % columns) * (w + 2)
+        canvas[:, top : top + h, left : left + w] = picture
+    return _png(canvas)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def _png(picture: Tensor) -> bytes:
+    image, buffer = _pillow(), io.BytesIO()
+    array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+    image.fromarray(np.ascontiguousarray(array.numpy())).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("writing pictures", "images") from None
+    return Image

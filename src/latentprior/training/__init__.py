@@ -1,0 +1,1 @@
+"""Learning a decoder and its prior."""
