@@ -40,7 +40,7 @@ from latentprior.evaluation.metrics import (
     mean_squared_error,
 )
 from latentprior.models.model import LatentVariableModel
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.seeding import derived_generator
 from latentprior.training.alternating import UNDER_A_PRIOR, train_under_prior
 from latentprior.training.config import AutoencoderConfig, TrainingConfig
@@ -122,7 +122,7 @@ class Bench:
         family, dim, width = self.scale.spec
         spec = network_spec(family, dim, width, self.images.shape)
         weights = derived_generator(CPU, self.seed, "networks")
-        return LatentVariableModel(build_generator(spec, weights), None, 0.3, build_encoder(spec, weights))
+        return LatentVariableModel(build_decoder(spec, weights), None, 0.3, build_encoder(spec, weights))
 
     def shared(self) -> LatentVariableModel:
         """The VAE that several methods stand on."""

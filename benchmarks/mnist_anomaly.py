@@ -48,7 +48,7 @@ from _results import read_results, write_results
 from latentprior.data.images import Images
 from latentprior.evaluation.metrics import average_precision
 from latentprior.models.model import LatentVariableModel
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.seeding import derived_generator
 from latentprior.training.config import AutoencoderConfig
 from latentprior.training.two_phase import aggregate_posterior, refit_prior, train_autoencoder
@@ -165,7 +165,7 @@ class Run:
         images = Images(self.train)
         spec = network_spec("mlp", 16, width, images.shape)
         weights = derived_generator(CPU, self.seed, "networks")
-        model = LatentVariableModel(build_generator(spec, weights), None, 0.3, build_encoder(spec, weights))
+        model = LatentVariableModel(build_decoder(spec, weights), None, 0.3, build_encoder(spec, weights))
         train_autoencoder(model, images, AutoencoderConfig(steps=steps), seed=self.seed)
         refit_prior(model, aggregate_posterior(model, images), seed=self.seed, time_budget=self.scale.fit_seconds)
         x = torch.cat(list(Images(self.test).batches(1000)))

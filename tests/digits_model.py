@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import latentprior as lp
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 
 DIM = 6
 
@@ -27,7 +27,7 @@ def digits_model(rows=1200, steps=300, max_stages=2):
     """A VAE of the first ``rows`` digits under a ladder from a normal."""
     draws = torch.Generator().manual_seed(0)
     spec = network_spec("mlp", latent_dim=DIM, width=64, image_shape=(1, 8, 8))
-    model = lp.LatentVariableModel(build_generator(spec, draws), encoder=build_encoder(spec, draws))
+    model = lp.LatentVariableModel(build_decoder(spec, draws), encoder=build_encoder(spec, draws))
     settings = lp.StageSettings(width=64, depth=1, steps=300, batch_size=256, average=0.98, bound=2)
     config = lp.AutoencoderConfig(steps=steps)
     lp.train_two_phase(

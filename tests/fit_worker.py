@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import latentprior as lp
-from latentprior.cli.main import main as cli
+from latentprior.cli import main as cli
 from latentprior.density import normalizers
 from latentprior.density.ladder import Ladder
 from latentprior.evaluation.known_densities import Banana

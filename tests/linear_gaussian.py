@@ -48,7 +48,7 @@ def moments(model: LatentVariableModel) -> tuple[Tensor, Tensor]:
 def posterior(model: LatentVariableModel, x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Means ``(n, d)`` and the common covariance of p(z | x), or of p(z | seen pixels), ``seen`` of one image."""
     mean, covariance = moments(model)
-    a, b = model.generator.matrix.detach(), model.generator.shift.detach()
+    a, b = model.decoder.matrix.detach(), model.decoder.shift.detach()
     weight = torch.ones(len(b), dtype=a.dtype) if seen is None else seen.expand(PIXELS).flatten().to(a)
     precision = covariance.inverse()
     spread = (precision + (a.T * weight) @ a / model.sigma**2).inverse()
@@ -59,7 +59,7 @@ def posterior(model: LatentVariableModel, x: Tensor, seen: Tensor | None = None)
 def log_evidence(model: LatentVariableModel, x: Tensor) -> Tensor:
     """Exact log p(x), ``(n,)`` nats."""
     mean, covariance = moments(model)
-    a, b = model.generator.matrix.detach(), model.generator.shift.detach()
+    a, b = model.decoder.matrix.detach(), model.decoder.shift.detach()
     noise = model.sigma**2 * torch.eye(len(b), dtype=a.dtype)
     return MultivariateNormal(a @ mean + b, a @ covariance @ a.T + noise).log_prob(x.flatten(1))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentprior import LatentPriorError
 from latentprior.data.images import Images
 from latentprior.models.model import LatentVariableModel
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.events import TrainingEvent
 from latentprior.runtime.processes import Processes, joined, launched_processes
 from latentprior.training.config import TrainingConfig
@@ -38,7 +38,7 @@ def images() -> Images:
 
 def model() -> LatentVariableModel:
     g = torch.Generator().manual_seed(4)
-    return LatentVariableModel(build_generator(SPEC, g), sigma=0.2, encoder=build_encoder(SPEC, g))
+    return LatentVariableModel(build_decoder(SPEC, g), sigma=0.2, encoder=build_encoder(SPEC, g))
 
 
 class Drawless(JointLearner):
@@ -52,7 +52,7 @@ class Drawless(JointLearner):
         for _ in range(updates):
             x, _ = self.batch()
             self.update_ratio(self.posterior_samples(x), 2 * x.flatten(1)[:, 4:])
-            self.update_generator(x, self.posterior_samples(x))
+            self.update_decoder(x, self.posterior_samples(x))
         found = {}
         for name, network in (("networks", self.networks), ("ratio", self.ratio)):
             for key, value in network.named_parameters():

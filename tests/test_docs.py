@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import latentprior as lp
 from fake_hub import TOKEN, serve
-from latentprior.cli.main.main import main
+from latentprior.cli.main import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 

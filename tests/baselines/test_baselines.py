@@ -37,10 +37,9 @@ from latentprior.density.ratios import BoundedRatio
 from latentprior.errors import CheckpointError, LatentPriorError, LearningDivergedError
 from latentprior.models.inference import short_run
 from latentprior.models.model import LatentVariableModel
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.events import TrainingEvent
-from latentprior.training import joint as training
-from latentprior.training import two_phase
+from latentprior.training import joint_learner, two_phase
 from latentprior.training.joint_learner import JointLearner
 
 VAE = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
@@ -72,7 +71,7 @@ def pictures(n: int, seed: int) -> Tensor:
 
 def untrained(seed: int = 0, width: int = 32) -> LatentVariableModel:
     spec, g = network_spec("mlp", 2, width, (1, 8, 8)), torch.Generator().manual_seed(seed)
-    return LatentVariableModel(build_generator(spec, g), None, 0.3, build_encoder(spec, g))
+    return LatentVariableModel(build_decoder(spec, g), None, 0.3, build_encoder(spec, g))
 
 
 @cache
@@ -227,7 +226,7 @@ def test_a_trained_autoencoder_is_shared_not_changed() -> None:
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     model = train_vae(untrained(7), Images(pictures(50, 0)), autoencoder=vae)
     for shared in (model, trained("latent_gmm"), trained("ncp_vae")):
-        assert shared.generator is not vae.generator
+        assert shared.decoder is not vae.decoder
         assert shared.sigma == vae.sigma
         assert all(torch.equal(v, before[k]) for k, v in shared.state_dict().items())
     assert all(torch.equal(v, before[k]) for k, v in vae.state_dict().items())
@@ -336,7 +335,7 @@ def test_rae_fits_a_mixture_of_ten_after_a_penalised_autoencoder() -> None:
         config = RAEConfig(**{**VAE, "steps": 60}, latent_penalty=penalty, weight_decay=decay, components=2)
         made = train_rae(untrained(), x, config)
         norms.append(float(made.encode(pictures(50, 1))[0].norm(dim=1).mean()))
-        weights.append(sum(float(p.square().sum()) for p in made.generator.parameters()))
+        weights.append(sum(float(p.square().sum()) for p in made.decoder.parameters()))
     assert norms[1] < 0.5 * norms[0]
     assert weights[1] < 0.5 * weights[0]
 
@@ -361,7 +360,7 @@ def test_persistent_chains_start_where_they_were_left(persistent: bool, monkeypa
         ends.append(short_run(start, *arguments, **options))
         return ends[-1]
 
-    monkeypatch.setattr(training, "short_run", watched)
+    monkeypatch.setattr(joint_learner, "short_run", watched)
     # Every step sees all images that are not held out, in another order.
     config = replace(CONFIGS["sri"], steps=2, batch_size=30, persistent=persistent)
     train_sri(untrained(), Images(pictures(32, 0)), config)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import latentprior as lp
-from latentprior.cli.main import demo
+from latentprior.cli import demo
 
 FILES = ("samples.png", "normal.png", "ladder.png", "reconstructions.png", "data.png", "vae.safetensors")
 

@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from latentprior.cli.main.main import main
+from latentprior.cli.main import main
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from PIL import Image
 
 import latentprior as lp
 from latentprior.baselines import two_stage_vae
-from latentprior.cli.main import train as training_command
-from latentprior.cli.main.main import main
+from latentprior.cli import train as training_command
+from latentprior.cli.main import main
 from latentprior.data.images import read_images
 from latentprior.errors import CheckpointError
 from latentprior.evaluation.metrics import average_precision
@@ -167,7 +167,7 @@ def test_generate_writes_the_images_of_the_library(run, work, tmp_path):
     code, out, err = run("generate", work / "run", "-n", 40, "--out", path, "--seed", 3, "--json")
     assert (code, err) == (0, "")
     assert strict(out) == {"n": 40, "shape": [40, 1, 8, 8], "sampler": "smc", "seed": 3}
-    model = lp.generator.model.LatentVariableModel.from_pretrained(work / "run" / "model")
+    model = lp.LatentVariableModel.from_pretrained(work / "run" / "model")
     expected = model.generate(40, generator=torch.Generator().manual_seed(3))
     np.testing.assert_array_equal(np.load(path), expected.numpy())
     assert list(path.parent.iterdir()) == [path]

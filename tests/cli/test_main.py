@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 import latentprior as lp
-from latentprior.cli.main import main as cli
-from latentprior.cli.main import train as training_command
-from latentprior.cli.main.main import main
+from latentprior.cli import main as cli
+from latentprior.cli import train as training_command
+from latentprior.cli.main import main
 from latentprior.density.figures import record, strict_json, text
 from latentprior.errors import LearningDivergedError, StageSaturatedWarning
 from latentprior.fitting import fit as learning
@@ -34,7 +34,9 @@ import sys
 from functools import partial
 import torch
 torch.set_num_threads(1)
-from latentprior import StageSettings, cli, learning
+from latentprior import StageSettings
+from latentprior.cli import main as cli
+from latentprior.fitting import fit as learning
 learning.fit = partial(learning.fit, settings=StageSettings(steps=300, width=16, batch_size=128))
 sys.exit(cli.main())
 """

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from latentprior import StageSettings
-from latentprior.cli.main import main as cli
+from latentprior.cli import main as cli
 from latentprior.evaluation.known_densities import Banana
 from latentprior.fitting import fit as learning
 from latentprior.storage.checkpoint import load_state

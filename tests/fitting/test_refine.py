@@ -154,7 +154,7 @@ def test_a_model_saves_the_decoder_with_it(refined: lp.LatentPrior, latents: Ten
     empty = Waves()
     with torch.no_grad():
         empty.grid.zero_()
-    loaded = lp.LatentVariableModel.from_pretrained(tmp_path / "model", generator=empty)
+    loaded = lp.LatentVariableModel.from_pretrained(tmp_path / "model", decoder=empty)
     torch.testing.assert_close(loaded.prior.log_prob(latents[:20]), refined.log_prob(latents[:20]))
 
 

@@ -27,7 +27,7 @@ from latentprior.data.images import read_images
 from latentprior.data.latents import read_latents
 from latentprior.density.figures import record, strict_json, text
 from latentprior.errors import LatentPriorError
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.recipes.recipe import read_recipe
 from latentprior.storage.checkpoint import _checksum, load_state
 
@@ -89,7 +89,7 @@ def _small_prior() -> lp.LatentPrior:
         prior = lp.fit(z, base="gmm:2", max_stages=1, settings=settings, validation=z[:30])
         if not prior.stages:
             ratio = settings.spec((2,), True)
-            network = lp.ratios.build_ratio(ratio, torch.Generator().manual_seed(0), prior.base)
+            network = lp.density.ratios.build_ratio(ratio, torch.Generator().manual_seed(0), prior.base)
             prior = prior.replaced([lp.Stage(network, 0.1, 0.1, 0.1, 0.01, {"ess": 0.5, "seconds": 1.0})])
     return prior
 
@@ -147,7 +147,7 @@ def _prior_seeds(folder: Path) -> list[bytes]:
 def _model_seeds(folder: Path) -> list[bytes]:
     spec = network_spec("mlp", latent_dim=2, width=4, image_shape=(1, 2, 2))
     g = torch.Generator().manual_seed(0)
-    return [_pair(*lp.LatentVariableModel(build_generator(spec, g), encoder=build_encoder(spec, g)).state())]
+    return [_pair(*lp.LatentVariableModel(build_decoder(spec, g), encoder=build_encoder(spec, g)).state())]
 
 
 def _state_seeds(folder: Path) -> list[bytes]:

@@ -21,7 +21,7 @@ from latentprior.density.bases import (
 from latentprior.density.ratios import build_ratio
 from latentprior.density.whitening import identity_whitening
 from latentprior.evaluation.metrics import two_sample_auc
-from latentprior.models.networks import build_generator, network_spec
+from latentprior.models.networks import build_decoder, network_spec
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -134,7 +134,7 @@ def test_without_stages_the_sampler_draws_the_base(tmp_path: Path, generator: to
 
 def test_images_of_a_model(tmp_path: Path, generator: torch.Generator) -> None:
     spec = network_spec("mnist", latent_dim=3, width=4)
-    model = lp.LatentVariableModel(build_generator(spec, generator), priors()["gmm, residual"])
+    model = lp.LatentVariableModel(build_decoder(spec, generator), priors()["gmm, residual"])
     z = torch.randn(5, 3, generator=generator)
     found = run(lp.export_onnx(model, tmp_path / "d.onnx", "decoder"), z=z)
     torch.testing.assert_close(found, model.decode(z), atol=1e-4, rtol=1e-4)
@@ -184,10 +184,10 @@ def test_without_the_extra(
 def test_export_leaves_the_prior_as_it_was(tmp_path: Path) -> None:
     prior = priors()["gmm, residual"]
     spec = network_spec("mlp", latent_dim=3, width=4, image_shape=(1, 2, 2))
-    model = lp.LatentVariableModel(build_generator(spec, torch.Generator().manual_seed(0)).train(), prior)
+    model = lp.LatentVariableModel(build_decoder(spec, torch.Generator().manual_seed(0)).train(), prior)
     z = torch.zeros(4, 3)
     before = model.prior.log_prob(z)
     lp.export_onnx(model, tmp_path / "g.onnx", "generate", candidates=2)
     assert torch.equal(model.prior.log_prob(z), before)
-    assert model.generator.training
-    assert all(p.requires_grad for p in model.generator.parameters())
+    assert model.decoder.training
+    assert all(p.requires_grad for p in model.decoder.parameters())

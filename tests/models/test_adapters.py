@@ -106,8 +106,8 @@ def halves_fit(autoencoder: Autoencoder, x: Tensor) -> None:
     output = autoencoder.encode(x)
     mean = output if isinstance(output, Tensor) else output[0]
     assert mean.shape == (len(x), *autoencoder.event_shape)
-    assert autoencoder.encoder.latent_shape == autoencoder.generator.latent_shape == autoencoder.event_shape
-    assert autoencoder.encoder.image_shape == autoencoder.generator.image_shape == x.shape[1:]
+    assert autoencoder.encoder.latent_shape == autoencoder.decoder.latent_shape == autoencoder.event_shape
+    assert autoencoder.encoder.image_shape == autoencoder.decoder.image_shape == x.shape[1:]
     z = mean.detach().requires_grad_(True)
     decoded = autoencoder.decode(z)
     assert decoded.shape == x.shape
@@ -223,7 +223,7 @@ def test_senseless_stored_factors_are_refused(config: dict[str, Any], generator:
 def test_halves_own_their_weights_alone_and_share_them_with_the_model(generator: torch.Generator) -> None:
     vae = FakeKL(generator)
     autoencoder = from_diffusers(vae)
-    own = [{p.data_ptr() for p in half.parameters()} for half in (autoencoder.encoder, autoencoder.generator)]
+    own = [{p.data_ptr() for p in half.parameters()} for half in (autoencoder.encoder, autoencoder.decoder)]
     assert not own[0] & own[1]
     assert own[0] | own[1] == {p.data_ptr() for p in vae.parameters()}
     assert set(dict(vae.named_children())) == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
@@ -231,7 +231,7 @@ def test_halves_own_their_weights_alone_and_share_them_with_the_model(generator:
 
 def test_copies_are_independent(generator: torch.Generator, images: Tensor) -> None:
     autoencoder = from_diffusers(FakeKL(generator))
-    average = copy.deepcopy(autoencoder.generator)
+    average = copy.deepcopy(autoencoder.decoder)
     z = autoencoder.encode(images)[0].detach()
     before = autoencoder.decode(z)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_measured_moments_are_loaded_with_the_weights(generator: torch.Generator
     vae = FakeKL(generator)
     measured = from_diffusers(vae).standardised(images)
     fresh = from_diffusers(FakeKL(generator))
-    for name in ("encoder", "generator"):
+    for name in ("encoder", "decoder"):
         getattr(fresh, name).load_state_dict(getattr(measured, name).state_dict())
     assert torch.equal(fresh.encode(images)[0], measured.encode(images)[0])
     z = torch.randn(3, 2, 4, 4, generator=generator)
@@ -309,7 +309,7 @@ def test_standardising_needs_images(rows: Any, generator: torch.Generator) -> No
 
 def test_model_takes_the_halves(generator: torch.Generator, images: Tensor) -> None:
     autoencoder = from_diffusers(FakeKL(generator))
-    model = LatentVariableModel(autoencoder.generator, encoder=autoencoder.encoder)
+    model = LatentVariableModel(autoencoder.decoder, encoder=autoencoder.encoder)
     mean, scale = model.encode(images[:3])
     assert torch.equal(mean, autoencoder.encode(images[:3])[0])
     assert scale is not None
@@ -411,7 +411,7 @@ def test_real_diffusers_models(images: Tensor, generator: torch.Generator) -> No
         assert torch.equal(small.decode(z), tiny.decode(z).sample.clamp(-1, 1))
     halves_fit(autoencoder, images)
     halves_fit(small, images)
-    shared = [{p.data_ptr() for p in half.parameters()} for half in (autoencoder.encoder, autoencoder.generator)]
+    shared = [{p.data_ptr() for p in half.parameters()} for half in (autoencoder.encoder, autoencoder.decoder)]
     assert not shared[0] & shared[1]
 
 

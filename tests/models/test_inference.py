@@ -39,7 +39,7 @@ def test_posterior_density_and_gradient(
     exact = -0.5 * u.square().sum(1) - 1.5 * math.log(2 * math.pi)
     exact = exact + temperature * Normal(0.0, 0.5).log_prob(miss).sum((1, 2, 3))
     torch.testing.assert_close(value, exact)
-    torch.testing.assert_close(grad, -u + temperature * (miss.flatten(1) @ model.generator.matrix.detach()) / 0.25)
+    torch.testing.assert_close(grad, -u + temperature * (miss.flatten(1) @ model.decoder.matrix.detach()) / 0.25)
     assert not value.requires_grad
     assert not grad.requires_grad
 
@@ -47,7 +47,7 @@ def test_posterior_density_and_gradient(
 def test_posterior_density_leaves_weights_without_gradients(model: LatentVariableModel) -> None:
     with torch.no_grad():
         posterior_density(model.decode, model.prior.log_prob, images(model, 2), 0.5)(torch.zeros(2, 3).double())
-    assert model.generator.matrix.grad is None
+    assert model.decoder.matrix.grad is None
 
 
 def test_one_step_of_langevin(model: LatentVariableModel) -> None:
@@ -55,7 +55,7 @@ def test_one_step_of_langevin(model: LatentVariableModel) -> None:
     density = posterior_density(model.decode, model.prior.log_prob, x, 0.5)
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     moved = short_run(u, density, steps=1, step_size=0.2, generator=torch.Generator().manual_seed(7))
-    pull = (x - model.decode(u).detach()).flatten(1) @ model.generator.matrix.detach() / 0.25
+    pull = (x - model.decode(u).detach()).flatten(1) @ model.decoder.matrix.detach() / 0.25
     torch.testing.assert_close(moved, u + 0.02 * (-u + pull) + 0.2 * noise)
 
 

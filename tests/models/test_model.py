@@ -16,7 +16,7 @@ from latentprior.density.prior import LatentPrior
 from latentprior.density.whitening import identity_whitening
 from latentprior.evaluation.known_densities import Banana, Rings
 from latentprior.models.model import LatentVariableModel, standard_normal_prior
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from linear_gaussian import (
     PIXELS,
     LinearDecoder,
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
 
 def test_prior_defaults_to_the_generators_normal(generator: torch.Generator) -> None:
-    model = LatentVariableModel(build_generator(SPEC, generator))
+    model = LatentVariableModel(build_decoder(SPEC, generator))
     assert model.event_shape == (3,)
     z = torch.zeros(1, 3)
     assert float(model.prior.log_prob(z)) == pytest.approx(-1.5 * math.log(2 * math.pi))
@@ -70,7 +70,7 @@ def test_a_generator_of_unknown_latents_needs_a_prior() -> None:
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
 def test_sigma_must_be_positive(sigma: float, generator: torch.Generator) -> None:
     with pytest.raises(LatentPriorError, match="sigma must be positive"):
-        LatentVariableModel(build_generator(SPEC, generator), sigma=sigma)
+        LatentVariableModel(build_decoder(SPEC, generator), sigma=sigma)
 
 
 def test_any_distribution_serves_as_prior(generator: torch.Generator) -> None:
@@ -99,14 +99,14 @@ def test_generate_is_a_function_of_the_generator() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     z = model.prior.sample((4,), torch.Generator().manual_seed(1))
-    torch.testing.assert_close(first, model.generator(z).detach())
+    torch.testing.assert_close(first, model.decoder(z).detach())
     assert model.generate(0).shape == (0, *PIXELS)
 
 
 def test_decode_of_many_rows_is_that_of_each(generator: torch.Generator) -> None:
     model = linear()
     z = torch.randn(700, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(model.decode(z), model.generator(z))
+    torch.testing.assert_close(model.decode(z), model.decoder(z))
     assert torch.autograd.grad(model.decode(z).sum(), z)[0].shape == z.shape
 
 
@@ -146,7 +146,7 @@ def test_langevin_steps_in_standardised_coordinates() -> None:
     g = torch.Generator().manual_seed(3)
     moved = model.infer(x, method="langevin", steps=1, step_size=0.3, start=start, generator=g)
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    whitening, matrix = model.prior.whitening, model.generator.matrix.detach()
+    whitening, matrix = model.prior.whitening, model.decoder.matrix.detach()
     u = whitening.whiten(start)
     miss = (x - model.decode(start).detach()).flatten(1)
     drift = -u + miss @ (matrix @ whitening.inverse) / model.sigma**2
@@ -290,7 +290,7 @@ def test_encode_splits_and_shapes(scales: bool) -> None:
 @pytest.mark.parametrize(
     ("x", "told"),
     [
-        (torch.zeros(2, 1, 3, 2), r"shape \(1, 3, 2\), the generator makes \(1, 2, 3\)"),
+        (torch.zeros(2, 1, 3, 2), r"shape \(1, 3, 2\), the decoder makes \(1, 2, 3\)"),
         (torch.zeros(2, 6), r"got torch.float32 \(2, 6\)"),
         (torch.zeros(2, *PIXELS, dtype=torch.uint8), "got torch.uint8"),
         (torch.full((2, *PIXELS), math.nan), "NaN or infinite"),
@@ -349,7 +349,7 @@ def test_log_likelihood_under_a_stage_that_makes_a_mixture(method: str, generato
     model, mixture = mixture_model()
     x = images(model, 20)
     value, stderr = model.log_likelihood(x, method=method, samples=128, temperatures=100, generator=generator)
-    a, b = model.generator.matrix.detach(), model.generator.shift.detach()
+    a, b = model.decoder.matrix.detach(), model.decoder.shift.detach()
     covariance = 0.16 * a @ a.T + 0.25 * torch.eye(6, dtype=torch.float64)
     parts = [MultivariateNormal(a @ m + b, covariance) for m in mixture.component_distribution.mean]
     terms = torch.stack([part.log_prob(x.flatten(1)) for part in parts], 1)
@@ -418,7 +418,7 @@ def test_inpaint_keeps_seen_pixels_and_draws_the_rest(generator: torch.Generator
     unseen = (HALF == 0).flatten()
     assert torch.equal(filled.flatten(1)[:, ~unseen], x.flatten(1)[:, ~unseen].expand(1500, -1))
     rows = filled.flatten(1)[:, unseen]
-    a, b = model.generator.matrix.detach()[unseen], model.generator.shift.detach()[unseen]
+    a, b = model.decoder.matrix.detach()[unseen], model.decoder.shift.detach()[unseen]
     # Three unseen pixels are a linear map of three latents.
     assert_standard_normal(residuals(rows, mean @ a.T + b, a @ covariance @ a.T))
 
@@ -483,7 +483,7 @@ def flat_linear(fan_in: int, fan_out: int) -> nn.Sequential:
 
 def both(generator: torch.Generator) -> LatentVariableModel:
     return LatentVariableModel(
-        build_generator(SPEC, generator), correlated_prior(), sigma=0.2, encoder=build_encoder(SPEC, generator)
+        build_decoder(SPEC, generator), correlated_prior(), sigma=0.2, encoder=build_encoder(SPEC, generator)
     )
 
 
@@ -511,19 +511,19 @@ def test_networks_and_distributions_of_yours_are_given_again(tmp_path: Path) -> 
     prior = Banana()
     model = LatentVariableModel(LinearDecoder(2), prior)
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"generator is a network of yours: pass it"):
+    with pytest.raises(CheckpointError, match=r"decoder is a network of yours: pass it"):
         LatentVariableModel.from_pretrained(tmp_path, prior=prior)
     with pytest.raises(CheckpointError, match="stands on a torch Distribution of yours"):
-        LatentVariableModel.from_pretrained(tmp_path, generator=LinearDecoder(2))
-    loaded = LatentVariableModel.from_pretrained(tmp_path, generator=LinearDecoder(2, seed=9), prior=prior)
+        LatentVariableModel.from_pretrained(tmp_path, decoder=LinearDecoder(2))
+    loaded = LatentVariableModel.from_pretrained(tmp_path, decoder=LinearDecoder(2, seed=9), prior=prior)
     assert_same_model(model, loaded)
     with pytest.raises(CheckpointError, match="do not fit together"):
-        LatentVariableModel.from_pretrained(tmp_path, generator=LinearDecoder(3), prior=prior)
+        LatentVariableModel.from_pretrained(tmp_path, decoder=LinearDecoder(3), prior=prior)
 
 
 def test_an_encoder_of_yours_is_given_again(tmp_path: Path, generator: torch.Generator) -> None:
     encoder = flat_linear(6, 3)
-    LatentVariableModel(build_generator(SPEC, generator), encoder=encoder).save_pretrained(tmp_path)
+    LatentVariableModel(build_decoder(SPEC, generator), encoder=encoder).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="encoder is a network of yours"):
         LatentVariableModel.from_pretrained(tmp_path)
     fresh = flat_linear(6, 3)
@@ -537,8 +537,8 @@ def test_networks_may_share_weights(tmp_path: Path) -> None:
     prior = standard_normal_prior((6,))
     model = LatentVariableModel(decoder, prior, encoder=encoder)
     model.save_pretrained(tmp_path)
-    loaded = LatentVariableModel.from_pretrained(tmp_path, generator=flat_linear(6, 6), encoder=flat_linear(6, 6))
-    assert torch.equal(loaded.generator[1].weight, decoder[1].weight)
+    loaded = LatentVariableModel.from_pretrained(tmp_path, decoder=flat_linear(6, 6), encoder=flat_linear(6, 6))
+    assert torch.equal(loaded.decoder[1].weight, decoder[1].weight)
     assert torch.equal(loaded.encoder[1].weight, decoder[1].weight)
 
 
@@ -575,9 +575,9 @@ def test_folders_of_another_kind_are_refused(tmp_path: Path, generator: torch.Ge
         ("sigma", -1.0),
         ("sigma", None),
         ("sigma", "much"),
-        ("generator", None),
-        ("generator", {"spec": {"family": "magic"}}),
-        ("generator", {"spec": [1]}),
+        ("decoder", None),
+        ("decoder", {"spec": {"family": "magic"}}),
+        ("decoder", {"spec": [1]}),
         ("encoder", {"spec": network_spec("mlp", 2, 8, PIXELS)}),
         ("encoder", 3),
         ("prior", None),
@@ -602,7 +602,7 @@ def test_tensors_that_fit_nothing(generator: torch.Generator) -> None:
 def test_state_is_json_of_one_model(generator: torch.Generator) -> None:
     config, tensors = both(generator).state()
     assert json.loads(json.dumps(config))["encoder"]["spec"] == SPEC
-    assert {k.split(".")[0] for k in tensors} == {"generator", "encoder", "prior"}
+    assert {k.split(".")[0] for k in tensors} == {"decoder", "encoder", "prior"}
 
 
 def test_moving_nowhere_changes_nothing(generator: torch.Generator) -> None:

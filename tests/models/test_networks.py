@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentprior import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 
 SMALL = [
     network_spec("svhn", 5, 2),
@@ -54,13 +54,13 @@ def test_size_at_the_papers_width(
     family: str, generator_size: int, encoder_size: int, generator: torch.Generator
 ) -> None:
     spec = network_spec(family)
-    assert parameters(build_generator(spec, generator)) == generator_size
+    assert parameters(build_decoder(spec, generator)) == generator_size
     assert parameters(build_encoder(spec, generator)) == encoder_size
 
 
 @small
 def test_shapes_and_ranges(spec: dict[str, Any], generator: torch.Generator) -> None:
-    decoder, encoder = build_generator(spec, generator), build_encoder(spec, generator)
+    decoder, encoder = build_decoder(spec, generator), build_encoder(spec, generator)
     for network in (decoder, encoder):
         assert network.spec == spec
         assert tuple(network.latent_shape) == (5,)
@@ -78,7 +78,7 @@ def test_shapes_and_ranges(spec: dict[str, Any], generator: torch.Generator) -> 
 
 @small
 def test_weights_are_a_function_of_the_generator_alone(spec: dict[str, Any]) -> None:
-    for build in (build_generator, build_encoder):
+    for build in (build_decoder, build_encoder):
         states = []
         for global_seed, seed in ((1, 7), (2, 7), (2, 8)):
             with torch.random.fork_rng(devices=[]):
@@ -92,7 +92,7 @@ def test_weights_are_a_function_of_the_generator_alone(spec: dict[str, Any]) -> 
 
 @small
 def test_rows_do_not_mix_and_every_coordinate_counts(spec: dict[str, Any], generator: torch.Generator) -> None:
-    decoder, encoder = build_generator(spec, generator).double(), build_encoder(spec, generator).double()
+    decoder, encoder = build_decoder(spec, generator).double(), build_encoder(spec, generator).double()
     for network, shape in ((decoder, (4, 5)), (encoder, (4, *spec["image_shape"]))):
         inputs = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(True)
 
@@ -111,7 +111,7 @@ def test_variance_is_kept_through_the_layers(generator: torch.Generator) -> None
     # Zero padding at the borders loses some: a wrong count of products would be off by a factor of 2 or more.
     for family, width in (("svhn", 32), ("cifar10", 16), ("celeba64", 32), ("mnist", 32), ("mlp", 256)):
         spec = network_spec(family, width=width)
-        decoder = build_generator(spec, generator)
+        decoder = build_decoder(spec, generator)
         before_tanh = decoder.layers[:-1](torch.randn(16, spec["latent_dim"], generator=generator))
         assert 0.5 < before_tanh.std() < 1.3
         x = torch.randn(16, *spec["image_shape"], generator=generator)
@@ -129,15 +129,15 @@ def test_log_scale_is_clamped(generator: torch.Generator) -> None:
 @small
 def test_spec_survives_json_and_rebuilds_the_same_network(spec: dict[str, Any], generator: torch.Generator) -> None:
     z = torch.randn(2, 5, generator=generator)
-    decoder = build_generator(spec, generator)
-    again = build_generator(json.loads(json.dumps(decoder.spec)), generator)
+    decoder = build_decoder(spec, generator)
+    again = build_decoder(json.loads(json.dumps(decoder.spec)), generator)
     again.load_state_dict(decoder.state_dict())
     assert torch.equal(decoder(z), again(z))
 
 
 def test_spec_is_a_copy(generator: torch.Generator) -> None:
     spec = network_spec("mlp", 2, 4, (1, 2, 2))
-    network = build_generator(spec, generator)
+    network = build_decoder(spec, generator)
     spec["image_shape"][0] = 9
     assert network.spec["image_shape"] == [1, 2, 2]
 
@@ -165,14 +165,14 @@ GOOD = {"family": "svhn", "latent_dim": 4, "width": 2, "image_shape": [3, 32, 32
     ids=str,
 )
 def test_foreign_specs_are_refused_with_a_cure(change: dict[str, Any], cure: str) -> None:
-    for build in (build_generator, build_encoder):
+    for build in (build_decoder, build_encoder):
         with pytest.raises(CheckpointError, match=cure):
             build({**GOOD, **change})
 
 
 def test_incomplete_specs_and_unknown_families_are_refused() -> None:
     with pytest.raises(CheckpointError, match="network_spec"):
-        build_generator({"family": "svhn"})
+        build_decoder({"family": "svhn"})
     with pytest.raises(CheckpointError, match="network_spec"):
         build_encoder(["svhn"])
     with pytest.raises(LatentPriorError, match="unknown network family 'vgg': choose svhn"):
@@ -180,7 +180,7 @@ def test_incomplete_specs_and_unknown_families_are_refused() -> None:
 
 
 def test_wrong_inputs_are_named(generator: torch.Generator) -> None:
-    with pytest.raises(InvalidLatentsError, match=r"shape \(2, 3\): this generator takes \(n, 4\)"):
-        build_generator(GOOD, generator)(torch.zeros(2, 3))
+    with pytest.raises(InvalidLatentsError, match=r"shape \(2, 3\): this decoder takes \(n, 4\)"):
+        build_decoder(GOOD, generator)(torch.zeros(2, 3))
     with pytest.raises(InvalidImagesError, match=r"this encoder takes \(n, 3, 32, 32\)"):
         build_encoder(GOOD, generator)(torch.zeros(2, 1, 32, 32))

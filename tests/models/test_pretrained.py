@@ -154,7 +154,7 @@ def test_tiny_autoencoder_layer_by_layer(dtype: torch.dtype, tmp_path: Path, gen
     autoencoder = taesd_from_safetensors(*paths, image_shape=(3, 16, 24))
     assert autoencoder.event_shape == (2, 2, 3)
     assert autoencoder.image_shape == (3, 16, 24)
-    assert {p.dtype for p in autoencoder.generator.parameters()} == {torch.float32}
+    assert {p.dtype for p in autoencoder.decoder.parameters()} == {torch.float32}
     x = torch.rand(3, 3, 16, 24, generator=generator) * 2 - 1
     z, y = run_tiny((x + 1) / 2, *({k: v.float() for k, v in half.items()} for half in halves))
     torch.testing.assert_close(autoencoder.encode(x), z)
@@ -218,7 +218,7 @@ def test_real_tiny_autoencoder_reconstructs_smooth_images(generator: torch.Gener
     paths = [pretrained(f"taef2_{half}.safetensors") for half in ("encoder", "decoder")]
     autoencoder = taesd_from_safetensors(*paths)
     assert autoencoder.event_shape == (32, 4, 4)
-    assert sum(p.numel() for p in autoencoder.generator.parameters()) == sum(
+    assert sum(p.numel() for p in autoencoder.decoder.parameters()) == sum(
         t.numel() for t in load_file(paths[1]).values()
     )
     coarse = torch.rand(8, 3, 4, 4, generator=generator) * 2 - 1

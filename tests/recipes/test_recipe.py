@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentprior.errors import LatentPriorError
-from latentprior.models.networks import FAMILIES, build_generator, network_spec
+from latentprior.models.networks import FAMILIES, build_decoder, network_spec
 from latentprior.recipes.model_folders import new_model
 from latentprior.recipes.recipe import (
     BY_SHAPE,
@@ -50,11 +50,11 @@ def test_a_recipe_builds_its_networks(name):
     if name.endswith("-cpu"):
         model = new_model(recipe, shape)
         assert (model.encoder is not None) == recipe.has_encoder
-        generator = model.generator
+        generator = model.decoder
     else:
         # Weights of no size: nothing is drawn.
         with torch.device("meta"):
-            generator = build_generator(network_spec(**asdict(recipe.network), image_shape=shape), torch.Generator())
+            generator = build_decoder(network_spec(**asdict(recipe.network), image_shape=shape), torch.Generator())
     assert tuple(generator.image_shape) == shape
     assert tuple(generator.latent_shape) == (recipe.network.latent_dim,)
 

@@ -8,7 +8,7 @@ import torch
 import latentprior as lp
 from browsing import keep_screenshot
 from digits_model import digits, digits_model
-from latentprior.models.networks import build_generator, network_spec
+from latentprior.models.networks import build_decoder, network_spec
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def pages(tmp_path_factory, learned, crescent):
     lp.write_report(hostile, folder / "points.html", crescent[:300])
     weights = torch.Generator().manual_seed(0)
     spec = network_spec("mlp", latent_dim=2, width=16, image_shape=(1, 8, 8))
-    lp.write_report(lp.LatentVariableModel(build_generator(spec, weights), learned), folder / "images.html")
+    lp.write_report(lp.LatentVariableModel(build_decoder(spec, weights), learned), folder / "images.html")
     return folder
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import latentprior as lp
-from latentprior.cli.main.main import main
+from latentprior.cli.main import main
 from latentprior.density.bases import NormalBase
 from latentprior.density.whitening import identity_whitening
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.report.figures import number
 
 VOID = {"meta", "img", "input", "br"}
@@ -62,7 +62,7 @@ def images(n, seed=0):
 def model(learned):
     weights = torch.Generator().manual_seed(0)
     spec = network_spec("mlp", latent_dim=2, width=16, image_shape=(1, 8, 8))
-    return lp.LatentVariableModel(build_generator(spec, weights), learned, encoder=build_encoder(spec, weights))
+    return lp.LatentVariableModel(build_decoder(spec, weights), learned, encoder=build_encoder(spec, weights))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_prior_that_copies_is_found_out(model, tmp_path):
     )
     honest = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 2 * torch.ones(2)), 1)
     for prior, words in ((peaks, "more than chance"), (honest, "No sign of copying")):
-        copier = lp.LatentVariableModel(model.generator, prior).prior
+        copier = lp.LatentVariableModel(model.decoder, prior).prior
         with torch.random.fork_rng():
             lp.write_report(copier, tmp_path / "p.html", train, held_out=test)
         assert words in Page(tmp_path / "p.html").text
@@ -196,7 +196,7 @@ def test_latents_with_their_images_show_them(work, learned, crescent, tmp_path):
 
 def test_tilted_priors_and_models_without_an_encoder(model, learned, tmp_path):
     tilted = learned.tilt(lambda z: -z.square().sum(1), particles=512)
-    bare = lp.LatentVariableModel(model.generator, tilted)
+    bare = lp.LatentVariableModel(model.decoder, tilted)
     lp.write_report(bare, tmp_path / "p.html", images=images(24))
     page = Page(tmp_path / "p.html")
     assert "nan" not in page.text
@@ -273,7 +273,7 @@ def test_wrong_calls_are_refused_in_one_line(run, work, tmp_path):
         ((tmp_path / "empty", *out), "holds no prior and no model"),
         ((work / "prior", "--out", tmp_path / "p.txt"), ".html"),
         ((work / "prior", "--latents", tmp_path / "three.npy", *out), "shape (3,)"),
-        ((work / "prior", "--images", work / "i.npz", *out), "without a generator"),
+        ((work / "prior", "--images", work / "i.npz", *out), "without a decoder"),
         ((work / "prior", "--held-out", work / "z.npy", *out), "--latents or --images"),
         ((work / "model-folder", "--images", tmp_path / "big.npz", *out), "(1, 16, 16)"),
         ((work / "prior", "--latents", tmp_path / "none.npy", *out), "no such file"),

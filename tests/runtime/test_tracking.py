@@ -59,7 +59,7 @@ def test_training_events_become_curves_by_phase():
 
 
 def test_a_stage_that_joined_tells_its_own_gain(learned):
-    model = lp.generator.model.LatentVariableModel(torch.nn.Identity(), learned)
+    model = lp.LatentVariableModel(torch.nn.Identity(), learned)
     kept = Kept()
     tracked(kept)(TrainingEvent("learned", 2, model=model))
     last = learned.stages[-1]

@@ -14,7 +14,7 @@ import yaml
 from torch.distributions import MultivariateNormal
 
 import latentprior as lp
-from latentprior.models.networks import build_generator, network_spec
+from latentprior.models.networks import build_decoder, network_spec
 from latentprior.storage.card_pictures import samples_png
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -141,11 +141,11 @@ def test_what_a_prior_quotes_is_escaped(gaussian: lp.LatentPrior) -> None:
 
 def test_models_and_parts_of_your_own(learned: lp.LatentPrior, gaussian: lp.LatentPrior, tmp_path: Path) -> None:
     spec = network_spec("mlp", latent_dim=2, width=8, image_shape=(1, 6, 6))
-    model = lp.LatentVariableModel(build_generator(spec, torch.Generator().manual_seed(0)), gaussian)
+    model = lp.LatentVariableModel(build_decoder(spec, torch.Generator().manual_seed(0)), gaussian)
     model.save_pretrained(tmp_path / "tiny", card=True)
     card = (tmp_path / "tiny" / "README.md").read_text()
     assert front(card)["pipeline_tag"] == "unconditional-image-generation"
-    assert row(card, "generator").startswith("family mlp, latent\\_dim 2")
+    assert row(card, "decoder").startswith("family mlp, latent\\_dim 2")
     assert row(card, "encoder") == "none"
     done = subprocess.run(
         [sys.executable, "-c", snippet(card)], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -158,8 +158,8 @@ def test_models_and_parts_of_your_own(learned: lp.LatentPrior, gaussian: lp.Late
         encoder=torch.nn.Flatten(),
     )
     card = lp.model_card(mine, check=False)
-    assert 'from_pretrained("my-prior", prior=distribution, generator=generator, encoder=encoder)' in card
-    assert row(card, "generator") == "the author's own"
+    assert 'from_pretrained("my-prior", prior=distribution, decoder=decoder, encoder=encoder)' in card
+    assert row(card, "decoder") == "the author's own"
 
 
 def test_a_tilted_prior_has_no_card(gaussian: lp.LatentPrior) -> None:

@@ -14,8 +14,8 @@ from torch.distributions import MultivariateNormal
 
 import latentprior as lp
 from fake_hub import TOKEN, FakeHub, serve
-from latentprior.cli.main.main import main
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.cli.main import main
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.storage.checkpoint import _checksum
 
 pytest.importorskip("huggingface_hub")
@@ -138,7 +138,7 @@ def test_a_card_on_the_hub_stays_unless_told(hub: FakeHub, gaussian: lp.LatentPr
 def test_models_travel_too(hub: FakeHub, learned: lp.LatentPrior) -> None:
     spec = network_spec("mlp", latent_dim=2, width=8, image_shape=(1, 6, 6))
     g = torch.Generator().manual_seed(0)
-    model = lp.LatentVariableModel(build_generator(spec, g), learned, encoder=build_encoder(spec, g))
+    model = lp.LatentVariableModel(build_decoder(spec, g), learned, encoder=build_encoder(spec, g))
     model.push_to_hub("someone/model", token=TOKEN)
     assert b"LatentVariableModel" in hub.repositories["someone/model"].files["README.md"]
     back = lp.LatentVariableModel.from_pretrained("someone/model")
@@ -215,11 +215,11 @@ def test_the_command_line_pushes_priors_and_models(
     assert b'license: "mit"' in repository.files["README.md"]
     assert len(lp.LatentPrior.from_pretrained("someone/pushed").stages) == 2
     spec = network_spec("mlp", latent_dim=2, width=8, image_shape=(1, 6, 6))
-    model = lp.LatentVariableModel(build_generator(spec, torch.Generator().manual_seed(0)))
+    model = lp.LatentVariableModel(build_decoder(spec, torch.Generator().manual_seed(0)))
     model.save_pretrained(tmp_path / "run" / "model")
     assert main(["push", "run", "someone/model", "--message", "first try"]) == 0
     assert hub.repositories["someone/model"].messages[-1] == "first try"
-    mine = lp.LatentVariableModel(model.generator, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    mine = lp.LatentVariableModel(model.decoder, MultivariateNormal(torch.zeros(2), torch.eye(2)))
     mine.save_pretrained(tmp_path / "mine")
     assert main(["push", "mine", "someone/mine"]) == 2
     assert main(["push", "nowhere", "someone/mine"]) == 2

@@ -9,7 +9,7 @@ from torch.distributions import Normal
 import latentprior as lp
 from latentprior.data.images import Images
 from latentprior.models.model import LatentVariableModel
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.training.alternating import UNDER_A_PRIOR, train_alternating, train_under_prior
 from latentprior.training.config import AutoencoderConfig
 from latentprior.training.two_phase import train_two_phase
@@ -43,7 +43,7 @@ def images() -> Images:
 
 def fresh() -> LatentVariableModel:
     g = torch.Generator().manual_seed(4)
-    return LatentVariableModel(build_generator(SPEC, g), sigma=0.2, encoder=build_encoder(SPEC, g))
+    return LatentVariableModel(build_decoder(SPEC, g), sigma=0.2, encoder=build_encoder(SPEC, g))
 
 
 def error(model: LatentVariableModel, x: Tensor) -> float:

@@ -23,7 +23,7 @@ from latentprior.density.ratios import Gain, logistic_loss
 from latentprior.density.sampling import langevin
 from latentprior.density.whitening import Whitening
 from latentprior.models.model import LatentVariableModel, standard_normal_prior
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.events import TrainingEvent
 from latentprior.runtime.processes import SingleProcess
 from latentprior.training.config import TrainingConfig
@@ -68,7 +68,7 @@ def images() -> Images:
 
 def perceptrons(encoder: bool = True) -> LatentVariableModel:
     g = torch.Generator().manual_seed(4)
-    made = build_generator(SPEC, g)
+    made = build_decoder(SPEC, g)
     return LatentVariableModel(made, sigma=0.2, encoder=build_encoder(SPEC, g) if encoder else None)
 
 
@@ -247,10 +247,10 @@ def test_the_generator_climbs_the_likelihood(images: Images, generator: torch.Ge
     one = learner(images)
     x, _ = one.batch()
     z = torch.randn(16, 2, generator=generator)
-    network = one.model.generator
+    network = one.model.decoder
     matrix, shift = network.matrix.detach().clone(), network.shift.detach().clone()
     miss = (z @ matrix.T + shift) - x.flatten(1)
-    losses = one.update_generator(x, z)
+    losses = one.update_decoder(x, z)
     torch.testing.assert_close(network.shift.grad, miss.mean(0) / SIGMA**2)
     torch.testing.assert_close(network.matrix.grad, miss.T @ z / (16 * SIGMA**2))
     assert losses["reconstruction"] == pytest.approx(float(miss.square().mean()), rel=1e-5)
@@ -260,11 +260,11 @@ def test_the_generator_climbs_the_likelihood(images: Images, generator: torch.Ge
 
 def test_mixed_precision_is_the_generators_alone(images: Images) -> None:
     halves, one = [], learner(images, perceptrons(encoder=False), mixed_precision=True)
-    last = [m for m in one.model.generator.modules() if isinstance(m, nn.Linear)][-1]
+    last = [m for m in one.model.decoder.modules() if isinstance(m, nn.Linear)][-1]
     last.register_forward_hook(lambda _, __, out: halves.append(out.dtype))
     x, index = one.batch()
     z = one.posterior_samples(x, index)
-    losses = one.update_generator(x, z)
+    losses = one.update_decoder(x, z)
     assert set(halves) == {torch.bfloat16}
     assert z.dtype == x.dtype == torch.float32
     assert {p.dtype for p in one.networks.parameters()} == {p.grad.dtype for p in one.networks.parameters()}
@@ -273,7 +273,7 @@ def test_mixed_precision_is_the_generators_alone(images: Images) -> None:
     same = whole.posterior_samples(x, index)
     # bfloat16 keeps 8 bits: pixels are off by 2^-8, and three short steps of 0.1 amplify nothing.
     torch.testing.assert_close(z, same, atol=0.02, rtol=0)
-    assert losses["reconstruction"] == pytest.approx(whole.update_generator(x, same)["reconstruction"], rel=0.02)
+    assert losses["reconstruction"] == pytest.approx(whole.update_decoder(x, same)["reconstruction"], rel=0.02)
     assert not torch.equal(z, same)
 
 
@@ -346,7 +346,7 @@ def test_the_encoder_learns_marginals_from_chains_and_conditionals_by_the_bound(
 ) -> None:
     one = correlated(images, precondition=precondition)
     with torch.no_grad():
-        one.model.generator.matrix.copy_(one.model.generator.matrix @ torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+        one.model.decoder.matrix.copy_(one.model.decoder.matrix @ torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     x = images.batch(torch.arange(200))
     optimizer = torch.optim.Adam(one.model.encoder.parameters(), 3e-3)
     for step in range(800):
@@ -358,7 +358,7 @@ def test_the_encoder_learns_marginals_from_chains_and_conditionals_by_the_bound(
         optimizer.step()
         one.updates += 1
     # The generator takes no part in the bound, and goes on learning.
-    assert all(p.requires_grad and p.grad is None for p in one.model.generator.parameters())
+    assert all(p.requires_grad and p.grad is None for p in one.model.decoder.parameters())
     exact, covariance = posterior(one.model, x)
     marginal, conditional = covariance.diagonal().sqrt(), covariance.inverse().diagonal().rsqrt()
     assert float((marginal / conditional).min()) > 1.5
@@ -373,7 +373,7 @@ def test_sigma_goes_to_the_noise_of_the_images(generator: torch.Generator) -> No
         one = learner(images, LatentVariableModel(decoder(), sigma=0.2), learn_sigma=learn_sigma, learning_rate=1e-6)
         for _ in range(800):
             x, _ = one.batch()
-            one.update_generator(x, exact_draws(one.model, x, generator))
+            one.update_decoder(x, exact_draws(one.model, x, generator))
         # Its maximum of the likelihood; images are cut off at 1, which takes a little of the noise.
         assert one.model.sigma == (pytest.approx(SIGMA, rel=0.1) if learn_sigma else 0.2)
 
@@ -434,7 +434,7 @@ def test_networks_end_with_the_average_of_their_weights(images: Images) -> None:
     for name, value in model.named_parameters():
         torch.testing.assert_close(value.detach(), average[name], atol=1e-6, rtol=1e-5)
         assert not value.requires_grad
-    assert not model.generator.training
+    assert not model.decoder.training
 
 
 def test_learning_rates_fall_every_epoch(images: Images) -> None:
@@ -442,7 +442,7 @@ def test_learning_rates_fall_every_epoch(images: Images) -> None:
     x, _ = one.batch()
     for updates, rate in ((0, 1e-3), (36, 1e-3), (37, 5e-4), (73, 2.5e-4)):
         one.updates = updates
-        one.update_generator(x, torch.zeros(16, 2))
+        one.update_decoder(x, torch.zeros(16, 2))
         assert one.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
@@ -512,14 +512,14 @@ def test_divergence_is_retried_once_then_named(images: Images, changes: dict[str
 def test_divergence_is_mended_by_a_smaller_step(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = JointLearner.update_generator
+    real = JointLearner.update_decoder
 
     def poisoned(self: JointLearner, x: Tensor, posterior: Tensor) -> dict[str, float]:
         if (self.updates, self.pace) == (3, 1):
             next(self.networks.parameters()).data.fill_(math.nan)
         return real(self, x, posterior)
 
-    monkeypatch.setattr(JointLearner, "update_generator", poisoned)
+    monkeypatch.setattr(JointLearner, "update_decoder", poisoned)
 
     def call(**options: Any) -> LatentVariableModel:
         return train(perceptrons(encoder=False), images, HURRIED, **options)
@@ -528,7 +528,7 @@ def test_divergence_is_mended_by_a_smaller_step(
     with pytest.warns(LearningRetriedWarning, match=says) as caught:
         whole = call()
     assert caught[0].filename == __file__
-    assert all(p.isfinite().all() for p in whole.generator.parameters())
+    assert all(p.isfinite().all() for p in whole.decoder.parameters())
     seen: list[TrainingEvent] = []
 
     def stop(event: TrainingEvent) -> None:

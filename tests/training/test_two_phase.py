@@ -11,7 +11,7 @@ import latentprior as lp
 from latentprior import LatentPriorError, LearningDivergedError, LearningRetriedWarning
 from latentprior.data.images import Images
 from latentprior.models.model import LatentVariableModel, standard_normal_prior
-from latentprior.models.networks import build_encoder, build_generator, network_spec
+from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.events import TrainingEvent
 from latentprior.runtime.seeding import derived_generator
 from latentprior.training import two_phase
@@ -41,7 +41,7 @@ def images() -> Images:
 
 def fresh(sigma: float = 0.3) -> LatentVariableModel:
     g = torch.Generator().manual_seed(4)
-    return LatentVariableModel(build_generator(SPEC, g), sigma=sigma, encoder=build_encoder(SPEC, g))
+    return LatentVariableModel(build_decoder(SPEC, g), sigma=sigma, encoder=build_encoder(SPEC, g))
 
 
 class Scaleless(nn.Module):
@@ -108,7 +108,7 @@ def test_events_of_the_autoencoder(vae: tuple[LatentVariableModel, list[Training
     assert all(set(e.losses) == {"reconstruction", "divergence"} for e in events)
     assert all(e.model is model for e in events)
     assert not any(p.requires_grad for p in model.parameters())
-    assert not model.generator.training
+    assert not model.decoder.training
 
 
 def test_the_prior_is_left_as_it_is(vae: tuple[LatentVariableModel, list[TrainingEvent]]) -> None:
@@ -130,18 +130,18 @@ def test_one_step_of_the_vae_is_that_of_its_loss(images: Images) -> None:
     train_autoencoder(
         model, images, replace(QUICK, steps=1, learn_sigma=False, batch_size=1000), callbacks=[events.append]
     )
-    for network in (copy.encoder, copy.generator):
+    for network in (copy.encoder, copy.decoder):
         network.requires_grad_(True)
     cpu = torch.device("cpu")
     x = images.batch(epoch_rows(1000, 0, 1000, lambda epoch: derived_generator(cpu, 0, "epoch", epoch)))
     mean, scale = copy.encoder(x)
     z = mean + scale * torch.randn(mean.shape, generator=derived_generator(cpu, 0, "autoencoder", 0))
-    made = copy.generator(z)
+    made = copy.decoder(z)
     divergence = kl_divergence(Normal(mean, scale), Normal(0.0, 1.0)).sum(1).mean()
     (divergence - Normal(made, 0.2).log_prob(x).sum((1, 2, 3)).mean()).backward()
     assert events[0].losses["divergence"] == pytest.approx(float(divergence.detach()), rel=1e-4)
     assert events[0].losses["reconstruction"] == pytest.approx(float((made - x).square().mean().detach()), rel=1e-4)
-    for network, other in ((model.encoder, copy.encoder), (model.generator, copy.generator)):
+    for network, other in ((model.encoder, copy.encoder), (model.decoder, copy.decoder)):
         for mine, exact in zip(network.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, exact.grad, atol=1e-4, rtol=1e-3)
 
@@ -242,7 +242,7 @@ def test_divergence_is_mended_by_a_smaller_step(images: Images, monkeypatch: pyt
         model = train_autoencoder(fresh(), images, replace(QUICK, steps=10), callbacks=[events.append])
     assert caught[0].filename == __file__
     assert [e.step for e in events] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]
-    assert all(p.isfinite().all() for p in model.generator.parameters())
+    assert all(p.isfinite().all() for p in model.decoder.parameters())
 
 
 def test_divergence_is_named(images: Images) -> None:
@@ -259,7 +259,7 @@ def test_spatial_latents_keep_their_shape(images: Images) -> None:
     class Spatial(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = build_generator(SPEC, torch.Generator().manual_seed(4))
+            self.inner = build_decoder(SPEC, torch.Generator().manual_seed(4))
 
         def forward(self, z: Tensor) -> Tensor:
             assert z.shape[1:] == (2, 1, 1)

@@ -44,7 +44,7 @@ class LEBMConfig:
     depth: int = 2
     """Hidden layers of the energy."""
     learning_rate: float = 1e-4
-    """Of the generator (Adam, betas 0.5 and 0.999)."""
+    """Of the decoder (Adam, betas 0.5 and 0.999)."""
     energy_learning_rate: float = 2e-5
     decay: float = 0.998
     """Factor on both learning rates every epoch."""
@@ -92,11 +92,11 @@ def train_lebm(
     resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
 ) -> LatentVariableModel:
-    r"""Learn the generator with :math:`p_\alpha(z) = e^{f_\alpha(z)} N(z; 0, I) / Z` by maximum likelihood.
+    r"""Learn the decoder with :math:`p_\alpha(z) = e^{f_\alpha(z)} N(z; 0, I) / Z` by maximum likelihood.
 
     Every step draws :math:`z^+ \sim p_\theta(x \mid z)\,p_\alpha(z)` and :math:`z^- \sim p_\alpha(z)` by short-run
     Langevin dynamics from :math:`N(0, I)` with f as it stands; f ascends
-    :math:`\mathbb E f(z^+) - \mathbb E f(z^-)`, the generator :math:`\log p_\theta(x \mid z^+)`.
+    :math:`\mathbb E f(z^+) - \mathbb E f(z^-)`, the decoder :math:`\log p_\theta(x \mid z^+)`.
 
     Returns ``model`` without its encoder, which the method does not have. The prior is a ladder of one stage, f; its
     log normaliser is estimated when f is learned, with an error
@@ -144,7 +144,7 @@ def _learn(run: TrainingRun, learner: JointLearner, config: LEBMConfig) -> None:
             decay = min(config.average, step / (step + 9))
             for name, parameter in energy.named_parameters():
                 learner.ratio_average[name].lerp_(parameter, 1 - decay)
-        losses = {"energy": float(loss.detach()), **learner.update_generator(x, posterior)}
+        losses = {"energy": float(loss.detach()), **learner.update_decoder(x, posterior)}
         event = TrainingEvent("step", 0, step, config.steps, losses, seconds=run.seconds(), model=model)
         for callback in run.callbacks:
             callback(event)

@@ -1,4 +1,4 @@
-"""Short-run inference, and alternating back-propagation: a generator without encoder or learned prior."""
+"""Short-run inference, and alternating back-propagation: a decoder without encoder or learned prior."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SRIConfig", "train_sri"]
 
 @dataclass(frozen=True)
 class SRIConfig:
-    """How the generator is learned; chains as in the paper."""
+    """How the decoder is learned; chains as in the paper."""
 
     steps: int = 6000
     batch_size: int = 100

@@ -88,7 +88,7 @@ def learn_vae(
     if autoencoder.encoder is None:
         raise LatentPriorError("the given autoencoder has no encoder: train one with train_autoencoder")
     try:
-        model.generator.load_state_dict(autoencoder.generator.state_dict())
+        model.decoder.load_state_dict(autoencoder.decoder.state_dict())
         model.encoder.load_state_dict(autoencoder.encoder.state_dict())
     except RuntimeError:
         raise LatentPriorError("the given autoencoder has other networks: build both from one network_spec") from None

@@ -287,7 +287,7 @@ def _pictures(
 
 
 def _shape(model: LatentVariableModel) -> tuple[int, ...]:
-    shape: Any = getattr(model.generator, "image_shape", ())
+    shape: Any = getattr(model.decoder, "image_shape", ())
     return tuple(shape)
 
 

@@ -91,7 +91,7 @@ def from_latents(prior: LatentPrior, source: Path) -> Calibration:
     if latents.event_shape != prior.event_shape:
         raise InvalidLatentsError(
             f"{source}: rows have shape {tuple(latents.event_shape)}, the prior was learned on "
-            f"{tuple(prior.event_shape)}; give latents of the same generator"
+            f"{tuple(prior.event_shape)}; give latents of the same decoder"
         )
     draws = derived_generator(torch.device("cpu"), 0, "explorer", "latents")
     rows = torch.randperm(len(latents), generator=draws)[:ROWS_ENCODED]

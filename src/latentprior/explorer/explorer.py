@@ -147,7 +147,7 @@ class Explorer:
     def score_image(self, x: Tensor) -> dict[str, Any]:
         """An image ``(1, C, H, W)``: reconstruction, score ``-log p(x, z)``, p-value, log density of its latent."""
         if self.model is None:
-            raise Refused(415, "a prior without a generator scores latents: send application/json with z")
+            raise Refused(415, "a prior without a decoder scores latents: send application/json with z")
         x = x.to(self.model.device, self.prior.dtype)
         z, scores = calibrations.joint_score(self.model, x)
         (item,) = self._items(z)
@@ -308,7 +308,7 @@ def open_explorer(
 
 def image_shape(model: LatentVariableModel) -> tuple[int, ...]:
     """Shape (C, H, W) of the images that a model makes."""
-    shape: Any = getattr(model.generator, "image_shape", None)
+    shape: Any = getattr(model.decoder, "image_shape", None)
     if shape is None:
         shape = model.decode(torch.zeros(1, *model.event_shape, dtype=model.prior.dtype, device=model.device)).shape[1:]
     return tuple(shape)
@@ -316,7 +316,7 @@ def image_shape(model: LatentVariableModel) -> tuple[int, ...]:
 
 def _latents(prior: LatentPrior, source: Path) -> Calibration:
     if source.is_dir():
-        raise LatentPriorError(f"{source}: is a folder; a prior without a generator is calibrated with latents, a file")
+        raise LatentPriorError(f"{source}: is a folder; a prior without a decoder is calibrated with latents, a file")
     return calibrations.from_latents(prior, source)
 
 

@@ -71,7 +71,7 @@ def export_onnx(
     if what in ("decoder", "generate"):
         if model is None:
             raise ExportError(f"a prior alone makes no images: export {what!r} of the LatentVariableModel")
-        decoder = copy.deepcopy(model.generator).to("cpu", torch.float32).eval()
+        decoder = copy.deepcopy(model.decoder).to("cpu", torch.float32).eval()
     d = len(prior.whitening.loc)
     # Three rows: of a dimension of 0 or 1 the exporter would make a constant.
     latents = torch.zeros(3, *prior.event_shape)

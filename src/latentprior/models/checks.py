@@ -25,7 +25,7 @@ def check_images(images: Any, shape: Sequence[int] | None, device: torch.device)
             "read files with latentprior.read_images"
         )
     if shape is not None and tuple(x.shape[1:]) != tuple(shape):
-        raise InvalidImagesError(f"images have shape {tuple(x.shape[1:])}, the generator makes {tuple(shape)}")
+        raise InvalidImagesError(f"images have shape {tuple(x.shape[1:])}, the decoder makes {tuple(shape)}")
     if not torch.isfinite(x).all():
         raise InvalidImagesError("images hold NaN or infinite values: remove or mend them")
     return x

@@ -1,4 +1,4 @@
-"""Posterior sampling: latents of given images, under a generator's likelihood and a prior."""
+"""Posterior sampling: latents of given images, under a decoder's likelihood and a prior."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generator and its prior as one latent variable model: generate, reconstruct, infer, score, complete, save."""
+"""A decoder and its prior as one latent variable model: generate, reconstruct, infer, score, complete, save."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .inference import (
 )
 from .interpolation import latent_path
 from .likelihood import LogLikelihood, log_likelihood
-from .networks import build_encoder, build_generator, loaded_network
+from .networks import build_decoder, build_encoder, loaded_network
 
 __all__ = ["LatentVariableModel", "standard_normal_prior"]
 
@@ -42,7 +42,7 @@ Method = Literal["langevin", "mala", "map", "encoder", "tilt"]
 Score = Literal["joint", "reconstruction", "prior", "marginal"]
 TILT_PARTICLES = 1024
 ROWS = 256
-"""Images that meet the generator at a time."""
+"""Images that meet the decoder at a time."""
 
 
 def standard_normal_prior(event_shape: Sequence[int]) -> LatentPrior:
@@ -57,10 +57,10 @@ class LatentVariableModel(nn.Module, Shareable):
 
     Arguments
     ---------
-    generator : maps ``(n, *event_shape)`` latents to ``(n, C, H, W)`` images in [-1, 1].
+    decoder : maps ``(n, *event_shape)`` latents to ``(n, C, H, W)`` images in [-1, 1].
     prior : a :class:`~latentprior.LatentPrior`, any torch Distribution over latents that samples and scores, or None
-        for :math:`\mathcal N(0, I)` (the generator then needs a ``latent_shape``).
-    sigma : standard deviation of a pixel around the generator's mean.
+        for :math:`\mathcal N(0, I)` (the decoder then needs a ``latent_shape``).
+    sigma : standard deviation of a pixel around the decoder's mean.
     encoder : maps images to posterior means, to ``(mean, scale)``, or is None.
 
     Posterior chains run in the prior's standardised coordinates, so that step sizes mean the same for every
@@ -73,7 +73,7 @@ class LatentVariableModel(nn.Module, Shareable):
     >>> from latentprior.models.networks import network_spec
     >>> spec = network_spec("mlp", latent_dim=4, width=16, image_shape=(1, 8, 8))
     >>> g = torch.Generator().manual_seed(0)
-    >>> model = LatentVariableModel(build_generator(spec, g), encoder=build_encoder(spec, g))
+    >>> model = LatentVariableModel(build_decoder(spec, g), encoder=build_encoder(spec, g))
     >>> x = model.generate(5, generator=g)
     >>> x.shape, model.infer(x, method="encoder").shape
     (torch.Size([5, 1, 8, 8]), torch.Size([5, 4]))
@@ -85,7 +85,7 @@ class LatentVariableModel(nn.Module, Shareable):
 
     def __init__(
         self,
-        generator: nn.Module,
+        decoder: nn.Module,
         prior: LatentPrior | Distribution | None = None,
         sigma: float = 0.3,
         encoder: nn.Module | None = None,
@@ -94,18 +94,18 @@ class LatentVariableModel(nn.Module, Shareable):
         if not (0 < sigma < math.inf):
             raise LatentPriorError(f"sigma must be positive and finite, got {sigma}")
         if prior is None:
-            shape = getattr(generator, "latent_shape", None)
+            shape = getattr(decoder, "latent_shape", None)
             if shape is None:
-                raise LatentPriorError("give a prior: this generator has no latent_shape to make N(0, I) from")
+                raise LatentPriorError("give a prior: this decoder has no latent_shape to make N(0, I) from")
             prior = standard_normal_prior(shape)
         elif not isinstance(prior, LatentPrior):
             event = prior.batch_shape + prior.event_shape
             flat = identity_whitening(math.prod(event))
             prior = LatentPrior(DistributionBase(prior, flat), (), flat, event)
-        self.generator = generator
+        self.decoder = decoder
         self.encoder = encoder
         self.sigma = float(sigma)
-        like = next(generator.parameters(), prior.whitening.loc)
+        like = next(decoder.parameters(), prior.whitening.loc)
         # Latents meet the networks in one floating type; half precision would starve densities.
         dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else None
         self.prior: LatentPrior = prior.to(like.device, dtype)
@@ -122,7 +122,7 @@ class LatentVariableModel(nn.Module, Shareable):
 
     def decode(self, z: Tensor) -> Tensor:
         """Mean images of latents, ``(n, *event_shape) -> (n, C, H, W)``; differentiable."""
-        return torch.cat([self.generator(block) for block in z.split(ROWS)])
+        return torch.cat([self.decoder(block) for block in z.split(ROWS)])
 
     def _decode_whitened(self, u: Tensor) -> Tensor:
         return self.decode(self.prior.whitening.unwhiten(u).reshape(len(u), *self.event_shape))
@@ -343,7 +343,7 @@ class LatentVariableModel(nn.Module, Shareable):
         return posterior_density(self._decode_whitened, self.prior.log_prob_whitened, x, self.sigma, mask)
 
     def _images(self, x: Tensor) -> Tensor:
-        shape = getattr(self.generator, "image_shape", None)
+        shape = getattr(self.decoder, "image_shape", None)
         return check_images(x, shape, self.device).to(self.prior.dtype)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -351,7 +351,7 @@ class LatentVariableModel(nn.Module, Shareable):
         config, tensors = self.prior.state()
         document: dict[str, Any] = {"sigma": self.sigma, "prior": config}
         everything = {f"prior.{k}": v for k, v in tensors.items()}
-        for name, network in (("generator", self.generator), ("encoder", self.encoder)):
+        for name, network in (("decoder", self.decoder), ("encoder", self.encoder)):
             document[name] = None if network is None else {"spec": getattr(network, "spec", None)}
             if network is not None:
                 everything.update({f"{name}.{k}": v for k, v in network.state_dict().items()})
@@ -371,7 +371,7 @@ class LatentVariableModel(nn.Module, Shareable):
         cls,
         source: str | Path,
         *,
-        generator: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         encoder: nn.Module | None = None,
         prior: Distribution | None = None,
         device: torch.device | str | None = None,
@@ -390,7 +390,7 @@ class LatentVariableModel(nn.Module, Shareable):
             source, cls.kind, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         config, tensors = load_state(folder, "model")
-        return cls.from_state(config, tensors, generator=generator, encoder=encoder, prior=prior).moved(device)
+        return cls.from_state(config, tensors, decoder=decoder, encoder=encoder, prior=prior).moved(device)
 
     @classmethod
     def from_state(
@@ -398,13 +398,15 @@ class LatentVariableModel(nn.Module, Shareable):
         config: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         *,
-        generator: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         encoder: nn.Module | None = None,
         prior: Distribution | None = None,
     ) -> LatentVariableModel:
         """Rebuild from :meth:`state`."""
         try:
-            made = loaded_network(config["generator"], generator, build_generator, "generator", tensors)
+            # Folders written before the network had this name call it "generator".
+            part = "decoder" if "decoder" in config else "generator"
+            made = loaded_network(config[part], decoder, build_decoder, part, tensors)
             coded = config["encoder"] and loaded_network(config["encoder"], encoder, build_encoder, "encoder", tensors)
             saved = tensors_under(tensors, "prior.")
             learned = LatentPrior.from_state(config["prior"], saved, base=prior, decoder=made)

@@ -1,4 +1,4 @@
-"""Generator and encoder networks of the latent-prior papers, rebuilt from a JSON specification."""
+"""Decoder and encoder networks of the latent-prior papers, rebuilt from a JSON specification."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..storage.checkpoint import tensors_under
 from ..storage.sized_networks import blank, built_for
 
 __all__ = [
+    "DecoderNetwork",
     "EncoderNetwork",
-    "GeneratorNetwork",
+    "build_decoder",
     "build_encoder",
-    "build_generator",
     "loaded_network",
     "network_spec",
 ]
@@ -62,7 +62,7 @@ FAMILIES = {
 }
 
 
-class GeneratorNetwork(nn.Module):
+class DecoderNetwork(nn.Module):
     r"""The mean of the generative model, :math:`g_\theta: z \mapsto x`, ``(n, d)`` to ``(n, C, H, W)`` in [-1, 1].
 
     Transposed convolutions (``mlp``: two hidden layers) with leaky ReLU of slope 0.2, and tanh at the end. Nothing
@@ -101,16 +101,16 @@ class GeneratorNetwork(nn.Module):
         """Map latents ``(n, d)`` to images ``(n, C, H, W)`` in [-1, 1]."""
         if z.shape[1:] != self.latent_shape:
             raise InvalidLatentsError(
-                f"latents have shape {tuple(z.shape)}: this generator takes (n, {self.spec['latent_dim']})"
+                f"latents have shape {tuple(z.shape)}: this decoder takes (n, {self.spec['latent_dim']})"
             )
         return self.layers(z)  # type: ignore[no-any-return]
 
 
 class EncoderNetwork(nn.Module):
-    r"""A Gaussian posterior :math:`\mathcal N(m(x), \mathrm{diag}(s(x)^2))`: the generator's layers in reverse.
+    r"""A Gaussian posterior :math:`\mathcal N(m(x), \mathrm{diag}(s(x)^2))`: the decoder's layers in reverse.
 
     ``(n, C, H, W)`` in [-1, 1] to the pair ``(mean, scale)``, each ``(n, d)``, the log scale clamped to [-7, 2].
-    Weights start as those of :class:`GeneratorNetwork`; those of the log scale at 0, so that all scales are 1 at first.
+    Weights start as those of :class:`DecoderNetwork`; those of the log scale at 0, so that all scales are 1 at first.
 
     Raises :class:`InvalidImagesError` for images of another shape.
     """
@@ -209,17 +209,17 @@ def network_spec(
     )
 
 
-def build_generator(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> GeneratorNetwork:
-    """Make a generator network from a JSON specification; its weights are a function of ``generator`` (on the CPU).
+def build_decoder(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> DecoderNetwork:
+    """Make a decoder network from a JSON specification; its weights are a function of ``generator`` (on the CPU).
 
     ``spec`` has ``family``, ``latent_dim``, ``width`` and ``image_shape`` as :func:`network_spec` returns them.
     The module has ``spec``, ``latent_shape`` and ``image_shape``. Raises :class:`CheckpointError` for another spec.
     """
-    return GeneratorNetwork(spec, generator)
+    return DecoderNetwork(spec, generator)
 
 
 def build_encoder(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> EncoderNetwork:
-    """Make the encoder that mirrors a generator of the same specification; see :func:`build_generator`."""
+    """Make the encoder that mirrors a decoder of the same specification; see :func:`build_decoder`."""
     return EncoderNetwork(spec, generator)
 
 

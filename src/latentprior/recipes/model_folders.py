@@ -15,7 +15,7 @@ from ..density.bases import DistributionBase
 from ..density.samplers import check_options
 from ..errors import CheckpointError, LatentPriorError
 from ..models.model import LatentVariableModel
-from ..models.networks import build_encoder, build_generator, network_spec
+from ..models.networks import build_decoder, build_encoder, network_spec
 from ..runtime.seeding import derived_generator
 from ..storage.checkpoint import (
     UNFIT,
@@ -43,9 +43,9 @@ def new_model(
     except CheckpointError as error:
         raise LatentPriorError(f"network: {error}") from None
     cpu = torch.device("cpu")
-    generator = build_generator(spec, derived_generator(cpu, seed, "generator"))
+    decoder = build_decoder(spec, derived_generator(cpu, seed, "generator"))
     encoder = build_encoder(spec, derived_generator(cpu, seed, "encoder")) if recipe.has_encoder else None
-    return LatentVariableModel(generator.to(device), None, recipe.sigma, encoder).moved(device)
+    return LatentVariableModel(decoder.to(device), None, recipe.sigma, encoder).moved(device)
 
 
 def save_model(model: LatentVariableModel, folder: Path) -> None:

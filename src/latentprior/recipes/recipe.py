@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Generator and encoder: arguments of :func:`~latentprior.models.networks.network_spec`, None for its own."""
+    """Decoder and encoder: arguments of :func:`~latentprior.models.networks.network_spec`, None for its own."""
 
     family: str = "mlp"
     latent_dim: int | None = None

@@ -62,7 +62,7 @@ def write_report(
     CheckpointError
         For a folder that is absent, damaged, foreign or of unfinished learning.
     InvalidLatentsError, InvalidImagesError
-        For data of another shape than the prior's or the generator's, or that cannot be read.
+        For data of another shape than the prior's or the decoder's, or that cannot be read.
     LatentPriorError
         For an ``out`` that cannot be written.
     """

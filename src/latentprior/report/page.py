@@ -203,7 +203,7 @@ def _pairs(subject: Subject, found: Mapping[str, Any]) -> Iterator[tuple[str, st
     yield "samples drawn by", ", ".join(f"{k} {v}" if k != "sampler" else str(v) for k, v in subject.sampler.items())
     if model is not None:
         yield "noise of a pixel, sigma", number(model.sigma, 4)
-        for name, network in (("generator", model.generator), ("encoder", model.encoder)):
+        for name, network in (("decoder", model.decoder), ("encoder", model.encoder)):
             spec = getattr(network, "spec", None)
             text = (
                 ", ".join(f"{k} {v}" for k, v in spec.items()) if isinstance(spec, Mapping) else type(network).__name__

@@ -80,12 +80,12 @@ def figure(chart: Markup, title: str, text: str = "") -> Markup:
 
 
 def samples(subject: Subject, seed: int) -> Markup:
-    """Draws by stage under a slider: decoded where there is a generator, else on the first principal plane."""
+    """Draws by stage under a slider: decoded where there is a decoder, else on the first principal plane."""
     prior, model = subject.prior, subject.model
     count = len(prior.stages)
     pictured = model is not None
     if model is not None:
-        small = math.prod(getattr(model.generator, "image_shape", (1, 64, 64))[1:]) <= 32 * 32
+        small = math.prod(getattr(model.decoder, "image_shape", (1, 64, 64))[1:]) <= 32 * 32
         draws = evidence.stage_draws(prior, 64 if small else 36, seed)
     else:
         draws = evidence.stage_draws(prior, SHOWN_POINTS, seed)
@@ -116,7 +116,7 @@ def samples(subject: Subject, seed: int) -> Markup:
     )  # fmt: skip
     missing = None
     if not pictured:
-        missing = tag("p", "There is no generator in this folder, so latents are shown, not images.", class_="quiet")
+        missing = tag("p", "There is no decoder in this folder, so latents are shown, not images.", class_="quiet")
     return section("Samples by stage", tag("p", what), missing, tag("div", control, *figures, class_="stages"))
 
 

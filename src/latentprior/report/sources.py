@@ -166,7 +166,7 @@ class _Reader:
         if given.latents is None:
             if self.model is None:
                 raise InvalidImagesError(
-                    "a prior without a generator cannot read images alone: give the latents that encode them as well"
+                    "a prior without a decoder cannot read images alone: give the latents that encode them as well"
                 )
             return self._encoded(given.images, "train"), self._test_images(given)
         pictures = None if given.images is None else self._pictures(given.images, "train")
@@ -180,7 +180,7 @@ class _Reader:
         if latents.event_shape != shape:
             raise InvalidLatentsError(
                 f"{name}: rows have shape {tuple(latents.event_shape)}, the prior was learned on {tuple(shape)}; "
-                "give latents of the same generator"
+                "give latents of the same decoder"
             )
         if pictures is not None and len(pictures) != len(latents):
             raise InvalidImagesError(
@@ -234,7 +234,7 @@ class _Reader:
     def _pictures(self, source: Any, split: str) -> Images:
         paths = isinstance(source, (str, Path))
         pictures = read_images(source, size=self.size, split=split if paths else "train")
-        shape = getattr(None if self.model is None else self.model.generator, "image_shape", None)
+        shape = getattr(None if self.model is None else self.model.decoder, "image_shape", None)
         if shape is not None and pictures.shape != tuple(shape):
             raise InvalidImagesError(
                 f"{source if paths else 'images'}: have shape {pictures.shape}, the model makes {tuple(shape)}; give "

@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 __all__ = ["Callback", "Event", "TrainingEvent"]
+
+
+class _Gain(NamedTuple):
+    value: float
+    stderr: float
+
+
+UNMEASURED = _Gain(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,6 @@ class TrainingEvent:
     step: int = 0
     steps: int = 0
     losses: Mapping[str, float] = field(default_factory=dict)
-    gain: Any = (math.nan, math.nan)
+    gain: Any = UNMEASURED
     seconds: float = 0.0
     model: Any = None

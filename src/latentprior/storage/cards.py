@@ -59,7 +59,7 @@ def model_card(
     ['---', 'library_name: latentprior', 'license: "mit"']
     """
     config, tensors = prior_or_model.state()
-    model = config if "generator" in config else None
+    model = config if "decoder" in config else None
     prior = config if model is None else config["prior"]
     prefix = "" if model is None else "prior."
     tensors = tensors_under(tensors, prefix)
@@ -114,7 +114,7 @@ def _introduction(prior: Config, model: Config | None) -> Iterator[str]:
     if model is None:
         yield f"A prior on latents of shape `{shape}`: a base density times {rungs}."
     else:
-        yield f"A generator of images with its prior on latents of shape `{shape}`: a base density times {rungs}."
+        yield f"A decoder of images with its prior on latents of shape `{shape}`: a base density times {rungs}."
     yield "It samples, and scores with a normalised log density."
 
 
@@ -123,7 +123,7 @@ def _usage(name: str, prior: Config, model: Config | None) -> Iterator[str]:
     draws = "generator=torch.Generator().manual_seed(0)"
     kind = "LatentPrior" if model is None else "LatentVariableModel"
     given = [f"{'base' if model is None else 'prior'}=distribution"] if own else []
-    for part in ("generator", "encoder") if model is not None else ():
+    for part in ("decoder", "encoder") if model is not None else ():
         if model is not None and model[part] is not None and not model[part]["spec"]:
             given.append(f"{part}={part}")
     yield "import torch"
@@ -146,7 +146,7 @@ def _usage(name: str, prior: Config, model: Config | None) -> Iterator[str]:
 def _facts(prior: Config, tensors: Mapping[str, Tensor], model: Config | None) -> Iterator[tuple[str, str]]:
     info = prior.get("info") or {}
     if model is not None:
-        for part in ("generator", "encoder"):
+        for part in ("decoder", "encoder"):
             yield part, _network(model[part])
         yield "standard deviation of a pixel", _number(model["sigma"])
     shape = tuple(prior["event_shape"])

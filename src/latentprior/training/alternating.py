@@ -1,4 +1,4 @@
-"""Alternating learning: a two-phase model, its generator under the learned prior, then the prior of that generator."""
+"""Alternating learning: a two-phase model, its decoder under the learned prior, then the prior of that decoder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_under_prior(
 ) -> LatentVariableModel:
     r"""Go on from a model with a learned prior: generator given prior, then prior given generator. Returns ``model``.
 
-    :func:`~latentprior.train` moves generator and encoder along posterior samples
+    :func:`~latentprior.train` moves decoder and encoder along posterior samples
     :math:`z^+ \sim p_\theta(x \mid z)\,p_K(z)` of the ladder that is there. That moves the posteriors away from the
     ladder, so that :func:`~latentprior.fit` learns another on ``draws`` of them an image, made by the chains of the
     training. ``fit_options`` go there, ``config`` (by default

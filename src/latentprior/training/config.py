@@ -16,7 +16,7 @@ UNKNOWN = Gain(math.nan, math.nan)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a generator and its ladder are learned together. Defaults are the paper's where it gives them."""
+    """How a decoder and its ladder are learned together. Defaults are the paper's where it gives them."""
 
     stages: int = 5
     """Most stages of the ladder."""
@@ -26,7 +26,7 @@ class TrainingConfig:
     """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations, unless it has
     fallen by half: then the posterior has moved under it, and it gets up to ``steps`` more to catch up."""
     settle_steps: int = 0
-    """Steps of the generator alone under the whole ladder, after the last stage."""
+    """Steps of the decoder alone under the whole ladder, after the last stage."""
     batch_size: int = 100
     posterior_start: Literal["prior", "encoder", "persistent"] = "prior"
     """Where posterior chains begin: draws of the base (the paper), the encoder's draw, or the image's last latent."""
@@ -46,12 +46,12 @@ class TrainingConfig:
     learn_sigma: bool = False
     """Keep sigma at the root of the mean squared error at posterior samples, its maximum of the likelihood."""
     learning_rate: float = 1e-4
-    """Of the generator and the encoder (Adam, betas 0.5 and 0.999)."""
+    """Of the decoder and the encoder (Adam, betas 0.5 and 0.999)."""
     ratio_learning_rate: float = 2e-5
     decay: float = 0.998
     """Factor on both learning rates every epoch."""
     average: float = 0.999
-    """Decay of the moving averages of weights: the generator's and encoder's that are returned, each stage's kept."""
+    """Decay of the moving averages of weights: the decoder's and encoder's that are returned, each stage's kept."""
     evaluate_every: int = 250
     patience: int = 3
     held_out: int = 500
@@ -104,7 +104,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How generator and encoder are learned before there is a prior."""
+    """How decoder and encoder are learned before there is a prior."""
 
     kind: Literal["vae", "ae"] = "vae"
     """``vae``: the evidence lower bound under N(0, I); ``ae``: squared error with noise on the latents."""
@@ -119,7 +119,7 @@ class AutoencoderConfig:
     latent_penalty: float = 1e-3
     """``ae``: weight of half the squared norm of latents beside the squared error."""
     weight_decay: float = 0.0
-    """Of the generator (decoupled from Adam)."""
+    """Of the decoder (decoupled from Adam)."""
     average: float = 0.999
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Joint learning of a generator and its multi-stage prior, in the order of the paper's algorithm."""
+"""Joint learning of a decoder and its multi-stage prior, in the order of the paper's algorithm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(
     processes: Processes | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> LatentVariableModel:
-    r"""Learn the generator :math:`p_\theta(x \mid z)` and the ladder :math:`p_k(z)` together; returns ``model``.
+    r"""Learn the decoder :math:`p_\theta(x \mid z)` and the ladder :math:`p_k(z)` together; returns ``model``.
 
     For every stage k: posterior samples :math:`z^+ \sim p_\theta(z \mid x) \propto p_\theta(x \mid z)\,p_k(z)` and
     prior samples :math:`z^- \sim p_k(z)`; the log ratio :math:`f_k` descends the logistic loss between them;
@@ -92,7 +92,7 @@ def _learn(run: TrainingRun, learner: JointLearner) -> None:
             posterior = learner.posterior_samples(x, index)
             prior = learner.prior_samples(len(x))
             losses = learner.update_ratio(posterior, prior)
-            losses |= learner.update_generator(x, posterior)
+            losses |= learner.update_decoder(x, posterior)
             learner.step += 1
             run.tell("step", losses)
             if learner.step % learner.config.evaluate_every == 0:
@@ -104,7 +104,7 @@ def _learn(run: TrainingRun, learner: JointLearner) -> None:
         run.tell("learned", {})
     while learner.settled < learner.config.settle_steps:
         x, index = learner.batch()
-        losses = learner.update_generator(x, learner.posterior_samples(x, index))
+        losses = learner.update_decoder(x, learner.posterior_samples(x, index))
         learner.settled += 1
         run.tell("settle", losses)
         if learner.settled % learner.config.evaluate_every == 0:

@@ -53,8 +53,8 @@ class JointLearner:
         self.first = len(model.prior.stages)
         order = torch.randperm(len(images), generator=self._draws("split", cpu=True))
         self.train_rows, self.held_out_rows = order[config.held_out :], order[: config.held_out]
-        networks = [model.generator, *([] if model.encoder is None else [model.encoder])]
-        self.networks = torch.nn.ModuleDict(dict(zip(("generator", "encoder"), networks, strict=False)))
+        networks = [model.decoder, *([] if model.encoder is None else [model.encoder])]
+        self.networks = torch.nn.ModuleDict(dict(zip(("decoder", "encoder"), networks, strict=False)))
         self.networks.requires_grad_(True).train()
         self.average = {k: v.detach().clone() for k, v in self.networks.named_parameters()}
         self.optimizer = torch.optim.Adam(self.networks.parameters(), config.learning_rate, betas=(0.5, 0.999))
@@ -169,7 +169,7 @@ class JointLearner:
         _follow(self.ratio_average, self.ratio, self.config.average, self.step)
         return {"ratio": self._finite(loss, "ratio")}
 
-    def update_generator(self, x: Tensor, posterior: Tensor) -> dict[str, float]:
+    def update_decoder(self, x: Tensor, posterior: Tensor) -> dict[str, float]:
         r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8), and teach the encoder."""
         squared = (self._decode(posterior) - x).square().flatten(1).sum(1)
         loss = squared.mean() / (2 * self.model.sigma**2)
@@ -184,7 +184,7 @@ class JointLearner:
             loss = loss + taught
             losses["encoder"] = float(taught.detach())
         self._descend(self.optimizer, self.networks, loss, self.config.learning_rate)
-        self._finite(loss, "generator")
+        self._finite(loss, "decoder")
         self.updates += 1
         _follow(self.average, self.networks, self.config.average, self.updates)
         return losses
@@ -260,7 +260,7 @@ class JointLearner:
     def _decode(self, u: Tensor) -> Tensor:
         z = self.whitening.unwhiten(u).reshape(len(u), *self.model.event_shape)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision):
-            x: Tensor = self.model.generator(z)
+            x: Tensor = self.model.decoder(z)
         return x.to(u.dtype)
 
     def _log_prior(self, u: Tensor) -> Tensor:
@@ -283,10 +283,10 @@ class JointLearner:
             return loss
         draws = self._draws("bound", self.updates, self.processes.rank)
         u = self.whitening.whiten(mean + scale * langevin.noise_like(mean, draws))
-        # The generator learns from the chains alone.
-        self.model.generator.requires_grad_(False)
+        # The decoder learns from the chains alone.
+        self.model.decoder.requires_grad_(False)
         likelihood = log_gaussian(x, self._decode(u), self.model.sigma)
-        self.model.generator.requires_grad_(True)
+        self.model.decoder.requires_grad_(True)
         bound: Tensor = (likelihood + self._log_prior(u) + scale.log().sum(1)).mean()
         return -bound
 

@@ -56,7 +56,7 @@ def train_autoencoder(
     resume: bool = False,
     callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
 ) -> LatentVariableModel:
-    r"""Learn the generator and the encoder of ``model``; its prior is left as it is. Returns ``model``.
+    r"""Learn the decoder and the encoder of ``model``; its prior is left as it is. Returns ``model``.
 
     ``vae`` ascends :math:`\mathbb E_{q(z \mid x)} \log\mathcal N(x; g(z), \sigma^2 I) - KL(q(z \mid x)\,\|\,N(0, I))`,
     with :math:`\sigma^2` at its optimum, the mean squared error (Rybkin, Daniilidis and Levine 2021, eq. 6), unless
@@ -125,11 +125,11 @@ class _AutoencoderLearner:
         if model.encoder is None:
             raise LatentPriorError("two-phase learning needs a model with an encoder")
         self.model, self.encoder, self.images, self.config, self.seed = model, model.encoder, images, config, seed
-        self.networks = torch.nn.ModuleDict({"generator": model.generator, "encoder": model.encoder})
+        self.networks = torch.nn.ModuleDict({"decoder": model.decoder, "encoder": model.encoder})
         self.networks.requires_grad_(True).train()
         self.average = {name: p.detach().clone() for name, p in self.networks.named_parameters()}
         groups: list[dict[str, Any]] = [
-            {"params": list(model.generator.parameters()), "weight_decay": config.weight_decay},
+            {"params": list(model.decoder.parameters()), "weight_decay": config.weight_decay},
             {"params": list(model.encoder.parameters()), "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
@@ -151,7 +151,7 @@ class _AutoencoderLearner:
         mean, scale = out if isinstance(out, tuple) else (out, torch.zeros_like(out))
         noise = torch.randn(mean.shape, generator=draws, device=draws.device, dtype=mean.dtype)
         z = mean + (scale if config.kind == "vae" else config.noise) * noise
-        squared = (model.generator(z.reshape(len(x), *model.event_shape)) - x).square().flatten(1).sum(1).mean()
+        squared = (model.decoder(z.reshape(len(x), *model.event_shape)) - x).square().flatten(1).sum(1).mean()
         reconstruction = float(squared.detach()) / x[0].numel()
         # Short at first, or the untrained networks' error would stay in sigma for hundreds of steps.
         memory = min(0.99, step / (step + 9))
@@ -279,11 +279,11 @@ def train_two_phase(
     Examples
     --------
     >>> from sklearn.datasets import load_digits
-    >>> from latentprior.models.networks import build_encoder, build_generator, network_spec
+    >>> from latentprior.models.networks import build_encoder, build_decoder, network_spec
     >>> images = Images((load_digits().images[:200] * 15).astype("uint8"))
     >>> spec = network_spec("mlp", latent_dim=2, width=16, image_shape=images.shape)
     >>> g = torch.Generator().manual_seed(0)
-    >>> model = LatentVariableModel(build_generator(spec, g), encoder=build_encoder(spec, g))
+    >>> model = LatentVariableModel(build_decoder(spec, g), encoder=build_encoder(spec, g))
     >>> model = train_two_phase(model, images, AutoencoderConfig(steps=20), base="gmm:2", max_stages=0)
     >>> model.prior.base.name, model.generate(3, generator=g).shape
     ('gmm', torch.Size([3, 1, 8, 8]))
@@ -303,7 +303,7 @@ def refit_prior(
 ) -> LatentVariableModel:
     """Give ``model`` the ladder that :func:`latentprior.fit` learns on ``latents``, its networks left as they are.
 
-    Also the end of joint learning: a last ladder on posterior draws of the finished generator, from a mixture.
+    Also the end of joint learning: a last ladder on posterior draws of the finished decoder, from a mixture.
     """
     model.prior = fit(latents, seed=seed, device=model.device, **fit_options)
     return model

@@ -1,13 +1,13 @@
-"""Autoencoders from elsewhere as one thing: an encoder and a generator that speak images in [-1, 1]."""
+"""Autoencoders from elsewhere as one thing: an encoder and a decoder that speak images in [-1, 1]."""
 
 from .autoencoder import Autoencoder
 from .callables import from_callables
 from .foreign import from_any, from_diffusers, from_pythae
-from .halves import AdaptedEncoder, AdaptedGenerator
+from .halves import AdaptedDecoder, AdaptedEncoder
 
 __all__ = [
+    "AdaptedDecoder",
     "AdaptedEncoder",
-    "AdaptedGenerator",
     "Autoencoder",
     "from_any",
     "from_callables",

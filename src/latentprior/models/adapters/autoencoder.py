@@ -1,4 +1,4 @@
-"""An encoder and a generator that fit each other, tried and joined."""
+"""An encoder and a decoder that fit each other, tried and joined."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...errors import InvalidImagesError, LatentPriorError
 from .halves import (
+    AdaptedDecoder,
     AdaptedEncoder,
-    AdaptedGenerator,
     rescaled,
     weight_of,
 )
@@ -21,16 +21,16 @@ __all__ = ["Autoencoder", "joined"]
 
 @dataclass(frozen=True, eq=False)
 class Autoencoder:
-    """An encoder and a generator network over the same latents; ``LatentVariableModel`` takes them as they are.
+    """An encoder and a decoder network over the same latents; ``LatentVariableModel`` takes them as they are.
 
     Arguments
     ---------
     encoder : images ``(n, *image_shape)`` in [-1, 1] to ``(mean, scale)``, each ``(n, *event_shape)``, or to means.
-    generator : latents ``(n, *event_shape)`` to images ``(n, *image_shape)`` in [-1, 1].
+    decoder : latents ``(n, *event_shape)`` to images ``(n, *image_shape)`` in [-1, 1].
     """
 
     encoder: AdaptedEncoder
-    generator: AdaptedGenerator
+    decoder: AdaptedDecoder
     event_shape: torch.Size
     image_shape: torch.Size
 
@@ -40,7 +40,7 @@ class Autoencoder:
 
     def decode(self, z: Tensor) -> Tensor:
         """Images in [-1, 1] of latents ``(n, *event_shape)``; differentiable."""
-        return self.generator(z)  # type: ignore[no-any-return]
+        return self.decoder(z)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def standardised(self, images: Tensor, *, batch_size: int = 64) -> Autoencoder:
@@ -73,28 +73,28 @@ class Autoencoder:
         return self._rescaled(shift.float(), factor.float())
 
     def _rescaled(self, shift: Tensor, factor: Tensor) -> Autoencoder:
-        encoder, generator = rescaled(self.encoder, shift, factor), rescaled(self.generator, shift, factor)
-        return Autoencoder(encoder, generator, self.event_shape, self.image_shape)
+        encoder, decoder = rescaled(self.encoder, shift, factor), rescaled(self.decoder, shift, factor)
+        return Autoencoder(encoder, decoder, self.event_shape, self.image_shape)
 
 
 @torch.no_grad()
 def joined(
     encoder: AdaptedEncoder,
-    generator: AdaptedGenerator,
+    decoder: AdaptedDecoder,
     *,
     event_shape: Sequence[int] | None = None,
     image_shape: Sequence[int] | None = None,
 ) -> Autoencoder:
     """Join two halves that fit each other; the shape that is not given is found by trying."""
     encoder.eval()
-    generator.eval()
-    like = weight_of(generator.part)
+    decoder.eval()
+    like = weight_of(decoder.part)
     device = None if like is None else like.device
     try:
         if event_shape is None:
             x = torch.zeros(1, *(image_shape or ()), device=device)
         else:
-            x = generator(torch.zeros(1, *event_shape, device=device))
+            x = decoder(torch.zeros(1, *event_shape, device=device))
         output = encoder(x)
     except LatentPriorError:
         raise
@@ -114,6 +114,6 @@ def joined(
             "the encoder's second output is no standard deviation of the first: return (mean, scale), scale >= 0 and "
             "of the same shape; from a log variance, exp(v / 2)"
         )
-    for half in (encoder, generator):
+    for half in (encoder, decoder):
         half.latent_shape, half.image_shape = mean.shape[1:], x.shape[1:]
-    return Autoencoder(encoder, generator, mean.shape[1:], x.shape[1:])
+    return Autoencoder(encoder, decoder, mean.shape[1:], x.shape[1:])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, joined
 from .halves import (
+    AdaptedDecoder,
     AdaptedEncoder,
-    AdaptedGenerator,
     Range,
     call_itself,
 )
@@ -44,11 +44,11 @@ def from_callables(
     >>> from_callables(flat, square, event_shape=(4,), image_range=(0, 1)).image_shape
     torch.Size([1, 2, 2])
     """
-    encoder, generator = (
+    encoder, decoder = (
         AdaptedEncoder(encode, call_itself, image_range),
-        AdaptedGenerator(decode, call_itself, image_range),
+        AdaptedDecoder(decode, call_itself, image_range),
     )
-    return joined(encoder, generator, event_shape=event_shape)
+    return joined(encoder, decoder, event_shape=event_shape)
 
 
 def from_methods(
@@ -60,8 +60,8 @@ def from_methods(
 ) -> Autoencoder:
     """An autoencoder from the ``encode`` and ``decode`` methods of one object; one of its shapes is given."""
     encoder = AdaptedEncoder(_without(obj, "decoder", "post_quant_conv", "quantize"), _call_encode, image_range)
-    generator = AdaptedGenerator(_without(obj, "encoder", "quant_conv"), _call_decode, image_range)
-    return joined(encoder, generator, event_shape=event_shape, image_shape=image_shape)
+    decoder = AdaptedDecoder(_without(obj, "encoder", "quant_conv"), _call_decode, image_range)
+    return joined(encoder, decoder, event_shape=event_shape, image_shape=image_shape)
 
 
 def _call_encode(part: Any, x: Tensor) -> Any:
@@ -73,7 +73,7 @@ def _call_decode(part: Any, z: Tensor) -> Any:
 
 
 def _without(obj: Any, *names: str) -> Any:
-    """Return a view of a module that lacks some children, so that encoder and generator own no weight in common."""
+    """Return a view of a module that lacks some children, so that encoder and decoder own no weight in common."""
     if not isinstance(obj, nn.Module):
         return obj
     view = copy.copy(obj)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import LatentPriorError
 from .autoencoder import Autoencoder, joined
 from .callables import from_callables, from_methods
-from .halves import AdaptedEncoder, AdaptedGenerator, Range, call_itself, weight_of
+from .halves import AdaptedDecoder, AdaptedEncoder, Range, call_itself, weight_of
 
 __all__ = ["from_any", "from_diffusers", "from_pythae"]
 
@@ -52,8 +52,8 @@ def from_pythae(model: Any, *, image_range: Range = (0.0, 1.0)) -> Autoencoder:
     if not (callable(getattr(model, "encoder", None)) and callable(getattr(model, "decoder", None))):
         raise LatentPriorError(f"{type(model).__name__} has no encoder and decoder: give a pythae autoencoder")
     encoder = AdaptedEncoder(model.encoder, call_itself, image_range)
-    generator = AdaptedGenerator(model.decoder, call_itself, image_range)
-    return joined(encoder, generator, event_shape=(int(model.latent_dim),))
+    decoder = AdaptedDecoder(model.decoder, call_itself, image_range)
+    return joined(encoder, decoder, event_shape=(int(model.latent_dim),))
 
 
 def from_any(

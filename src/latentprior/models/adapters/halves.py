@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import LatentPriorError
 
-__all__ = ["AdaptedEncoder", "AdaptedGenerator", "Range", "call_itself", "rescaled", "weight_of"]
+__all__ = ["AdaptedDecoder", "AdaptedEncoder", "Range", "call_itself", "rescaled", "weight_of"]
 
 Range = tuple[float, float]
 
@@ -63,7 +63,7 @@ class AdaptedEncoder(Half):
         return mean if scale is None else (mean, scale.to(x.dtype) * self.factor.abs().to(x.dtype))
 
 
-class AdaptedGenerator(Half):
+class AdaptedDecoder(Half):
     r"""A foreign decoder: latents ``(n, *latent_shape)`` to images ``(n, C, H, W)``, clamped to [-1, 1].
 
     :math:`z'` is decoded at :math:`z' / \text{factor} + \text{shift}`; differentiable in the latents.
