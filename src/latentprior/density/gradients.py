@@ -9,13 +9,8 @@ from torch import Tensor, nn
 
 from .bases import Base, MixtureBase
 from .bases.mixture_base import responsibilities
-from .ratios import (
-    MLP,
-    BoundedRatio,
-    MixtureFeatures,
-    Quadratic,
-    ResidualMLP,
-)
+from .ratio_networks import MLP, Quadratic, ResidualMLP
+from .ratios import BoundedRatio, MixtureFeatures
 
 __all__ = ["ValueAndGrad"]
 

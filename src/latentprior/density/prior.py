@@ -21,25 +21,19 @@ from ..storage.checkpoint import load_state
 from ..storage.hub import find_folder
 from ..storage.sharing import Shareable
 from . import normalizers
-from .bases import (
-    Base,
-    DistributionBase,
-    GaussianMixtureBase,
-    MixtureBase,
-)
-from .bases.full_mixture import MANY
-from .ladder import Ladder, Stage
-from .normalizers import Bracket, Normalizer, NormalizerCheck
+from .bases import Base, DistributionBase
+from .ladder import Ladder, Stage, carried
+from .normalizers import Bracket, Normalizer, NormalizerCheck, reference_mixture
 from .samplers import SAMPLE_BLOCK, check_options, draw
-from .sampling import smc
-from .sampling.resampling import LogMean, effective_sample_size
-from .saved_prior import PriorParts
+from .sampling.resampling import effective_sample_size
+from .saved_prior import prior_parts, prior_state
 from .whitening import Whitening
 
 __all__ = ["LatentPrior", "Stage"]
 
-FAR = 1e6
-"""Standard deviations beyond which a density that is not a number is none at all."""
+FAR_STANDARD_DEVIATIONS = 1e6
+"""Distance from the centre beyond which a density that is not a number counts as zero."""
+TILT_ISLANDS, TILT_MOVES = 16, 6
 
 
 class LatentPrior(Distribution, Shareable):
@@ -73,29 +67,28 @@ class LatentPrior(Distribution, Shareable):
 
     def __init__(
         self,
-        base: Base,
-        stages: Sequence[Stage],
+        ladder: Ladder,
         whitening: Whitening,
         event_shape: Sequence[int],
         normalizer: Normalizer | None = None,
         info: Mapping[str, Any] | None = None,
-        *,
-        cover: MixtureBase | None = None,
     ) -> None:
         super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
-        self.base = base
-        self.stages = tuple(stages)
+        self.ladder = ladder
         self.whitening = whitening
-        self.normalizer = normalizer or Normalizer(
-            sum((s.log_normalizer for s in self.stages), 0.0),
-            math.hypot(*(s.log_normalizer_stderr for s in self.stages)),
-            1.0,
-            "stages",
-            None,
-        )
+        value, stderr = ladder.log_normalizer
+        self.normalizer = normalizer or Normalizer(value, stderr, 1.0, "stages", None)
         self.info = dict(info or {})
-        self.cover = cover
-        self.ladder = Ladder(base, [stage.network for stage in self.stages], cover)
+
+    @property
+    def base(self) -> Base:
+        """The normalised density that the ladder stands on, in standardised coordinates."""
+        return self.ladder.base
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The factors of the ladder, in the order in which they were learned."""
+        return self.ladder.stages
 
     @property
     def support(self) -> constraints.Constraint:
@@ -128,27 +121,24 @@ class LatentPrior(Distribution, Shareable):
             f"log_prob_stderr={self.log_prob_stderr:.3g})"
         )
 
-    def replaced(
-        self,
-        stages: Sequence[Stage],
-        normalizer: Normalizer | None = None,
-        info: Mapping[str, Any] | None = None,
+    def with_ladder(
+        self, ladder: Ladder, normalizer: Normalizer | None = None, info: Mapping[str, Any] | None = None
     ) -> LatentPrior:
-        """The same base and standardisation under other stages."""
-        info = self.info if info is None else info
-        return LatentPrior(self.base, stages, self.whitening, self.event_shape, normalizer, info, cover=self.cover)
+        """Return a prior on the same coordinates with another ladder."""
+        return LatentPrior(ladder, self.whitening, self.event_shape, normalizer, self.info if info is None else info)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:
         """Return a copy on another device or in another floating type (the networks are shared if nothing moves)."""
         if (device is None or torch.device(device) == self.device) and dtype in (None, self.dtype):
             return self
         # Copied in one go, so that stages go on sharing one mixture with the ladder.
-        parts = copy.deepcopy((self.base, self.whitening, self.cover, [stage.network for stage in self.stages]))
-        base, whitening, cover, networks = parts
+        base, whitening, cover, networks = copy.deepcopy(
+            (self.base, self.whitening, self.ladder.cover, self.ladder.ratios)
+        )
         for part in (base, whitening, *([] if cover is None else [cover]), *networks):
             part.to(device=device, dtype=dtype)
         stages = [replace(stage, network=network) for stage, network in zip(self.stages, networks, strict=True)]
-        return LatentPrior(base, stages, whitening, self.event_shape, self.normalizer, self.info, cover=cover)
+        return LatentPrior(Ladder(base, stages, cover), whitening, self.event_shape, self.normalizer, self.info)
 
     def log_prob(self, value: Tensor | NDArray[Any]) -> Tensor:
         r"""Normalised log density, ``(n, *event_shape) -> (n,)`` nats; also one unbatched event, to a scalar.
@@ -165,7 +155,7 @@ class LatentPrior(Distribution, Shareable):
         u = self.whitening.whiten(z)
         result = self.log_prob_whitened(u) + self.whitening.log_abs_det
         # Squares of such rows overflow, and their differences are no numbers.
-        lost = result.isnan() & ~(u.detach().abs() < FAR).all(1) & ~z.isnan().any(1)
+        lost = result.isnan() & ~(u.detach().abs() < FAR_STANDARD_DEVIATIONS).all(1) & ~z.isnan().any(1)
         result = torch.where(lost, -math.inf, result) if lost.any() else result
         return result[0] if single else result
 
@@ -234,28 +224,20 @@ class LatentPrior(Distribution, Shareable):
         in islands; its standard error joins :attr:`log_prob_stderr`. A tilted prior cannot be saved.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        stage = Stage(_Potential(g, self.whitening, self.event_shape), 0.0, 0.0, math.nan, math.nan)
-        tilted = Ladder(self.base, [*self.ladder.ratios, stage.network])
-        islands = 16
-        parts = max(1, particles // islands) * islands
-        start = torch.cat([draw(self.ladder, parts // islands, generator, "smc", {}) for _ in range(islands)])
-        potential = stage.network(start)
+        factor = _Potential(g, self.whitening, self.event_shape)
+        rows = max(1, particles // TILT_ISLANDS)
+        start = torch.cat([draw(self.ladder, rows, generator, "smc", {}) for _ in range(TILT_ISLANDS)])
+        potential = factor(start)
         if potential.isnan().any() or potential.max() in (math.inf, -math.inf):
             raise LatentPriorError("the tilt is NaN, infinite, or -inf at every draw: it has no normaliser")
         # One reweighing needs no moves, and no gradient of g.
-        moves = 0 if effective_sample_size(potential) >= 0.5 else 6
-        begin = float(len(self.stages))
-        result = smc.run(start, tilted, start=begin, islands=islands, moves=moves, generator=generator)
-        c: LogMean = result.log_normalizer
-        stage = replace(stage, log_normalizer=c.value, log_normalizer_stderr=c.stderr)
+        moves = 0 if effective_sample_size(potential) >= 0.5 else TILT_MOVES
+        _, passed = carried(self.ladder, factor, start, islands=TILT_ISLANDS, moves=moves, generator=generator)
+        c = passed.constant
         total = Normalizer(
-            self.normalizer.value + c.value,
-            math.hypot(self.log_prob_stderr, c.stderr),
-            result.ess,
-            "tilt",
-            None,
+            self.normalizer.value + c.value, math.hypot(self.log_prob_stderr, c.stderr), passed.ess, "tilt", None
         )
-        return self.replaced((*self.stages, stage), total)
+        return self.with_ladder(self.ladder.times(factor, passed), total)
 
     @torch.no_grad()
     def check_normalizer(
@@ -293,7 +275,10 @@ class LatentPrior(Distribution, Shareable):
         elif reference == "base":
             base, name = self.base, "base"
         elif reference == "gmm":
-            base, name = self._reference(generator), "gmm"
+            base, name = (
+                reference_mixture(lambda n: draw(self.ladder, n, generator, "smc", {}), self.ladder, generator),
+                "gmm",
+            )
         else:
             raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
         u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
@@ -306,26 +291,6 @@ class LatentPrior(Distribution, Shareable):
             )  # fmt: skip
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
-    def _reference(self, generator: torch.Generator) -> Base:
-        d = len(self.whitening.loc)
-        if d < MANY:
-            n, members = max(20_000, min(60_000, 10 * d * d)), 1
-            # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
-            k = max(1, min(32, n // max(10 * d, 5 * d * d // 8)))
-        else:
-            # Shrunk covariances need fewer rows, and an average varies less with the draws.
-            n, members = 60_000, 2
-            k = GaussianMixtureBase.plan(n, d, False).sizes[-1]
-        u = draw(self.ladder, n, generator, "smc", {})
-        parts = [GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator) for _ in range(members)]
-        fitted = GaussianMixtureBase.averaged(parts)
-        spread = torch.linalg.cholesky(torch.cov(u.T).double().reshape(d, d)).to(fitted.cholesky)
-        weights = torch.cat([share * fitted.log_weights.exp() for share in (0.6, 0.3)])
-        means = torch.cat([fitted.means, fitted.means, u.mean(0, keepdim=True).to(fitted.means)])
-        cholesky = torch.cat([1.03 * fitted.cholesky, 1.2 * fitted.cholesky, 1.5 * spread[None]])
-        mixture = GaussianMixtureBase(torch.cat([weights, weights.new_tensor([0.1])]), means, cholesky)
-        return mixture.to(device=self.device, dtype=self.dtype)
-
     @torch.no_grad()
     def card_draws(self) -> dict[str, Tensor]:
         """Rows ``(1500, d)`` of the base and of the ladder on it, the same in every call."""
@@ -337,9 +302,7 @@ class LatentPrior(Distribution, Shareable):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds this prior."""
-        return PriorParts(
-            self.base, self.stages, self.whitening, self.event_shape, self.normalizer, self.info, self.cover
-        ).state()
+        return prior_state(self.ladder, self.whitening, self.event_shape, self.normalizer, self.info)
 
     @classmethod
     def from_pretrained(
@@ -378,11 +341,7 @@ class LatentPrior(Distribution, Shareable):
         where: str = "prior",
     ) -> LatentPrior:
         """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
-        parts = PriorParts.from_state(config, tensors, base=base, decoder=decoder, where=where)
-        return cls(
-            parts.base, parts.stages, parts.whitening, parts.event_shape, parts.normalizer, parts.info,
-            cover=parts.cover,
-        )  # fmt: skip
+        return cls(*prior_parts(config, tensors, base=base, decoder=decoder, where=where))
 
 
 class _Potential(nn.Module):
