@@ -24,13 +24,26 @@ __all__ = [
 ]
 
 
-LONGEST = 1500
+LONGEST_MESSAGE = 1500
+"""Most characters of a message: about twenty lines of a terminal."""
+LAST_PART = 400
+"""Characters at the end of a longer message that are kept: the mend stands there."""
 
 
 def one_line(text: str) -> str:
-    """A message that a file's contents can neither break into lines nor drown: escaped, and cut in its middle."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 500]} [...] {shown[-400:]}"
+    """Escape what would break a message into lines, and cut a long one in its middle.
+
+    A message may quote a file, whose contents can then neither forge a second line nor hide the first.
+    """
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(escaped) <= LONGEST_MESSAGE:
+        return escaped
+    return f"{escaped[: LONGEST_MESSAGE - LAST_PART - 100]} [...] {escaped[-LAST_PART:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return what another library's error says without line breaks, or its name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class LatentPriorError(Exception):
