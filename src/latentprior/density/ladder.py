@@ -29,6 +29,8 @@ MIN_ESS = 0.01
 LEAST_RISE = 0.05
 LEAST_ISLANDS = 8
 """Of a process: an eighth of them is held out whole."""
+COVER_WIDTHS = (1.0, 1.5, 2.5)
+"""Factors on the scales of a cover's components: early stages, bounded as they are, put mass in halos around modes."""
 
 
 class FreshParticles(NamedTuple):
@@ -105,7 +107,7 @@ class Ladder:
         self.base = base
         self.ratios = tuple(ratios)
         self.cover = cover
-        self.start: Base = base if cover is None else BlendBase(base, cover.widened((1.0, 1.5, 2.5)))
+        self.start: Base = base if cover is None else BlendBase(base, cover.widened(COVER_WIDTHS))
 
     def extended(self, ratio: nn.Module) -> Ladder:
         """Add a stage."""
