@@ -159,10 +159,10 @@ def feature_network(
             f"unknown feature network {network!r}: choose {', '.join(list_feature_networks())}, or give a module"
         )
     build, options = _BUILDERS[network]
-    given = {key: value for key, value in (("size", size), ("weights", weights)) if value is not None}
-    if unknown := sorted(set(given) - options):
+    arguments = {key: value for key, value in (("size", size), ("weights", weights)) if value is not None}
+    if unknown := sorted(set(arguments) - options):
         raise LatentPriorError(f"the feature network {network!r} takes no {' or '.join(unknown)}: leave it out")
-    return build(**given)
+    return build(**arguments)
 
 
 def check_normalised(images: Tensor) -> Tensor:
