@@ -100,7 +100,7 @@ _LATE = {
     "from_diffusers": "models.adapters",
     "from_pythae": "models.adapters",
 }
-"""Names that are imported when they are asked for: scikit-learn takes as long to import as torch; PyOD is an extra."""
+"""Names that are imported when they are asked for, since scikit-learn and PyOD are extras and slow to import."""
 
 
 def __getattr__(name: str) -> Any:

@@ -145,7 +145,7 @@ def test_bad_rows_are_named(values: Any, says: str) -> None:
 
 
 def test_bad_row_is_counted_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentprior.data.latents.BLOCK", 4)
+    monkeypatch.setattr("latentprior.data.latents.BLOCK_ROWS", 4)
     values = np.zeros((11, 2))
     values[9, 1] = np.inf
     with pytest.raises(InvalidLatentsError, match="row 9"):

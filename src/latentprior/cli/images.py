@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.image_files import open_images
 from ..data.images import Images, read_images
+from ..data.pictures import Choice
 from ..density.figures import strict_json
 from ..density.samplers import SAMPLE_BLOCK, SAMPLERS
 from ..errors import InvalidImagesError, LatentPriorError
@@ -300,7 +301,7 @@ def _truth(
     """1 for images that are odd, where that is known."""
     labels = pictures.labels
     if labels_key is not None:
-        values = np.asarray(open_images(source, labels_key, None, split, None)[0])
+        values = np.asarray(open_images(source, Choice(labels_key, split=split))[0])
         if values.dtype.kind not in "iub" or values.ndim != 1 or len(values) < len(pictures):
             raise InvalidImagesError(
                 f"{source}: {labels_key} has type {values.dtype} and shape {values.shape}; give one 0 or 1 for each of "

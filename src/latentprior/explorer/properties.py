@@ -10,13 +10,12 @@ import time
 from typing import NamedTuple
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from ..density.ladder import carried
 from ..density.prior import LatentPrior
 from ..density.sampling.resampling import LogMean
-from ..errors import LatentPriorError
+from ..errors import LatentPriorError, MissingExtraError
 from ..runtime.seeding import derived_generator
 
 __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_classes", "tilted_draws"]
@@ -114,6 +113,10 @@ def fit_brightness(u: Tensor, brightness: Tensor) -> Brightness:
 
 def fit_classes(u: Tensor, labels: Tensor, seed: int = 0) -> Classes | None:
     """Softmax regression of ``labels`` ``(n,)`` on ``u`` ``(n, d)`` by four fifths; None for one class or too many."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise MissingExtraError("tilting towards a class", "explore") from None
     names = sorted(set(labels.tolist()))
     if not 2 <= len(names) <= 100 or len(u) < 10 * len(names):
         return None

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from ..data.latents import Latents
@@ -32,6 +31,7 @@ from .tables import Columns, held_out_rows, seed_from
 
 try:
     from pyod.models.base import BaseDetector
+    from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError:
     raise MissingExtraError("RatioDetector", "pyod") from None
 
