@@ -25,7 +25,7 @@ from _latent_pictures import add_picture
 from _results import join_results
 from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase
 from latentprior.density.bases.by_name import WIDE
-from latentprior.density.normalizers import check_from
+from latentprior.density.normalizer_check import check_from
 from latentprior.density.prior import LatentPrior
 from latentprior.density.samplers import draw
 from latentprior.evaluation.metrics import frechet_distance, two_sample_auc

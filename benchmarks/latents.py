@@ -25,7 +25,7 @@ from _features import DECODERS, decoded_features, floor_features
 from _latent_pictures import add_picture
 from _latent_rivals import RIVALS, Rows
 from _results import join_results
-from latentprior.density.normalizers import check
+from latentprior.density.normalizer_check import check
 from latentprior.density.prior import LatentPrior
 from latentprior.density.whitening import Whitening
 from latentprior.evaluation.metrics import frechet_distance, two_sample_auc

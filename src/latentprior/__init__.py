@@ -7,7 +7,7 @@ from ._version import __version__
 from .data.images import Images, read_images
 from .data.latents import Latents
 from .density.ladder import Stage
-from .density.normalizers import NormalizerCheck
+from .density.normalizer_check import NormalizerCheck
 from .density.prior import LatentPrior
 from .errors import (
     CheckpointError,

@@ -12,15 +12,8 @@ from ladders import ladder_of
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
 from latentprior.density.ladder import Ladder
-from latentprior.density.normalizers import (
-    PARTS_A_ROUND,
-    bracket,
-    check,
-    check_from,
-    estimate,
-    expected_seconds,
-    importance_estimate,
-)
+from latentprior.density.normalizer_check import check, check_from
+from latentprior.density.normalizers import PARTS_A_ROUND, bracket, estimate, expected_seconds, importance_estimate
 from latentprior.density.sampling import mala, smc
 from latentprior.density.sampling.resampling import LogMean, systematic
 from quadrature import integral

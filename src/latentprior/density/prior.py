@@ -20,10 +20,10 @@ from ..errors import LatentPriorError
 from ..storage.checkpoint import load_state
 from ..storage.hub import find_folder
 from ..storage.sharing import Shareable
-from . import normalizers
 from .bases import Base, DistributionBase
 from .ladder import Ladder, Stage, carried
-from .normalizers import Bracket, Normalizer, NormalizerCheck, reference_mixture
+from .normalizer_check import NormalizerCheck, check, check_from, reference_mixture
+from .normalizers import Bracket, Normalizer
 from .samplers import SAMPLE_BLOCK, check_options, draw
 from .sampling.resampling import effective_sample_size
 from .saved_prior import prior_parts, prior_state
@@ -379,11 +379,9 @@ class LatentPrior(Distribution, Shareable):
             raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
         u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
         if isinstance(reference, Distribution):
-            found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+            found = check(self.log_prob_whitened, base.log_prob, u, name)
         else:
-            found = normalizers.check_from(
-                self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value, own=own
-            )
+            found = check_from(self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value, own=own)
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
     @torch.no_grad()

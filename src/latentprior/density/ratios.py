@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, LatentPriorError
 from .bases import MixtureBase
 from .bases.mixture_base import responsibilities
-from .decoded_ratio import DecodedNet, Decoder
+from .decoded_ratio import DecodedNet, StandardisedDecoder
 from .ratio_networks import MLP, ConvNet, Quadratic, RatioNetwork, ResidualMLP
 
 __all__ = [
@@ -135,7 +135,7 @@ def build_ratio(
     spec: Mapping[str, Any],
     generator: torch.Generator | None = None,
     mixture: MixtureBase | None = None,
-    decoder: Decoder | None = None,
+    decoder: StandardisedDecoder | None = None,
 ) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.latents import as_latents
 from ..density import normalizers
-from ..density.decoded_ratio import Decoder
+from ..density.decoded_ratio import StandardisedDecoder
 from ..density.ladder import FreshParticles, Ladder, Pass, Stage, passed_afresh
 from ..density.prior import LatentPrior
 from ..density.sampling.resampling import log_mean_exp
@@ -148,7 +148,7 @@ def _refined(
     rows = standardised_rows(*held_out, seed, prior.whitening)
     aim = Target(target[0], target[1], rows, prior.whitening)
     shape = tuple(prior.event_shape)
-    pictures = Decoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED_ROWS])
+    pictures = StandardisedDecoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED_ROWS])
     begin = time.monotonic()
     limit = None if run.end is None else begin + STAGE_SHARE * (run.end - begin)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..density.decoded_ratio import Decoder
+from ..density.decoded_ratio import StandardisedDecoder
 from ..density.ladder import FreshParticles, Ladder
 from ..density.ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..errors import LearningDivergedError
@@ -74,8 +74,8 @@ class StageLearner:
         In place of that of the settings.
     processes : Processes
         Those that learn together.
-    decoder : Decoder, optional
-        For a ratio of the kind ``decoded``, as :meth:`Decoder.describe` gives it.
+    decoder : StandardisedDecoder, optional
+        For a ratio of the kind ``decoded``, as :meth:`StandardisedDecoder.describe` gives it.
     source : StageParticles, optional
         Where particles come from, by default fresh passes of the ladder.
     """
@@ -90,7 +90,7 @@ class StageLearner:
         *,
         learning_rate: float | None = None,
         processes: Processes = ALONE,
-        decoder: Decoder | None = None,
+        decoder: StandardisedDecoder | None = None,
         source: StageParticles | None = None,
     ) -> None:
         self.target, self.ladder, self.settings = target, ladder, settings
