@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from torch.distributions import Distribution, constraints
 from ..data.images import Images
 from ..data.latents import Latents
 from ..density.bases import DistributionBase
+from ..density.bases.base import LOG_2PI
 from ..density.prior import LatentPrior
 from ..density.whitening import identity_whitening
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
@@ -29,7 +30,7 @@ from ..storage.checkpoint import (
     locked,
     save_state,
 )
-from ..storage.sized_networks import blank
+from ..storage.sized_networks import blank, built_for
 from ..training.resumable import (
     foreign,
     images_identity,
@@ -38,29 +39,47 @@ from ..training.resumable import (
     restore_network,
 )
 from ..training.two_phase import SAVE_EVERY, aggregate_posterior
-from .vae import VAEConfig, learn_vae
+from .vae import VAEConfig, train_vae
 
 __all__ = ["TwoStageDistribution", "TwoStageVAEConfig", "train_two_stage_vae"]
 
-LOG_2PI = math.log(2 * math.pi)
 LOG_SCALE_RANGE = (-7.0, 2.0)
-ROWS = 1 << 15
-"""Latents times draws that meet the second decoder at a time."""
+BLOCK_ROWS = 1 << 15
+"""Latents times draws that pass through the second decoder at a time."""
+LEAST_ERROR = 1e-6
+"""Least mean squared error of the second decoder: its root, gamma, divides."""
+ERROR_SHARE = 0.01
+"""Share of the newest step in the moving average of the second decoder's squared error."""
 
 
 @dataclass(frozen=True)
 class TwoStageVAEConfig(VAEConfig):
-    """How both VAEs are learned."""
+    """How both VAEs are learned.
+
+    Parameters
+    ----------
+    steps, batch_size, learning_rate, learn_sigma, average
+        As in :class:`~latentprior.baselines.VAEConfig`; ``average`` is that of the second VAE too.
+    second_steps : int
+        Steps of Adam on the second VAE.
+    second_batch_size : int
+        Latents of one of these steps.
+    second_learning_rate : float
+        Adam's rate at the first of these steps, which falls to zero on a cosine.
+    width : int
+        Units of a hidden layer of the second VAE (paper: 1,024).
+    depth : int
+        Hidden layers of either half of the second VAE.
+    samples : int
+        Draws in the bound that ``log_prob`` returns.
+    """
 
     second_steps: int = 6000
     second_batch_size: int = 256
     second_learning_rate: float = 1e-3
-    """Of Adam, falling to zero on a cosine."""
     width: int = 256
-    """Units of a hidden layer of the second VAE (paper: 1,024)."""
     depth: int = 3
     samples: int = 64
-    """Draws in the bound that ``log_prob`` returns."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
@@ -70,10 +89,23 @@ class TwoStageVAEConfig(VAEConfig):
 
 
 class SkipPerceptron(nn.Module):
-    """Hidden ReLU layers whose last reads, beside them, the input again: ``(n, d)`` to ``(n, outputs)``."""
+    """Hidden ReLU layers, and a last layer that reads the input beside them: ``(n, dim)`` to ``(n, outputs)``.
+
+    Parameters
+    ----------
+    dim, outputs : int
+        Columns of the rows that it reads and returns.
+    width : int
+        Units of a hidden layer.
+    depth : int
+        Hidden layers.
+    generator : torch.Generator
+        Source of the first weights.
+    """
 
     def __init__(self, dim: int, outputs: int, width: int, depth: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.width, self.depth = width, depth
         hidden = [_linear(*pair, math.sqrt(2), generator) for pair in itertools.pairwise([dim, *[width] * depth])]
         self.hidden = nn.Sequential(*itertools.chain.from_iterable((layer, nn.ReLU()) for layer in hidden))
         self.last = _linear(width + dim, outputs, 1.0, generator)
@@ -86,6 +118,21 @@ class SkipPerceptron(nn.Module):
 class TwoStageDistribution(Distribution):
     r""":math:`p(z) = \int N(z; g(u), \gamma^2 I)\,N(u; 0, I)\,du`, the density that the second VAE defines.
 
+    Parameters
+    ----------
+    encoder : torch.nn.Module
+        Rows ``(n, d)`` to the means and log standard deviations of :math:`q(u \mid z)`, ``(n, 2 d)``.
+    decoder : torch.nn.Module
+        Rows u ``(n, d)`` to means of z, ``(n, d)``.
+    gamma : float
+        Standard deviation of z around its mean.
+    noise : Tensor
+        The draws :math:`\epsilon_k` of ``log_prob``, ``(K, d)``.
+    event_shape : sequence of int
+        Shape of one latent.
+
+    Notes
+    -----
     ``sample`` is ancestral, exact, from torch's own random state as every torch Distribution. ``log_prob`` is a
     lower bound of the log density on average, in nats, from K fixed draws :math:`\epsilon_k`:
 
@@ -123,8 +170,50 @@ class TwoStageDistribution(Distribution):
         rows = value.reshape(-1, d)
         if not len(rows):
             return value.new_zeros(value.shape[: value.ndim - len(self.event_shape)])
-        bounds = torch.cat([self._bound(block) for block in rows.split(max(1, ROWS // k))])
+        bounds = torch.cat([self._bound(block) for block in rows.split(max(1, BLOCK_ROWS // k))])
         return bounds.reshape(value.shape[: value.ndim - len(self.event_shape)])
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration (JSON) and tensors, from which :meth:`from_state` makes the same distribution."""
+        networks = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
+        config = {
+            "gamma": self.gamma,
+            "event_shape": list(self.event_shape),
+            "width": self.encoder.width,
+            "depth": self.encoder.depth,
+        }
+        return config, {"noise": self.noise, **networks.state_dict()}
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TwoStageDistribution:
+        """Rebuild from :meth:`state`.
+
+        Parameters
+        ----------
+        config : mapping
+            The JSON document.
+        tensors : mapping
+            Tensors by name.
+
+        Raises
+        ------
+        CheckpointError
+            Where the document and the tensors do not fit together.
+        """
+        try:
+            weights = dict(tensors)
+            noise, d = weights.pop("noise"), math.prod(config["event_shape"])
+            if noise.shape[1] != d or not 0 <= config["depth"] <= len(weights) or not config["gamma"] > 0:
+                raise ValueError("shapes differ")
+            sizes = config["width"], config["depth"], torch.Generator()
+            networks = built_for(weights, lambda: _second_vae(d, *sizes))
+            networks.to(noise.dtype).load_state_dict(weights)
+            networks.requires_grad_(False).eval()
+            gamma, shape = float(config["gamma"]), config["event_shape"]
+            return cls(networks["encoder"], networks["decoder"], gamma, noise, shape)
+        except UNFIT as error:
+            line = " ".join(str(error).split())[:160]
+            raise CheckpointError(f"configuration and tensors of the second VAE do not fit together ({line})") from None
 
     def _bound(self, z: Tensor) -> Tensor:
         (k, d), n = self.noise.shape, len(z)
@@ -136,6 +225,16 @@ class TwoStageDistribution(Distribution):
         return torch.logsumexp(log_joint - log_q, 1) - math.log(k)
 
 
+def _second_vae(d: int, width: int, depth: int, weights: torch.Generator) -> nn.ModuleDict:
+    """Encoder and decoder of the second VAE; the encoder draws its weights first."""
+    return nn.ModuleDict(
+        {
+            "encoder": SkipPerceptron(d, 2 * d, width, depth, weights),
+            "decoder": SkipPerceptron(d, d, width, depth, weights),
+        }
+    )
+
+
 def posterior(encoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of :math:`q(u | z)`, each ``(n, d)``."""
     mean, log_scale = encoder(z).chunk(2, 1)
@@ -143,35 +242,50 @@ def posterior(encoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_two_stage_vae(
-    model: LatentVariableModel,
-    images: Images,
-    config: TwoStageVAEConfig | None = None,
-    *,
-    seed: int = 0,
-    checkpoint_dir: str | Path | None = None,
-    resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
-    autoencoder: LatentVariableModel | None = None,
+    model: LatentVariableModel, images: Images, config: TwoStageVAEConfig | None = None, **options: Any
 ) -> LatentVariableModel:
     """A VAE with learned sigma, then a second VAE of the same dimension on fresh draws of its posteriors.
 
-    Returns ``model``, whose prior stands on a :class:`TwoStageDistribution`: what is saved needs it again,
-    ``LatentVariableModel.from_pretrained(folder, prior=distribution)`` with ``model.prior.base.distribution``. With a
-    trained ``autoencoder`` only the second VAE is learned. Raises :class:`~latentprior.errors.LearningDivergedError`
-    when its loss is not finite. Source: Dai and Wipf (ICLR 2019), section 4.
+    Returns ``model``, whose prior stands on a :class:`TwoStageDistribution`. A folder of it needs that distribution
+    again: ``LatentVariableModel.from_pretrained(folder, prior=distribution)`` with ``model.prior.base.distribution``.
+
+    Parameters
+    ----------
+    model, images
+        As in :func:`~latentprior.baselines.train_vae`.
+    config : TwoStageVAEConfig, optional
+        Settings of the learning.
+    **options
+        ``seed``, ``checkpoint_dir``, ``resume``, ``callbacks`` and ``autoencoder`` of
+        :func:`~latentprior.baselines.train_vae`. With an ``autoencoder`` only the second VAE is learned.
+
+    Raises
+    ------
+    LearningDivergedError
+        When a loss is not finite.
+
+    Notes
+    -----
+    Source: Dai and Wipf (ICLR 2019), section 4.
     """
     config = config or TwoStageVAEConfig()
-    callbacks = tuple(callbacks)
-    learn_vae(model, images, config, autoencoder, seed, callbacks, checkpoint_dir, resume)
-    folder = phase_folder(checkpoint_dir, "second")
+    options["callbacks"] = callbacks = tuple(options.get("callbacks", ()))
+    train_vae(model, images, config, **options)
+    folder, seed = phase_folder(options.get("checkpoint_dir"), "second"), options.get("seed", 0)
     identity = images_identity(("second", asdict(config), seed, model.sigma), images)
     with locked(folder):
         second = _learn_second(
-            aggregate_posterior(model, images), config, model, seed, callbacks, folder, identity, resume
+            aggregate_posterior(model, images),
+            config,
+            model,
+            seed,
+            callbacks,
+            folder,
+            identity,
+            options.get("resume", False),
         )
     flat = identity_whitening(math.prod(model.event_shape)).to(device=model.device, dtype=model.prior.dtype)
-    info = {"sampler": {"sampler": "smc"}}
-    model.prior = LatentPrior(DistributionBase(second, flat), (), flat, model.event_shape, info=info)
+    model.prior = LatentPrior(DistributionBase(second, flat), (), flat, model.event_shape)
     return model
 
 
@@ -188,9 +302,8 @@ def _learn_second(
     r"""Ascend :math:`\mathbb E_{q(u|z)} \log N(z; g(u), \gamma^2 I) - KL(q(u|z)\,\|\,N(0, I))`, gamma optimal."""
     d, device, dtype = latents.dim, model.device, model.prior.dtype
     weights = derived_generator(torch.device("cpu"), seed, "second vae", "weights")
-    encoder = SkipPerceptron(d, 2 * d, config.width, config.depth, weights)
-    decoder = SkipPerceptron(d, d, config.width, config.depth, weights)
-    networks = nn.ModuleList([encoder, decoder]).to(device=device, dtype=dtype)
+    networks = _second_vae(d, config.width, config.depth, weights).to(device=device, dtype=dtype)
+    encoder, decoder = networks["encoder"], networks["decoder"]
     average = {name: p.detach().clone() for name, p in networks.named_parameters()}
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.second_learning_rate)
     everything = ("networks", networks, average, optimizer)
@@ -216,9 +329,9 @@ def _learn_second(
         now = float(squared.detach())
         if not math.isfinite(now):
             raise LearningDivergedError(f"the second VAE is not finite at step {step}; lower second_learning_rate")
-        error = now if math.isnan(error) else 0.99 * error + 0.01 * now
+        error = now if math.isnan(error) else (1 - ERROR_SHARE) * error + ERROR_SHARE * now
         divergence = (0.5 * (mean.square() + scale.square() - 1) - scale.log()).sum(1).mean()
-        loss = 0.5 * d * squared / max(error, 1e-6) + divergence
+        loss = 0.5 * d * squared / max(error, LEAST_ERROR) + divergence
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -241,7 +354,7 @@ def _learn_second(
     networks.requires_grad_(False).eval()
     draws = derived_generator(device, seed, "second vae", "bound")
     noise = torch.randn(config.samples, d, generator=draws, device=device, dtype=dtype)
-    return TwoStageDistribution(encoder, decoder, math.sqrt(max(error, 1e-6)), noise, latents.event_shape)
+    return TwoStageDistribution(encoder, decoder, math.sqrt(max(error, LEAST_ERROR)), noise, latents.event_shape)
 
 
 def _linear(fan_in: int, fan_out: int, scale: float, generator: torch.Generator) -> nn.Linear:

@@ -17,7 +17,7 @@ from ..data.images import Images, read_images
 from ..density.figures import record, strict_json, text
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
-from ..recipes.model_folders import new_model, sampler_options, save_model
+from ..recipes.model_folders import new_model, save_model
 from ..recipes.recipe import (
     Recipe,
     changed,
@@ -314,7 +314,7 @@ class _Samples:
     def draw(self, model: LatentVariableModel, step: int = 0) -> None:
         """Draw the same latents every time, as far as the prior allows."""
         draws = derived_generator(torch.device("cpu"), self.seed, "samples")
-        x = model.generate(SHOWN, generator=draws, **sampler_options(model))
+        x = model.generate(SHOWN, generator=draws, **model.sampler)
         write_whole(self.path, picture_grid(x))
         for tracker in self.trackers:
             tracker.images(step, "samples", x)
