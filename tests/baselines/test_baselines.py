@@ -1,5 +1,6 @@
 """Each rival on pictures of a blob on two broken rings: latents of two dimensions, and nothing like N(0, I)."""
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -313,6 +314,20 @@ def test_two_stage_density_of_latents_beats_the_normal() -> None:
     assert model.prior.log_prob(z).mean() > trained("vae").prior.log_prob(z).mean()
     # A lower bound of a normalised density.
     assert 0.9 < integral(model, points=150) < 1.02
+
+
+def test_two_stage_state_gives_the_same_distribution_and_a_damaged_one_is_refused() -> None:
+    distribution = trained("two_stage_vae").prior.base.distribution
+    config, tensors = distribution.state()
+    z = torch.randn(20, 2, generator=draws())
+    again = TwoStageDistribution.from_state(json.loads(json.dumps(config)), tensors)
+    assert torch.equal(again.log_prob(z), distribution.log_prob(z))
+    assert (config["width"], config["depth"]) == (32, 2)
+    for damaged in ({**config, "width": 31}, {**config, "depth": 10**9}, {**config, "gamma": 0.0}, {}):
+        with pytest.raises(CheckpointError, match="do not fit together"):
+            TwoStageDistribution.from_state(damaged, tensors)
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        TwoStageDistribution.from_state(config, {k: v for k, v in tensors.items() if k != "noise"})
 
 
 def test_two_stage_diverging_says_what_to_lower() -> None:

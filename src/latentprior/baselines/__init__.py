@@ -10,7 +10,8 @@ from .lebm import LEBMConfig, train_lebm
 from .ncp_vae import NCPVAEConfig, train_ncp_vae
 from .rae import RAEConfig, train_rae
 from .sri import SRIConfig, train_sri
-from .two_stage_vae import TwoStageDistribution, TwoStageVAEConfig, train_two_stage_vae
+from .two_stage_distribution import TwoStageDistribution
+from .two_stage_vae import TwoStageVAEConfig, train_two_stage_vae
 from .vae import (
     LatentFlowConfig,
     LatentGMMConfig,

@@ -204,7 +204,13 @@ def train_latent_flow(
 
 
 def start_over(model: LatentVariableModel) -> None:
-    """Give ``model`` the prior N(0, I) and the default sampler, whatever it had before."""
+    """Give ``model`` the prior N(0, I) and the default sampler, whatever it had before.
+
+    Parameters
+    ----------
+    model : LatentVariableModel
+        The model, whose networks stay as they are.
+    """
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
     model.sampler = {"sampler": "smc"}
 

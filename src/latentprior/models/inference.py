@@ -76,21 +76,56 @@ class Posterior:
         return len(self.x)
 
     def blocks(self, size: int) -> Iterator[Posterior]:
-        """Yield the same posterior of at most ``size`` images at a time."""
+        """Yield the same posterior of a block of images at a time.
+
+        Parameters
+        ----------
+        size : int
+            Most images of a block.
+        """
         for i in range(0, len(self.x), size):
             mask = None if self.mask is None else self.mask[i : i + size]
             yield replace(self, x=self.x[i : i + size], mask=mask)
 
+    def repeated(self, times: int) -> Posterior:
+        """Return the same posterior with every image so many times, its copies side by side.
+
+        Parameters
+        ----------
+        times : int
+            Copies of each image.
+        """
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return replace(self, x=self.x.repeat_interleave(times, 0), mask=mask)
+
     def decode_whitened(self, u: Tensor) -> Tensor:
-        """Mean images of rows ``(n, d)`` in standardised coordinates."""
+        """Mean images ``(n, C, H, W)``.
+
+        Parameters
+        ----------
+        u : Tensor
+            Rows ``(n, d)`` in standardised coordinates.
+        """
         return self.decode(self.prior.whitening.unwhiten(u).reshape(len(u), *self.prior.event_shape))
 
     def log_likelihood(self, u: Tensor) -> Tensor:
-        """Log density of each image given its own row of ``u``, ``(n, d) -> (n,)`` nats."""
+        """Log density of each image given its own row, ``(n,)`` nats.
+
+        Parameters
+        ----------
+        u : Tensor
+            Rows ``(n, d)`` in standardised coordinates.
+        """
         return log_gaussian(self.x, self.decode_whitened(u), self.sigma, self.mask)
 
     def density(self, temperature: float = 1.0) -> LogDensity:
-        """Value and gradient of the unnormalised log posterior at rows ``(n, d)``; see :func:`posterior_density`."""
+        """Value and gradient of the unnormalised log posterior at rows ``(n, d)``; see :func:`posterior_density`.
+
+        Parameters
+        ----------
+        temperature : float
+            Factor on the log likelihood.
+        """
         return posterior_density(
             self.decode_whitened, self.prior.log_prob_whitened, self.x, self.sigma, self.mask, temperature
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..density.bases.base import LOG_2PI, device_of, normal_noise
 from ..density.sampling import LogDensity, mala
 from ..errors import LatentPriorError
-from .inference import Encode, Posterior, chain_starts, log_gaussian, maximize, posterior_density
+from .inference import Encode, Posterior, chain_starts, maximize
 
 __all__ = ["LogLikelihood", "annealed_log_likelihood", "importance_log_likelihood", "log_likelihood", "log_mean"]
 
@@ -87,10 +87,7 @@ def importance_log_likelihood(
     u = centre[:, None] + scale[:, None] * width * normal_noise((n, samples, d), scale, generator)
     log_q = _log_defensive((u - centre[:, None]) / scale[:, None], samples) - scale.log().sum(1, keepdim=True)
     flat = u.reshape(n * samples, d)
-    x = posterior.x.repeat_interleave(samples, 0)
-    log_joint = posterior.prior.log_prob_whitened(flat) + log_gaussian(
-        x, posterior.decode_whitened(flat), posterior.sigma
-    )
+    log_joint = posterior.prior.log_prob_whitened(flat) + posterior.repeated(samples).log_likelihood(flat)
     return log_mean(log_joint.view(n, samples).double() - log_q.double())
 
 
@@ -143,16 +140,15 @@ def annealed_log_likelihood(
     Source: Neal (2001); Wu, Burda, Salakhutdinov and Grosse (2017) for decoders.
     """
     n, (rows, d) = len(posterior), start.shape
-    x = posterior.x.repeat_interleave(chains, 0)
-    decode, sigma = posterior.decode_whitened, posterior.sigma
+    repeated = posterior.repeated(chains)
     u = start
     log_weights = torch.zeros(rows, dtype=torch.float64, device=start.device)
     size = torch.full((n, 1), FIRST_MALA_SCALE * d ** (-1 / 6), dtype=start.dtype, device=start.device)
     levels = [(t / temperatures) ** SCHEDULE_POWER for t in range(temperatures + 1)]
     for before, now in itertools.pairwise(levels):
-        log_weights += (now - before) * log_gaussian(x, decode(u), sigma).double()
+        log_weights += (now - before) * repeated.log_likelihood(u).double()
         s = size.repeat_interleave(chains, 0)
-        density = posterior_density(decode, posterior.prior.log_prob_whitened, x, sigma, temperature=now)
+        density = repeated.density(now)
         value, grad = density(u)
         noise = torch.randn(u.shape, generator=generator, device=device_of(generator), dtype=u.dtype).to(u.device)
         proposal = u + 0.5 * s * s * grad + s * noise
