@@ -181,7 +181,7 @@ def train_lebm(
 def _learn(run: TrainingRun, learner: JointLearner, config: LEBMConfig) -> None:
     """Go on from where the learner stands to the last step; the networks then have their averaged weights."""
     model, energy, optimizer = learner.model, learner.ratio, learner.ratio_optimizer
-    # In the ladder from the beginning: both kinds of chains then follow f as it stands.
+    # The energy is part of the ladder from the beginning, so that both kinds of chains follow it as it changes.
     model.prior = model.prior.replaced([Stage(energy, 0.0, 0.0, 0.0, 0.0)])
     for step in range(learner.updates + 1, config.steps + 1):
         x, index = learner.batch()

@@ -71,13 +71,13 @@ def train_ncp_vae(
     train_vae(model, images, config, **options)
     latents = aggregate_posterior(model, images)
     with warnings.catch_warnings():
-        # One saturated stage is what the method is.
+        # The method is a single stage, however large its log ratios.
         warnings.simplefilter("ignore", StageSaturatedWarning)
         fit_prior(model, latents, options, base="normal", max_stages=1, whitening="none", settings=config.ratio)
-    # Without the mixture that helped to find the normaliser: the paper's proposals are those of N(0, I).
-    learned = model.prior
+    # The mixture that helped to find the normaliser is left out: the paper's proposals are draws of N(0, I).
+    prior = model.prior
     model.prior = LatentPrior(
-        learned.base, learned.stages, learned.whitening, learned.event_shape, learned.normalizer, learned.info
+        prior.base, prior.stages, prior.whitening, prior.event_shape, prior.normalizer, prior.info
     )
     model.sampler = {"sampler": "sir", "candidates": config.candidates}
     return model

@@ -1,4 +1,4 @@
-"""Images and masks that a model is given, checked."""
+"""Checks of the images, masks, latents and chain settings that a model is given."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def check_mask(mask: Any, x: Tensor) -> Tensor:
     """
     shares = as_dense(mask, "masks", InvalidImagesError).to(x)
     try:
-        seen = shares.expand_as(x)
+        full_mask = shares.expand_as(x)
     except RuntimeError:
         raise InvalidImagesError(f"a mask {tuple(shares.shape)} does not fit images {tuple(x.shape)}") from None
-    if not ((seen >= 0) & (seen <= 1)).all():
+    if not ((full_mask >= 0) & (full_mask <= 1)).all():
         raise InvalidImagesError("a mask holds numbers from 0 (unseen) to 1 (seen)")
-    return seen
+    return full_mask
 
 
 def check_latents(z: Any, n: int, event_shape: torch.Size, like: Tensor) -> Tensor:

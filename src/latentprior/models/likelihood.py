@@ -16,7 +16,7 @@ from .inference import Encode, Posterior, chain_starts, maximize
 
 __all__ = ["LogLikelihood", "annealed_log_likelihood", "importance_log_likelihood", "log_likelihood", "log_mean"]
 
-# The numbers of the importance proposal were chosen by hand. None of them biases the estimate: a proposal that fits
+# No measurement chose the numbers of the importance proposal. None of them biases the estimate: a proposal that fits
 # the posterior badly shows as a larger standard error.
 MODE_STEPS = 150
 """Steps of Adam on the way to each posterior's mode."""

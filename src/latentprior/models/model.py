@@ -109,7 +109,7 @@ class LatentVariableModel(nn.Module, Shareable):
         self.sigma = float(sigma)
         self.sampler = {"sampler": "smc"}
         like = next(decoder.parameters(), prior.whitening.loc)
-        # Latents meet the networks in one floating type; half precision would starve densities.
+        # Latents and networks share one floating type; half precision is too coarse for log densities.
         dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else None
         self.prior: LatentPrior = prior.to(like.device, dtype)
 
@@ -398,10 +398,10 @@ class LatentVariableModel(nn.Module, Shareable):
             show what the pixels leave open.
         """
         x = as_dense(x, "images", InvalidImagesError)
-        seen = check_mask(mask, x)
-        x = self._images(torch.where(seen.bool(), x, torch.zeros_like(x)))
-        seen = seen.to(x)
-        return seen * x + (1 - seen) * self.decode(self.infer(x, mask=seen, generator=generator, **options))
+        mask = check_mask(mask, x)
+        x = self._images(torch.where(mask.bool(), x, torch.zeros_like(x)))
+        mask = mask.to(x)
+        return mask * x + (1 - mask) * self.decode(self.infer(x, mask=mask, generator=generator, **options))
 
     @torch.no_grad()
     def interpolate(self, start: Tensor, end: Tensor, n: int = 8, *, relaxation: int = 50) -> Tensor:

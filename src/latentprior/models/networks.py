@@ -342,18 +342,18 @@ def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def loaded_network(
     entry: Mapping[str, Any],
-    given: nn.Module | None,
+    own: nn.Module | None,
     build: Callable[..., nn.Module],
     name: str,
     tensors: Mapping[str, Tensor],
 ) -> nn.Module:
-    """The network ``name`` of a saved model with its weights: the one ``given``, else one built from its specification.
+    """The network ``name`` of a saved model with its weights: ``own``, else one built from its specification.
 
     Parameters
     ----------
     entry : mapping
         What the model's configuration says of the network: its ``spec``, None for a network of the user's.
-    given : torch.nn.Module or None
+    own : torch.nn.Module or None
         The user's own network, untrained.
     build : callable
         Makes a network from a specification and a generator.
@@ -367,9 +367,9 @@ def loaded_network(
     CheckpointError
         Where the network is the user's and is not given.
     """
-    if given is None and not entry["spec"]:
+    if own is None and not entry["spec"]:
         raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")
     weights = tensors_under(tensors, f"{name}.")
-    network = given if given is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
+    network = own if own is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)

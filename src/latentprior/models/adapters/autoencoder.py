@@ -149,8 +149,8 @@ def joined(
     except LatentPriorError:
         raise
     except Exception as error:
-        given = f"images {tuple(image_shape or ())}" if event_shape is None else f"latents {tuple(event_shape)}"
-        raise LatentPriorError(f"the autoencoder fails on {given}: {error}; check the shapes") from error
+        inputs = f"images {tuple(image_shape or ())}" if event_shape is None else f"latents {tuple(event_shape)}"
+        raise LatentPriorError(f"the autoencoder fails on {inputs}: {error}; check the shapes") from error
     mean, scale = (output, None) if isinstance(output, Tensor) else output
     if x.ndim != 4:
         raise LatentPriorError(f"images of the autoencoder have shape {tuple(x.shape)}: they must be (n, C, H, W)")

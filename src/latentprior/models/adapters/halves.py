@@ -51,7 +51,7 @@ class Half(nn.Module):
         self.register_buffer("factor", torch.ones(()))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: Any, *args: Any, **options: Any) -> None:
-        # Moments are measured later than a network is made: their saved shape counts.
+        # Moments may have been measured after the network was made, so they take the shape that was saved.
         for name in ("shift", "factor"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.shift.device))
