@@ -61,7 +61,7 @@ def lebm(bench: Bench, points: int) -> Curve:
         baselines.train_lebm(model, bench.images, config, seed=bench.seed)
         # A run of part of the steps takes part of the time; what came before is not counted twice.
         curve.spent, curve.resumed = time.monotonic() - begun, time.monotonic()
-        curve.measure(model, **model.prior.info["sampler"])
+        curve.measure(model, **model.sampler)
     return curve
 
 

@@ -189,9 +189,9 @@ class Bench:
     def measure(self, name: str, made: tuple[LatentVariableModel, float]) -> dict[str, Any]:
         model, seconds = made
         draws = derived_generator(CPU, self.seed, "measure", name)
-        how = model.prior.info.get("sampler") or {"sampler": "smc"}
+        sampler = model.sampler
         begun = time.monotonic()
-        x = model.generate(self.scale.test, generator=draws, **how)
+        x = model.generate(self.scale.test, generator=draws, **sampler)
         sampling = time.monotonic() - begun
         self.pictures[name] = x[:64]
         made_features = features(self.network, x)

@@ -1,5 +1,6 @@
 """Each rival on pictures of a blob on two broken rings: latents of two dimensions, and nothing like N(0, I)."""
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -100,7 +101,7 @@ def integral(model: LatentVariableModel, reach: float = 12.0, points: int = 400)
 @pytest.mark.parametrize("name", RIVALS)
 def test_rival_generates_reconstructs_and_scores(name: str) -> None:
     model, real = trained(name), pictures(300, 1)
-    images = model.generate(300, generator=draws(), **model.prior.info["sampler"])
+    images = model.generate(300, generator=draws(), **model.sampler)
     assert images.shape == (300, 1, 8, 8)
     # An untrained model stands at 14.7, real pictures against real ones at 0.36.
     assert distance(images, real) < 0.35 * distance(untrained().generate(300, generator=draws()), real)
@@ -198,8 +199,8 @@ def test_rival_saves_and_loads(name: str, tmp_path: Path) -> None:
     again = LatentVariableModel.from_pretrained(tmp_path)
     z = model.prior.sample((20,), generator=draws())
     assert torch.equal(again.prior.log_prob(z), model.prior.log_prob(z))
-    sampler = again.prior.info["sampler"]
-    assert sampler == model.prior.info["sampler"]
+    sampler = again.sampler
+    assert sampler == model.sampler
     assert torch.equal(again.generate(9, generator=draws(), **sampler), model.generate(9, generator=draws(), **sampler))
 
 
@@ -315,6 +316,20 @@ def test_two_stage_density_of_latents_beats_the_normal() -> None:
     assert 0.9 < integral(model, points=150) < 1.02
 
 
+def test_two_stage_state_gives_the_same_distribution_and_a_damaged_one_is_refused() -> None:
+    distribution = trained("two_stage_vae").prior.base.distribution
+    config, tensors = distribution.state()
+    z = torch.randn(20, 2, generator=draws())
+    again = TwoStageDistribution.from_state(json.loads(json.dumps(config)), tensors)
+    assert torch.equal(again.log_prob(z), distribution.log_prob(z))
+    assert (config["width"], config["depth"]) == (32, 2)
+    for damaged in ({**config, "width": 31}, {**config, "depth": 10**9}, {**config, "gamma": 0.0}, {}):
+        with pytest.raises(CheckpointError, match="do not fit together"):
+            TwoStageDistribution.from_state(damaged, tensors)
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        TwoStageDistribution.from_state(config, {k: v for k, v in tensors.items() if k != "noise"})
+
+
 def test_two_stage_diverging_says_what_to_lower() -> None:
     config = TwoStageVAEConfig(second_learning_rate=1e20, second_steps=9, width=8)
     with pytest.raises(LearningDivergedError, match="second_learning_rate"):
@@ -382,7 +397,7 @@ def test_ncp_learns_exactly_one_ratio_in_the_models_own_coordinates() -> None:
     assert model.prior.whitening.kind == "none"
     # Proposals come from N(0, I) alone.
     assert model.prior.ladder.start is model.prior.base
-    assert model.prior.info["sampler"] == {"sampler": "sir", "candidates": 256}
+    assert model.sampler == {"sampler": "sir", "candidates": 256}
 
 
 def test_ncp_density_is_normalised_and_better_than_the_normal() -> None:
@@ -434,7 +449,7 @@ def test_lebm_prior_is_one_normalised_unbounded_energy() -> None:
     plain = stage.network.network(torch.full((1, 2), 200.0))
     torch.testing.assert_close(stage.network(torch.full((1, 2), 200.0)), plain)
     assert abs(integral(model) - 1) < 0.01 + 3 * model.prior.log_prob_stderr
-    assert model.prior.info["sampler"] == {"sampler": "langevin", "steps": 15, "step_size": 0.4}
+    assert model.sampler == {"sampler": "langevin", "steps": 15, "step_size": 0.4}
 
 
 def test_lebm_prior_raises_the_density_of_inferred_latents() -> None:

@@ -22,7 +22,7 @@ from ..errors import InvalidImagesError, LatentPriorError
 from ..evaluation import metrics
 from ..evaluation.feature_networks import feature_network, list_feature_networks
 from ..models.model import ROWS, LatentVariableModel
-from ..recipes.model_folders import image_size, load_model, sampler_options
+from ..recipes.model_folders import image_size, load_model
 from ..runtime.progress import part_bar, row_bar
 from ..storage.output_files import array_file, check_file, check_images_out, images_out
 from .options import AsJson, Device, ImagesSource, Key, Seed
@@ -72,7 +72,7 @@ def generate(
             for block in z.split(ROWS):
                 write(model.decode(block))
                 bar.update(len(block))
-    shape = _shape(model)
+    shape = tuple(model.image_shape)
     if as_json:
         print(strict_json({"n": n, "shape": [n, *shape], "sampler": options["sampler"], "seed": seed}))
     else:
@@ -267,7 +267,7 @@ def _pictures(
     folder: Path, model: LatentVariableModel, source: Path, key: str | None, split: str, limit: int | None
 ) -> Images:
     pictures = read_images(source, key=key, size=image_size(folder), split=split, limit=limit)
-    shape = _shape(model)
+    shape = tuple(model.image_shape)
     if pictures.shape != shape:
         raise InvalidImagesError(
             f"{source}: images have shape {pictures.shape}, the model in {folder} makes {shape}; give images "
@@ -276,21 +276,16 @@ def _pictures(
     return pictures
 
 
-def _shape(model: LatentVariableModel) -> tuple[int, ...]:
-    shape: Any = getattr(model.decoder, "image_shape", ())
-    return tuple(shape)
-
-
 @contextlib.contextmanager
 def _written(out: Path, n: int, model: LatentVariableModel, pairs: bool = False) -> Iterator[Any]:
     columns = 2 * math.ceil(math.sqrt(n / 2)) if pairs else None
-    with images_out(out, n, _shape(model), columns=columns) as write:
+    with images_out(out, n, tuple(model.image_shape), columns=columns) as write:
         yield write
 
 
 def _sampler(model: LatentVariableModel, chosen: str | None) -> dict[str, Any]:
     if chosen is None:
-        return sampler_options(model)
+        return model.sampler
     _choice("--sampler", chosen, SAMPLERS)
     return {"sampler": chosen}
 

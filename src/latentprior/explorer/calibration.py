@@ -14,7 +14,7 @@ from ..data.latents import as_latents
 from ..density.prior import LatentPrior
 from ..errors import InvalidImagesError, InvalidLatentsError
 from ..models.model import ROWS, LatentVariableModel
-from ..recipes.model_folders import image_size, sampler_options
+from ..recipes.model_folders import image_size
 from ..runtime.seeding import derived_generator
 
 __all__ = ["Calibration", "from_images", "from_latents", "from_model", "from_prior", "inferred", "joint_score"]
@@ -76,7 +76,7 @@ def from_model(model: LatentVariableModel) -> Calibration:
     r"""Score draws of the model, :math:`x = g(z) + \sigma\varepsilon`: odd for the model, if not for the data."""
     most = ROWS_CLIMBED if model.encoder is None else ROWS_ENCODED // 2
     draws = derived_generator(model.device, 0, "explorer", "calibration")
-    z = model.prior.sample((most,), generator=draws, **sampler_options(model))
+    z = model.prior.sample((most,), generator=draws, **model.sampler)
     parts = []
     for block in z.split(ROWS):
         x = model.decode(block)

@@ -65,7 +65,7 @@ class Explorer:
         self.prior, self.model, self.calibration, self.name = prior, model, calibration, name
         self.dim = math.prod(prior.event_shape)
         self.stages = shown_stages(prior.ladder.length)
-        self.image_shape = None if model is None else image_shape(model)
+        self.image_shape = None if model is None else tuple(model.image_shape)
         pixels = 1 if self.image_shape is None else math.prod(self.image_shape)
         self.most = MOST_POINTS if model is None else max(2, min(MOST_IMAGES, MOST_PIXELS // pixels))
         self._kept: OrderedDict[tuple[int, int], list[StageDraws]] = OrderedDict()
@@ -287,18 +287,10 @@ def open_explorer(
     elif calibration is None:
         found = calibrations.from_model(model)
     else:
-        found = calibrations.from_images(model, folder, Path(calibration), image_shape(model))
+        found = calibrations.from_images(model, folder, Path(calibration), tuple(model.image_shape))
     explorer = Explorer(prior, model, found, folder.absolute().name)
     _ = explorer.info
     return explorer
-
-
-def image_shape(model: LatentVariableModel) -> tuple[int, ...]:
-    """Shape (C, H, W) of the images that a model makes."""
-    shape: Any = getattr(model.decoder, "image_shape", None)
-    if shape is None:
-        shape = model.decode(torch.zeros(1, *model.event_shape, dtype=model.prior.dtype, device=model.device)).shape[1:]
-    return tuple(shape)
 
 
 def _latents(prior: LatentPrior, source: Path) -> Calibration:

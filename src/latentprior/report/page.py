@@ -209,7 +209,7 @@ def _pairs(subject: Subject, found: Mapping[str, Any]) -> Iterator[tuple[str, st
                 ", ".join(f"{k} {v}" for k, v in spec.items()) if isinstance(spec, Mapping) else type(network).__name__
             )
             yield name, "none" if network is None else text
-    known = {"log_prob_base", "log_prob_held_out", "stopped", "total_seconds", "versions", "sampler"}
+    known = {"log_prob_base", "log_prob_held_out", "stopped", "total_seconds", "versions"}
     yield from _flat({k: v for k, v in prior.info.items() if k not in known})
 
 

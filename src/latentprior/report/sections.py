@@ -78,7 +78,7 @@ def samples(subject: Subject, seed: int) -> Markup:
     count = len(prior.stages)
     pictured = model is not None
     if model is not None:
-        small = math.prod(getattr(model.decoder, "image_shape", (1, 64, 64))[1:]) <= 32 * 32
+        small = math.prod(model.image_shape[1:]) <= 32 * 32
         draws = evidence.stage_draws(prior, 64 if small else 36, seed)
     else:
         draws = evidence.stage_draws(prior, SHOWN_POINTS, seed)

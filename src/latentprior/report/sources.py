@@ -17,7 +17,7 @@ from ..density.bases import DistributionBase
 from ..density.prior import LatentPrior
 from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from ..models.model import ROWS, LatentVariableModel
-from ..recipes.model_folders import image_size, load_model, sampler_options
+from ..recipes.model_folders import image_size, load_model
 from ..runtime.seeding import derived_generator
 
 __all__ = ["Rows", "Subject", "find", "load_folder"]
@@ -66,7 +66,7 @@ class Subject:
     @property
     def sampler(self) -> dict[str, Any]:
         """How the model's method samples, as arguments of :meth:`LatentPrior.sample`."""
-        return {"sampler": "smc"} if self.model is None else sampler_options(self.model)
+        return {"sampler": "smc"} if self.model is None else self.model.sampler
 
 
 class _Given(NamedTuple):
@@ -229,7 +229,7 @@ class _Reader:
     def _pictures(self, source: Any, split: str) -> Images:
         paths = isinstance(source, (str, Path))
         pictures = read_images(source, size=self.size, split=split if paths else "train")
-        shape = getattr(None if self.model is None else self.model.decoder, "image_shape", None)
+        shape = None if self.model is None else self.model.image_shape
         if shape is not None and pictures.shape != tuple(shape):
             raise InvalidImagesError(
                 f"{source if paths else 'images'}: have shape {pictures.shape}, the model makes {tuple(shape)}; give "
