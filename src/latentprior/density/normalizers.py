@@ -55,6 +55,11 @@ class Bracket(NamedTuple):
         return math.hypot(self.forward.stderr, self.reverse.stderr)
 
     @property
+    def is_wide(self) -> bool:
+        """Whether the ends stand more than 0.1 nats apart, or cross by as much, and noise does not explain it."""
+        return self.width > max(WIDE, 2 * self.stderr) or self.width < -WIDE - 2 * self.stderr
+
+    @property
     def middle(self) -> LogMean:
         """The mean of both ends; half their distance is part of its error."""
         value = 0.5 * (self.forward.value + self.reverse.value)
@@ -136,7 +141,7 @@ def estimate(
     else:
         result = Normalizer(ends.middle.value, ends.middle.stderr, ends.forward.ess, "smc", ends)
     alone = result.source == "importance" and ends.reverse.ess < 2 / islands
-    if ends.width > max(WIDE, 2 * ends.stderr) or (ends.width < -WIDE - 2 * ends.stderr and not alone):
+    if ends.is_wide and not (alone and ends.width < 0):
         warn(
             f"log Z is {ends.forward.value:.3f} from the base and {ends.reverse.value:.3f} from the data: the bracket "
             f"is {abs(ends.width):.2f} nats wide; use a better base (base='gmm') or read log_prob up to that constant",

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LatentPriorError, MissingExtraError
+from ..errors import LatentPriorError
 from .checkpoint import check_lengths, write_whole
+from .pictures import picture, picture_grid, pillow, png
 
 __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
 
@@ -85,7 +85,7 @@ def check_images_out(out: Path, n: int) -> None:
         return check_file(out)
     if out.suffix not in (".png", ""):
         raise LatentPriorError(f"--out {out}: give a name that ends in .npy or .png, or a folder")
-    _pillow()
+    pillow()
     if out.suffix == ".png":
         if os.path.isdir(out):
             raise LatentPriorError(f"--out {out}: is a folder; give a file name that ends in .png")
@@ -131,8 +131,8 @@ def images_out(
         number = itertools.count()
 
         def write(x: Tensor) -> None:
-            for picture in _bytes(x):
-                (partial / f"{next(number):0{width}}.png").write_bytes(_png(picture))
+            for image in x:
+                (partial / f"{next(number):0{width}}.png").write_bytes(png(picture(image)))
 
         try:
             yield write
@@ -141,35 +141,3 @@ def images_out(
             os.replace(partial, whole)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def picture_grid(x: Tensor, *, columns: int | None = None) -> bytes:
-    """A PNG of images ``(n, C, H, W)`` in [-1, 1], side by side with white lines of two pixels between them."""
-    pixels = _bytes(x)
-    n, c, h, w = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = -(-n // columns)
-    canvas = torch.full((c, rows * (h + 2) - 2, columns * (w + 2) - 2), 255, dtype=torch.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = (i // columns) * (h + 2), (i % columns) * (w + 2)
-        canvas[:, top : top + h, left : left + w] = picture
-    return _png(canvas)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
-def _png(picture: Tensor) -> bytes:
-    image, buffer = _pillow(), io.BytesIO()
-    array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
-    image.fromarray(np.ascontiguousarray(array.numpy())).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("writing pictures", "images") from None
-    return Image
