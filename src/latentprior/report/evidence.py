@@ -28,12 +28,15 @@ __all__ = [
     "two_sample",
 ]
 
-POOL = 32_768
-EFFECTIVE = 8
-"""Effective candidates that a slot must have at least, for one of them to count as a draw of its stage."""
+BASE_DRAWS = 32_768
+"""Draws of the base from which those of all stages are chosen."""
+LEAST_EFFECTIVE_DRAWS = 8
+"""Effective candidates that a slot must have at least, so that one of them counts as a draw of its stage."""
 MOST_STAGES = 12
-TEST_ROWS = 2_000
-DISTANCES = 1 << 22
+LEAST_TEST_ROWS, MOST_TEST_ROWS = 20, 2_000
+"""Rows of samples, and of data, in a two-sample test: fewer say nothing, and more only take time."""
+MOST_DISTANCES = 1 << 22
+"""Distances that are computed at once, 16 MiB of float32."""
 
 
 class StageDraws(NamedTuple):
@@ -81,7 +84,7 @@ def stage_draws(prior: LatentPrior, n: int, seed: int) -> list[StageDraws]:
     8 candidates a slot are effective, the stage is sampled by itself.
     """
     ladder, draws = prior.ladder, derived_generator(prior.device, seed, "report", "stages")
-    slots = max(1, POOL // n)
+    slots = max(1, BASE_DRAWS // n)
     u = ladder.start.sample(slots * n, draws)
     begin = torch.zeros(len(u), dtype=torch.float64, device=u.device)
     if ladder.cover is not None:
@@ -92,7 +95,7 @@ def stage_draws(prior: LatentPrior, n: int, seed: int) -> list[StageDraws]:
     for k in shown_stages(ladder.length):
         log_weights = begin + ratios[:, :k].sum(1)
         share = effective_sample_size(log_weights) if k or ladder.cover is not None else 1.0
-        shared = share >= MIN_ESS and share * slots >= EFFECTIVE
+        shared = share >= MIN_ESS and share * slots >= LEAST_EFFECTIVE_DRAWS
         if shared:
             pick = (log_weights.reshape(n, slots) + noise).argmax(1)
             z = prior.whitening.unwhiten(u[torch.arange(n, device=u.device) * slots + pick])
@@ -128,8 +131,8 @@ def _stderr_squared(values: Tensor) -> float:
 
 def two_sample(samples: Tensor, data: Tensor, seed: int) -> TwoSampleTest | None:
     """AUC of boosted trees between samples and rows of data, 2,000 of each at most; None for fewer than 20."""
-    n = min(len(samples), len(data), TEST_ROWS)
-    if n < 20:
+    n = min(len(samples), len(data), MOST_TEST_ROWS)
+    if n < LEAST_TEST_ROWS:
         return None
     return two_sample_auc(samples.flatten(1)[:n], data.flatten(1)[:n], seed=seed)
 
@@ -140,7 +143,7 @@ def nearest(rows: Tensor, reference: Tensor) -> Nearest:
     # cdist expands the square: centred first, rows far from the origin keep their distances.
     centre = b.mean(0)
     a, b = a - centre, b - centre
-    parts = [torch.cdist(block, b).min(1) for block in a.split(max(1, DISTANCES // len(b)))]
+    parts = [torch.cdist(block, b).min(1) for block in a.split(max(1, MOST_DISTANCES // len(b)))]
     distance = torch.cat([part.values for part in parts]) / math.sqrt(a.shape[1])
     return Nearest(distance, torch.cat([part.indices for part in parts]))
 

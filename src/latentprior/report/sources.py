@@ -69,6 +69,11 @@ class Subject:
     """Whether ``held_out`` was named as such; else it is a random half of the one set that was given."""
 
     @property
+    def rows_name(self) -> str:
+        """What to call the rows that samples are compared with."""
+        return "held-out rows" if self.separate else "given rows"
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """How the model's method samples, as arguments of :meth:`LatentPrior.sample`."""
         return {"sampler": "smc"} if self.model is None else sampler_options(self.model)
