@@ -1,4 +1,4 @@
-"""The page: what was learned in one sentence, key figures, cautions, the parts, settings; one HTML file."""
+"""The page: one sentence, key figures, cautions, the parts, settings; all in one HTML file."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _sentence(prior: LatentPrior, figures: Mapping[str, Any]) -> str:
-    """What was learned."""
+    """Say what was learned."""
     count, d = len(prior.stages), math.prod(prior.event_shape)
     what = _base_name(prior)
     under = {0: "alone", 1: "under one learned density ratio"}.get(count, f"under {count} learned density ratios")
@@ -141,7 +141,7 @@ def _key_figures(
 
 
 def _cautions(subject: Subject, figures: Mapping[str, Any], measured: sections.Measured) -> Iterator[str]:
-    """What a reader should know before trusting the rest."""
+    """Warn of what a reader should know before trusting the rest."""
     ends, stages = subject.prior.bracket, subject.prior.stages
     if ends is not None and ends.is_wide:
         yield (
@@ -160,7 +160,7 @@ def _cautions(subject: Subject, figures: Mapping[str, Any], measured: sections.M
 
 
 def _settings(subject: Subject, rows: Rows | None, figures: Mapping[str, Any], seed: int) -> Iterator[tuple[str, str]]:
-    """Everything that decides the outcome, and versions."""
+    """List everything that decides the outcome, and versions."""
     yield from _choices(subject)
     for name, part in (("training rows", rows), ("held-out rows", subject.held_out if subject.separate else None)):
         yield name, "not given" if part is None else f"{part.name}: {len(part.z):,} used"
@@ -172,7 +172,7 @@ def _settings(subject: Subject, rows: Rows | None, figures: Mapping[str, Any], s
 
 
 def _choices(subject: Subject) -> Iterator[tuple[str, str]]:
-    """How prior and model are made."""
+    """List how prior and model are made."""
     prior, model = subject.prior, subject.model
     yield "shape of a latent", " x ".join(map(str, prior.event_shape))
     yield "computed in", f"{str(prior.dtype).removeprefix('torch.')} on {prior.device}"

@@ -46,10 +46,9 @@ class Captioned(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What several parts need: samples of ladder and base, AUCs, log densities by stage of the held-out rows."""
+    """What several parts need: samples of the ladder, AUCs of ladder and base, log densities of held-out rows."""
 
     ladder: Tensor
-    base: Tensor
     auc: TwoSampleTest | None
     base_auc: TwoSampleTest | None
     log_density: list[evidence.LogDensity]
@@ -59,14 +58,15 @@ def measure(subject: Subject, seed: int) -> Measured:
     """Draw from ladder and base, and compare both with the held-out rows."""
     prior, rows = subject.prior, subject.held_out
     n = MOST_SAMPLES if rows is None else max(64, min(MOST_SAMPLES, len(rows.z)))
-    generators = [derived_generator(prior.device, seed, "report", use) for use in ("ladder", "base")]
-    ladder = prior.sample((n,), generator=generators[0], **subject.sampler).cpu()
-    base = prior.replaced(()).sample((n,), generator=generators[1]).cpu() if prior.stages else ladder
+    generator = derived_generator(prior.device, seed, "report", "ladder")
+    ladder = prior.sample((n,), generator=generator, **subject.sampler).cpu()
     if rows is None:
-        return Measured(ladder, base, None, None, [])
-    auc = evidence.two_sample(ladder, rows.z, seed)
-    base_auc = evidence.two_sample(base, rows.z, seed) if prior.stages else auc
-    return Measured(ladder, base, auc, base_auc, evidence.held_out_by_stage(prior, rows.z))
+        return Measured(ladder, None, None, [])
+    auc = base_auc = evidence.two_sample(ladder, rows.z, seed)
+    if prior.stages:
+        base = prior.replaced(()).sample((n,), generator=derived_generator(prior.device, seed, "report", "base"))
+        base_auc = evidence.two_sample(base.cpu(), rows.z, seed)
+    return Measured(ladder, auc, base_auc, evidence.held_out_by_stage(prior, rows.z))
 
 
 def samples(subject: Subject, seed: int) -> Part:
