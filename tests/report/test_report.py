@@ -8,6 +8,7 @@ import torch
 from markupsafe import escape
 
 import latentprior as lp
+from latentprior import report
 from latentprior.cli.main import main
 from latentprior.density.bases import NormalBase
 from latentprior.density.whitening import identity_whitening
@@ -170,6 +171,15 @@ def test_a_prior_that_copies_is_found_out(model, tmp_path):
         with torch.random.fork_rng():
             lp.write_report(copier, tmp_path / "p.html", train, held_out=test)
         assert words in Page(tmp_path / "p.html").text
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib", "PIL"])
+def test_without_the_extra(learned, tmp_path, module, monkeypatch):
+    real = report.find_spec
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == module else real(name))
+    with pytest.raises(lp.MissingExtraError, match=r"latentprior\[report\]"):
+        lp.write_report(learned, tmp_path / "p.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_hostile_names_and_settings_are_only_text(work, learned, tmp_path):
