@@ -24,7 +24,7 @@ from latentprior.errors import LearningDivergedError, StageSaturatedWarning
 from latentprior.fitting import fit as learning
 from latentprior.fitting import run as fit_run
 from latentprior.fitting import start as fit_start
-from latentprior.storage.checkpoint import LONGEST, _checksum
+from latentprior.storage.checkpoint import LONGEST_NAME, _checksum
 from latentprior.storage.output_files import ROOM
 
 SMALL = lp.StageSettings(steps=200, width=16, batch_size=128)
@@ -407,7 +407,7 @@ def test_the_longest_paths_that_are_taken_hold_all_that_is_written(run, work, tm
     assert run("info", folder)[0] == 0
     for part, kind in training_command.SAVED:
         name = f".{kind}-{'0' * 16}.safetensors.{1 << 22}.partial"
-        assert len(name) <= LONGEST
+        assert len(name) <= LONGEST_NAME
         assert len(f"/checkpoint/{part}/{name}") <= ROOM
 
 

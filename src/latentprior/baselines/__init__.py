@@ -12,14 +12,7 @@ from .rae import RAEConfig, train_rae
 from .sri import SRIConfig, train_sri
 from .two_stage_distribution import TwoStageDistribution
 from .two_stage_vae import TwoStageVAEConfig, train_two_stage_vae
-from .vae import (
-    LatentFlowConfig,
-    LatentGMMConfig,
-    VAEConfig,
-    train_latent_flow,
-    train_latent_gmm,
-    train_vae,
-)
+from .vae import LatentFlowConfig, LatentGMMConfig, VAEConfig, train_latent_flow, train_latent_gmm, train_vae
 
 __all__ = [
     "RIVALS",

@@ -21,19 +21,8 @@ from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
 from ..runtime.events import TrainingEvent
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import (
-    UNFIT,
-    load_state,
-    locked,
-    save_state,
-)
-from ..training.resumable import (
-    foreign,
-    images_identity,
-    network_state,
-    phase_folder,
-    restore_network,
-)
+from ..storage.checkpoint import UNFIT, load_state, locked, save_state
+from ..training.resumable import foreign, images_identity, network_state, phase_folder, restore_network
 from ..training.two_phase import SAVE_EVERY, aggregate_posterior
 from .two_stage_distribution import TwoStageDistribution, posterior, second_vae
 from .vae import VAEConfig, train_vae

@@ -17,9 +17,9 @@ from ..errors import LatentPriorError
 from ..models.interpolation import latent_path
 from ..models.model import LatentVariableModel
 from ..report.evidence import StageDraws, plane_limits, principal_axes, shown_stages, stage_draws
-from ..report.png import data_uri, grid
 from ..report.sources import load_folder
 from ..runtime.seeding import derived_generator
+from ..storage.pictures import data_uri, picture_grid
 from . import calibration as calibrations
 from .calibration import Calibration
 from .properties import Brightness, Classes, Towards, fit_brightness, fit_classes, tilted_draws
@@ -142,7 +142,7 @@ class Explorer:
         error = float((self.model.decode(z).double() - x).square().mean())
         found = {"score": _finite(score), **self._judged(score), "squared_error": _finite(error)}
         return {
-            "z": item["z"], "log_prob": item["log_prob"], "image": data_uri(grid(x)),
+            "z": item["z"], "log_prob": item["log_prob"], "image": data_uri(picture_grid(x)),
             "reconstruction": item["image"], **found,
         }  # fmt: skip
 
@@ -235,7 +235,7 @@ class Explorer:
             name, shown = "point", self._points(z)
         else:
             x = self.model.decode(z)
-            name, shown = "image", [data_uri(grid(x[i : i + 1])) for i in range(len(x))]
+            name, shown = "image", [data_uri(picture_grid(x[i : i + 1])) for i in range(len(x))]
         rows = z.flatten(1).double().cpu().tolist()
         return [
             # Nine digits give back a float32 exactly.
