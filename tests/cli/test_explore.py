@@ -13,12 +13,21 @@ import pytest
 
 from latentprior.cli.main import main
 
+pytest.importorskip("uvicorn")
+
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory, learned):
     folder = tmp_path_factory.mktemp("prior") / "crescent"
     learned.save_pretrained(folder)
     return folder
+
+
+def test_without_the_extra_its_name_is_said(prior, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "latentprior.explorer.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["explore", str(prior)]) == 2
+    assert "pip install 'latentprior[explore]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
