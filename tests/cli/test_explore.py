@@ -42,10 +42,10 @@ def test_serves_until_it_is_stopped(prior, number):
         url = re.match(r"http://127\.0\.0\.1:\d+/", line)
         assert url, line + process.stderr.read()
         assert "samples of the prior" in line
-        with urllib.request.urlopen(f"{url[0]}api/info", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url[0]}api/info", timeout=120) as answer:
             assert json.load(answer)["name"] == "crescent"
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert process.stderr.read() == ""
 
 
