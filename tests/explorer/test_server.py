@@ -365,8 +365,8 @@ def test_two_hundred_at_once(model_server, monkeypatch):
         answers.append((i, got))
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(200)]
-    # 50 uploads of 7 MiB at once take 490 MiB where nothing bounds them, since each is copied when it has arrived;
-    # 16 places hold 112 MiB, what arrives 64, answers and what malloc keeps the rest of 280, the most that was seen.
+    # 50 uploads of 7 MiB at once take 490 MiB where nothing bounds them, since each is copied when it has arrived.
+    # 16 places hold 112 MiB at most, and what arrives 64; answers and what malloc keeps come on top. 163 were seen.
     with most_memory(370 << 20):
         for thread in threads:
             thread.start()
