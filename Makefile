@@ -46,7 +46,7 @@ $(TORCH): constraints.txt | $(VENV)/pyvenv.cfg
 
 $(DEV): pyproject.toml constraints.txt $(TORCH)
 	@echo "==> installing latentprior and the tools to work on it"
-	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report,images,datasets,features,tracking,distributed,pyod,hub,onnx,browser]"
+	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report,explore,images,datasets,features,tracking,distributed,pyod,hub,onnx,browser]"
 	@touch $(DEMO) $(DEV)
 
 $(DEMO): pyproject.toml constraints.txt $(TORCH)

@@ -10,7 +10,7 @@ import latentprior
 print(*sorted({name.partition('.')[0] for name in {*sys.modules} - before}))"""
 LATE = {
     "PIL", "accelerate", "datasets", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "onnx", "pandas", "pyod",
-    "scipy", "sklearn", "tensorboard", "torchmetrics", "zuko",
+    "scipy", "sklearn", "starlette", "tensorboard", "torchmetrics", "uvicorn", "zuko",
 }  # fmt: skip
 
 

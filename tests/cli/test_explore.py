@@ -13,12 +13,21 @@ import pytest
 
 from latentprior.cli.main import main
 
+pytest.importorskip("uvicorn")
+
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory, learned):
     folder = tmp_path_factory.mktemp("prior") / "crescent"
     learned.save_pretrained(folder)
     return folder
+
+
+def test_without_the_extra_its_name_is_said(prior, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "latentprior.explorer.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["explore", str(prior)]) == 2
+    assert "pip install 'latentprior[explore]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -33,10 +42,10 @@ def test_serves_until_it_is_stopped(prior, number):
         url = re.match(r"http://127\.0\.0\.1:\d+/", line)
         assert url, line + process.stderr.read()
         assert "samples of the prior" in line
-        with urllib.request.urlopen(f"{url[0]}api/info", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url[0]}api/info", timeout=120) as answer:
             assert json.load(answer)["name"] == "crescent"
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert process.stderr.read() == ""
 
 
