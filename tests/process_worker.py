@@ -15,7 +15,7 @@ from latentprior import LatentPriorError
 from latentprior.data.images import Images
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
-from latentprior.runtime.events import TrainingEvent
+from latentprior.runtime.events import Event
 from latentprior.runtime.processes import Processes, joined, launched_processes
 from latentprior.training.config import TrainingConfig
 from latentprior.training.joint import train
@@ -74,7 +74,7 @@ def messages(processes: Processes) -> dict[str, Tensor]:
 def main(folder: Path, task: str) -> None:
     processes = launched_processes()
 
-    def die(event: TrainingEvent) -> None:
+    def die(event: Event) -> None:
         if task == "stop" and (event.kind, event.step) == ("step", 5):
             raise KeyboardInterrupt
 

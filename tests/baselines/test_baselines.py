@@ -38,7 +38,7 @@ from latentprior.errors import CheckpointError, LatentPriorError, LearningDiverg
 from latentprior.models.inference import short_run
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
-from latentprior.runtime.events import TrainingEvent
+from latentprior.runtime.events import Event
 from latentprior.training import joint_learner, two_phase
 from latentprior.training.joint_learner import JointLearner
 
@@ -126,7 +126,7 @@ def test_rival_is_a_function_of_its_seed_and_tells_every_step(name: str) -> None
         config = replace(config, second_steps=4)
     if name == "ncp_vae":
         config = replace(config, ratio=replace(RATIO, steps=20, batch_size=64))
-    heard: list[TrainingEvent] = []
+    heard: list[Event] = []
     made = [
         RIVALS[name](untrained(), x, config, seed=seed, callbacks=told)
         for seed, told in ((1, [heard.append]), (1, ()), (2, ()))
@@ -162,9 +162,9 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, mo
         return RIVALS[name](untrained(), x, config, seed=1, callbacks=callbacks, **options)
 
     def stop_after(events: int) -> Any:
-        seen: list[TrainingEvent] = []
+        seen: list[Event] = []
 
-        def heard(event: TrainingEvent) -> None:
+        def heard(event: Event) -> None:
             seen.append(event)
             if len(seen) == events:
                 raise Halt
@@ -177,7 +177,7 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, mo
         if events:
             with pytest.raises(Halt):
                 learned([stop_after(events)], **options)
-    heard: list[TrainingEvent] = []
+    heard: list[Event] = []
     again = learned([heard.append], **options)
     assert heard[0].step == (5 if name == "two_stage_vae" else 9)
     for one, other in zip(whole.state()[1].items(), again.state()[1].items(), strict=True):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.images import Images
 from ..fitting.fit import fit
 from ..models.model import LatentVariableModel
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..training.resumable import phase_folder
 from ..training.two_phase import aggregate_posterior
 from .vae import VAEConfig, learn_vae
@@ -33,7 +33,7 @@ def train_latent_gmm(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
     r"""A VAE, then :math:`p(z) = \sum_k \pi_k \mathcal N(z; m_k, \Sigma_k)` on its aggregate posterior, by EM.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..density.ladder import Stage
 from ..density.ratios import gain
 from ..errors import LearningDivergedError
 from ..models.model import LatentVariableModel, standard_normal_prior
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback, Event
 from ..runtime.processes import SingleProcess
 from ..runtime.seeding import derived_generator
 from ..storage.checkpoint import locked
@@ -90,7 +90,7 @@ def train_lebm(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
 ) -> LatentVariableModel:
     r"""Learn the decoder with :math:`p_\alpha(z) = e^{f_\alpha(z)} N(z; 0, I) / Z` by maximum likelihood.
 
@@ -145,7 +145,7 @@ def _learn(run: TrainingRun, learner: JointLearner, config: LEBMConfig) -> None:
             for name, parameter in energy.named_parameters():
                 learner.ratio_average[name].lerp_(parameter, 1 - decay)
         losses = {"energy": float(loss.detach()), **learner.update_decoder(x, posterior)}
-        event = TrainingEvent("step", 0, step, config.steps, losses, seconds=run.seconds(), model=model)
+        event = Event("step", 0, step, config.steps, seconds=run.seconds(), losses=losses, model=model)
         for callback in run.callbacks:
             callback(event)
         if step % learner.config.evaluate_every == 0 or step == config.steps:

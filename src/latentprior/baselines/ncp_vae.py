@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..errors import StageSaturatedWarning
 from ..fitting.fit import fit
 from ..fitting.settings import StageSettings
 from ..models.model import LatentVariableModel
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..training.resumable import phase_folder
 from ..training.two_phase import aggregate_posterior
 from .vae import VAEConfig, learn_vae
@@ -46,7 +46,7 @@ def train_ncp_vae(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
     r"""A VAE, then :math:`p(z) \propto N(z; 0, I)\,r(z)`, r learned by telling latents from :math:`N(0, I)`.

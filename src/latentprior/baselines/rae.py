@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.images import Images
 from ..fitting.fit import fit
 from ..models.model import LatentVariableModel, standard_normal_prior
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..training.config import AutoencoderConfig
 from ..training.resumable import phase_folder
 from ..training.two_phase import aggregate_posterior, train_autoencoder
@@ -54,7 +54,7 @@ def train_rae(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
 ) -> LatentVariableModel:
     r"""Descend :math:`\|x - g(e(x))\|^2 + \frac\beta2 \|e(x)\|^2 + \lambda \|\theta\|^2`, then fit a mixture.
 

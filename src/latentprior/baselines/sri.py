@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.images import Images
 from ..models.model import LatentVariableModel, standard_normal_prior
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..training.config import TrainingConfig
 from ..training.joint import train
 
@@ -55,7 +55,7 @@ def train_sri(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
 ) -> LatentVariableModel:
     r"""Ascend :math:`\log p_\theta(x \mid z^+)` at short-run draws of :math:`p_\theta(x \mid z)\,N(z; 0, I)`.
 

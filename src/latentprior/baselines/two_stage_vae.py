@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from ..density.prior import LatentPrior
 from ..density.whitening import identity_whitening
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback, Event
 from ..runtime.seeding import derived_generator
 from ..storage.checkpoint import (
     UNFIT,
@@ -150,7 +150,7 @@ def train_two_stage_vae(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
     """A VAE with learned sigma, then a second VAE of the same dimension on fresh draws of its posteriors.
@@ -180,7 +180,7 @@ def _learn_second(
     config: TwoStageVAEConfig,
     model: LatentVariableModel,
     seed: int,
-    callbacks: Sequence[Callable[[TrainingEvent], None]],
+    callbacks: Sequence[Callback],
     folder: Path | None,
     identity: str,
     resume: bool,
@@ -227,8 +227,8 @@ def _learn_second(
             for name, parameter in networks.named_parameters():
                 average[name].lerp_(parameter, 1 - decay)
         losses: dict[str, Any] = {"reconstruction": now, "divergence": float(divergence.detach())}
-        event = TrainingEvent(
-            "prior", 0, step + 1, config.second_steps, losses, seconds=time.monotonic() - begun, model=model
+        event = Event(
+            "prior", 0, step + 1, config.second_steps, seconds=time.monotonic() - begun, losses=losses, model=model
         )
         for callback in callbacks:
             callback(event)

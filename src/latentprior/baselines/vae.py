@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.images import Images
 from ..errors import LatentPriorError
 from ..models.model import LatentVariableModel, standard_normal_prior
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..training.config import AutoencoderConfig
 from ..training.resumable import phase_folder
 from ..training.two_phase import train_autoencoder
@@ -43,7 +43,7 @@ def train_vae(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
     r"""Ascend :math:`\mathbb E_{q(z \mid x)}\log p(x \mid z) - KL(q(z \mid x)\,\|\,N(0, I))`; returns ``model``.
@@ -62,7 +62,7 @@ def learn_vae(
     config: VAEConfig,
     autoencoder: LatentVariableModel | None,
     seed: int,
-    callbacks: Iterable[Callable[[TrainingEvent], None]],
+    callbacks: Iterable[Callback],
     checkpoint_dir: str | Path | None,
     resume: bool,
 ) -> None:

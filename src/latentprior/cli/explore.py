@@ -12,7 +12,7 @@ import typer
 from ..errors import LatentPriorError
 from ..explorer.explorer import open_explorer
 from ..explorer.server import Server, is_loopback
-from ..runtime.progress import Stopped, note, part_bar
+from ..runtime.progress import Stopped, note, work_bar
 from .options import Device, WorkFailed, check_device
 
 __all__ = ["explore"]
@@ -61,10 +61,10 @@ def explore(
             )
         note("warning", f"the page on {host} has no password: whoever reaches it can use the model and this machine")
     check_device(device)
-    with part_bar(task=f"opening {folder}"):
+    with work_bar(f"opening {folder}"):
         explorer = open_explorer(folder, calibration, device=device)
     try:
-        with part_bar(task="calibrating"):
+        with work_bar("calibrating"):
             server = Server(explorer, host, port)
     except OSError as error:
         raise WorkFailed(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from None

@@ -15,7 +15,7 @@ from ..density.normalizers import Normalizer
 from ..density.prior import LatentPrior
 from ..density.ratios import Gain
 from ..errors import CheckpointError
-from ..runtime.events import Callback, Event
+from ..runtime.events import Callback, Event, Kind
 from ..runtime.processes import Processes
 from ..storage.checkpoint import (
     UNFIT,
@@ -60,7 +60,7 @@ class FitRun:
 
     def tell(
         self,
-        kind: Literal["base", "stage", "step", "evaluate", "learned", "normalizer", "end"],
+        kind: Kind,
         stage: int = 0,
         step: int = 0,
         steps: int = 0,

@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..density.prior import LatentPrior
 from ..fitting.settings import StageSettings
-from ..runtime.progress import FitProgress
+from ..runtime.progress import Progress
 from .tables import TableDensity, seed_from
 
 __all__ = ["LatentDensity"]
@@ -103,7 +103,7 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
         )
-        with FitProgress() as progress:
+        with Progress() as progress:
             self._density = TableDensity.fit(
                 x,
                 seed=seed_from(self.random_state),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..errors import LatentPriorError, MissingExtraError
-from .events import Event, TrainingEvent
+from .events import Callback, Event
 
 __all__ = ["JSONLinesTracker", "TensorBoardTracker", "Tracker", "tracked"]
 
@@ -86,39 +86,47 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-def tracked(tracker: Tracker, *, every: int = 10) -> Callable[[TrainingEvent | Event], None]:
-    """Return a callback that tells ``tracker`` of a training run's or a fit's events.
+def tracked(tracker: Tracker, *, every: int = 10) -> Callback:
+    """Return a callback that writes the curves of a run to a tracker.
 
-    Curves are named by phase, each over its own steps, so that a resumed run draws on at the right place:
-    ``autoencoder``, ``stage-K`` and ``settle`` while a generator is learned, ``prior-stage-K`` in
-    :func:`latentprior.fit`, and ``ladder``, the gain of each stage that joined. Losses are told at every step that
-    ``every`` divides, gains, in nats, at every evaluation.
+    Parameters
+    ----------
+    tracker : Tracker
+        Where the curves go.
+    every : int
+        Losses are written at every step that this number divides. Gains are written at every evaluation.
+
+    Returns
+    -------
+    callable
+        A callback for :func:`latentprior.fit`, :func:`latentprior.train` and every other function that learns.
+
+    Raises
+    ------
+    LatentPriorError
+        For an ``every`` below 1.
+
+    Notes
+    -----
+    Each part of a run has curves of its own over its own steps, so that a resumed run continues them at the right
+    place: ``autoencoder``, ``stage-K`` and ``settle`` while a decoder is learned, ``prior-stage-K`` in
+    :func:`latentprior.fit`, and ``ladder``, the gain of each stage that joined. Gains are in nats.
     """
     if every < 1:
         raise LatentPriorError(f"every must be 1 or more, got {every}")
 
-    def tell(event: TrainingEvent | Event) -> None:
-        if isinstance(event, Event):
-            known = {"gain": event.gain, "gain_stderr": event.gain_stderr}
-            if event.kind == "evaluate":
-                _tell(tracker, f"prior-stage-{event.stage}", event.step, known)
-            elif event.kind == "learned":
-                _tell(tracker, "ladder", event.stage, known)
+    def write(event: Event) -> None:
+        gains = {"gain": event.gain, "gain_stderr": event.gain_stderr}
+        stage = f"stage-{event.stage}" if event.losses else f"prior-stage-{event.stage}"
+        if event.kind == "learned":
+            _write(tracker, "ladder", event.stage, gains)
         elif event.kind == "evaluate":
-            known = {"gain": event.gain.value, "gain_stderr": event.gain.stderr}
-            _tell(tracker, f"stage-{event.stage}", event.step, {**event.losses, **known})
-        elif event.kind == "learned":
-            # The event counts the next stage, whose gain nobody knows yet.
-            stages = () if event.model is None else event.model.prior.stages
-            if stages:
-                known = {"gain": stages[-1].gain, "gain_stderr": stages[-1].gain_stderr}
-                _tell(tracker, "ladder", len(stages) - 1, known)
+            _write(tracker, stage, event.step, {**event.losses, **gains})
         elif event.losses and event.step % every == 0:
-            phase = f"stage-{event.stage}" if event.kind == "step" else event.kind
-            _tell(tracker, phase, event.step, event.losses)
+            _write(tracker, stage if event.kind == "step" else event.kind, event.step, event.losses)
 
-    return tell
+    return write
 
 
-def _tell(tracker: Tracker, phase: str, step: int, values: Mapping[str, float]) -> None:
-    tracker.scalars(step, {f"{phase}/{name}": value for name, value in values.items()})
+def _write(tracker: Tracker, curve: str, step: int, values: Mapping[str, float]) -> None:
+    tracker.scalars(step, {f"{curve}/{name}": value for name, value in values.items()})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..data.images import Images
 from ..models.model import LatentVariableModel
-from ..runtime.events import Callback as FitCallback
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..runtime.seeding import derived_generator
 from .config import AutoencoderConfig, TrainingConfig
 from .joint import train
@@ -17,8 +16,6 @@ from .resumable import phase_folder
 from .two_phase import aggregate_posterior, refit_prior, train_two_phase
 
 __all__ = ["UNDER_A_PRIOR", "train_alternating", "train_under_prior"]
-
-Callbacks = Iterable[Callable[[TrainingEvent], None]]
 
 UNDER_A_PRIOR = TrainingConfig(
     stages=1, steps=1500, settle_steps=1500, posterior_start="encoder", posterior_steps=2, posterior_step_size=0.5,
@@ -37,8 +34,7 @@ def train_under_prior(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Callbacks = (),
-    fit_callbacks: Iterable[FitCallback] = (),
+    callbacks: Iterable[Callback] = (),
     **fit_options: Any,
 ) -> LatentVariableModel:
     r"""Go on from a model with a learned prior: generator given prior, then prior given generator. Returns ``model``.
@@ -53,7 +49,7 @@ def train_under_prior(
     its ``checkpoint_dir`` and the model that it began with. Raises what :func:`~latentprior.train` and
     :func:`~latentprior.fit` raise.
     """
-    config = config or UNDER_A_PRIOR
+    config, callbacks = config or UNDER_A_PRIOR, tuple(callbacks)
     phases = [phase_folder(checkpoint_dir, name) for name in ("joint", "refit")]
     train(model, images, config, seed=seed, checkpoint_dir=phases[0], resume=resume, callbacks=callbacks)
     latents = aggregate_posterior(
@@ -62,7 +58,7 @@ def train_under_prior(
         generator=derived_generator(model.device, seed, "posterior draws"),
     )  # fmt: skip
     return refit_prior(
-        model, latents, seed=seed, checkpoint_dir=phases[1], resume=resume, callbacks=fit_callbacks, **fit_options
+        model, latents, seed=seed, checkpoint_dir=phases[1], resume=resume, callbacks=callbacks, **fit_options
     )
 
 
@@ -76,8 +72,7 @@ def train_alternating(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Callbacks = (),
-    fit_callbacks: Iterable[FitCallback] = (),
+    callbacks: Iterable[Callback] = (),
     **fit_options: Any,
 ) -> LatentVariableModel:
     """:func:`~latentprior.train_two_phase`, then :func:`train_under_prior` on what it made. Returns ``model``.
@@ -87,6 +82,6 @@ def train_alternating(
     """
     (config or UNDER_A_PRIOR).check(len(images))
     options: dict[str, Any] = {"seed": seed, "checkpoint_dir": checkpoint_dir, "resume": resume, **fit_options}
-    heard: dict[str, Any] = {"callbacks": tuple(callbacks), "fit_callbacks": tuple(fit_callbacks)}
-    train_two_phase(model, images, autoencoder, **options, **heard)
-    return train_under_prior(model, images, config, draws=draws, **options, **heard)
+    options["callbacks"] = tuple(callbacks)
+    train_two_phase(model, images, autoencoder, **options)
+    return train_under_prior(model, images, config, draws=draws, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..data.images import Images
@@ -12,7 +12,7 @@ from ..errors import (
     warn,
 )
 from ..models.model import LatentVariableModel
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..runtime.processes import (
     Processes,
     SingleProcess,
@@ -22,10 +22,7 @@ from .config import TrainingConfig
 from .joint_learner import JointLearner
 from .joint_run import TrainingRun
 
-__all__ = ["TrainingConfig", "TrainingEvent", "train"]
-
-
-Callback = Callable[[TrainingEvent], None]
+__all__ = ["TrainingConfig", "train"]
 
 
 def train(
@@ -99,9 +96,11 @@ def _learn(run: TrainingRun, learner: JointLearner) -> None:
                 learner.evaluate()
                 run.save()
                 run.tell("evaluate", losses)
+        before = learner.stage
         learner.next_stage()
         run.save()
-        run.tell("learned", {})
+        if learner.stage > before:
+            run.tell("learned", {})
     while learner.settled < learner.config.settle_steps:
         x, index = learner.batch()
         losses = learner.update_decoder(x, learner.posterior_samples(x, index))

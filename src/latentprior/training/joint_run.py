@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from ..density.bases import DistributionBase
 from ..density.prior import LatentPrior
 from ..density.ratios import Gain
 from ..errors import CheckpointError
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback, Event, Kind
 from ..storage.checkpoint import (
     UNFIT,
     load_state,
     save_state,
     tensors_under,
 )
+from .config import UNKNOWN
 from .resumable import foreign, images_identity, network_state, restore_network
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ __all__ = ["TrainingRun"]
 class TrainingRun:
     """What surrounds a :class:`~latentprior.training.joint_learner.JointLearner`: its state is saved and resumed."""
 
-    def __init__(
-        self, learner: JointLearner, folder: str | Path | None, callbacks: Iterable[Callable[[Any], None]]
-    ) -> None:
+    def __init__(self, learner: JointLearner, folder: str | Path | None, callbacks: Iterable[Callback]) -> None:
         self.learner = learner
         self.folder = None if folder is None else Path(folder)
         self.callbacks = tuple(callbacks)
@@ -47,22 +46,21 @@ class TrainingRun:
         """Seconds spent on the run, earlier calls that it resumed included."""
         return self.before + time.monotonic() - self.begun
 
-    def tell(self, kind: str, losses: Mapping[str, float]) -> None:
+    def tell(self, kind: Kind, losses: Mapping[str, float]) -> None:
         """Tell every callback, in the main process."""
         learner = self.learner
         if learner.processes.rank != 0:
             return
-        settling = kind == "settle"
-        event = TrainingEvent(
-            kind,
-            learner.stage,
-            learner.settled if settling else learner.step,
-            learner.config.settle_steps if settling else learner.config.steps,
-            losses,
-            learner.gain,
-            self.seconds(),
-            learner.model,
-        )
+        stage, step, steps, gain = learner.stage, learner.step, learner.config.steps, learner.gain
+        if kind == "settle":
+            step, steps = learner.settled, learner.config.settle_steps
+        elif kind == "learned":
+            # The learner has begun the next stage already.
+            last = learner.model.prior.stages[-1]
+            stage, step, gain = stage - 1, last.diagnostics["steps"], Gain(last.gain, last.gain_stderr)
+        elif kind in ("normalizer", "end"):
+            step, steps, gain = 0, 0, UNKNOWN
+        event = Event(kind, stage, step, steps, *gain, self.seconds(), losses=losses, model=learner.model)
         for callback in self.callbacks:
             callback(event)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,7 @@ from ..errors import (
 )
 from ..fitting.fit import fit
 from ..models.model import LatentVariableModel
-from ..runtime.events import Callback as FitCallback
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback, Event
 from ..runtime.seeding import derived_generator
 from ..storage.checkpoint import (
     UNFIT,
@@ -54,7 +53,7 @@ def train_autoencoder(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
 ) -> LatentVariableModel:
     r"""Learn the decoder and the encoder of ``model``; its prior is left as it is. Returns ``model``.
 
@@ -78,9 +77,7 @@ def train_autoencoder(
     return model
 
 
-def _learn(
-    learner: _AutoencoderLearner, folder: Path | None, callbacks: tuple[Callable[[TrainingEvent], None], ...]
-) -> None:
+def _learn(learner: _AutoencoderLearner, folder: Path | None, callbacks: tuple[Callback, ...]) -> None:
     """Take all steps that are left; retried once where the loss stops being finite."""
     model = learner.model
     begun = saved = time.monotonic()
@@ -103,9 +100,7 @@ def _learn(
             learner.save(folder)
             saved = time.monotonic()
         seconds = time.monotonic() - begun
-        event = TrainingEvent(
-            "autoencoder", 0, learner.step, learner.config.steps, losses, seconds=seconds, model=model
-        )
+        event = Event("autoencoder", 0, learner.step, learner.config.steps, seconds=seconds, losses=losses, model=model)
         for callback in callbacks:
             callback(event)
     learner.finish()
@@ -267,8 +262,7 @@ def train_two_phase(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
-    fit_callbacks: Iterable[FitCallback] = (),
+    callbacks: Iterable[Callback] = (),
     **fit_options: Any,
 ) -> LatentVariableModel:
     """:func:`train_autoencoder`, then :func:`latentprior.fit` on the aggregate posterior with fresh draws.
@@ -288,13 +282,13 @@ def train_two_phase(
     >>> model.prior.base.name, model.generate(3, generator=g).shape
     ('gmm', torch.Size([3, 1, 8, 8]))
     """
-    config = config or AutoencoderConfig()
+    config, callbacks = config or AutoencoderConfig(), tuple(callbacks)
     phases = [phase_folder(checkpoint_dir, name) for name in ("autoencoder", "prior")]
     train_autoencoder(model, images, config, seed=seed, checkpoint_dir=phases[0], resume=resume, callbacks=callbacks)
     noisy = config.kind == "ae"
     latents = aggregate_posterior(model, images, source="means" if noisy else "encoder", noise=config.noise * noisy)
     return refit_prior(
-        model, latents, seed=seed, checkpoint_dir=phases[1], resume=resume, callbacks=fit_callbacks, **fit_options
+        model, latents, seed=seed, checkpoint_dir=phases[1], resume=resume, callbacks=callbacks, **fit_options
     )
 
 
