@@ -21,10 +21,10 @@ from latentprior.errors import CheckpointError
 from latentprior.evaluation.metrics import average_precision
 from latentprior.recipes.model_folders import load_model, sampler_options
 from latentprior.recipes.recipe import METHODS, OURS, read_recipe
+from latentprior.runtime import run as resumable_run
 from latentprior.runtime.progress import Stopped
 from latentprior.storage.checkpoint import read_config
-from latentprior.training import joint_run as training_run
-from latentprior.training import two_phase
+from latentprior.training import autoencoder
 
 NETWORK = ("network.width=16", "network.latent_dim=2")
 CHAINS = (
@@ -330,7 +330,7 @@ def test_a_stopped_two_phase_run_goes_on_to_the_same_bytes(run, work, tmp_path, 
     with monkeypatch.context() as patch:
         stop_at(patch, "autoencoder")
         assert run(*call("p"))[2] == "stopped: nothing was saved\n"
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 10)
+    monkeypatch.setattr(autoencoder, "SAVE_STEPS", 10)
     with monkeypatch.context() as patch:
         stop_at(patch, "autoencoder", 15)
         assert "state saved" in run(*call("p"))[2]
@@ -343,7 +343,7 @@ def test_a_stopped_two_phase_run_goes_on_to_the_same_bytes(run, work, tmp_path, 
 
     with monkeypatch.context() as patch:
         assert_refused(run(*call("p"), "--resume", "--set", "autoencoder.steps=31"), "another folder")
-        patch.setattr(two_phase._AutoencoderLearner, "update", forbidden)
+        patch.setattr(autoencoder.AutoencoderLearner, "update", forbidden)
         assert run(*call("p"), "--resume")[0] == 0
     assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [
@@ -373,7 +373,7 @@ def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path
             stop_at(patch, kind, number, of_fit=of_fit)
             assert "state saved" in run(*call("p"), "--resume")[2]
     assert_refused(run(*call("p"), "--resume", "--set", "joint.steps=41"), "another folder", code=1)
-    monkeypatch.setattr(two_phase._AutoencoderLearner, "update", None)
+    monkeypatch.setattr(autoencoder.AutoencoderLearner, "update", None)
     assert run(*call("p"), "--resume")[0] == 0
     assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
     assert not (tmp_path / "p" / "checkpoint").exists()
@@ -381,8 +381,8 @@ def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path
 
 @pytest.mark.parametrize(("method", "kind", "event"), [("vae", "autoencoder", 2), ("two-stage-vae", "prior", 3)])
 def test_a_stopped_rival_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypatch, method, kind, event):
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 2)
-    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 2)
+    monkeypatch.setattr(autoencoder, "SAVE_STEPS", 2)
+    monkeypatch.setattr(two_stage_vae, "SAVE_STEPS", 2)
 
     def call(name):
         chosen = settings(f"method={method}", *NETWORK, *RIVALS[method])
@@ -604,7 +604,7 @@ def test_a_full_disk_while_training_exits_1(run, work, tmp_path, monkeypatch):
     def full(*_, **__):
         raise lp.CheckpointError("cannot save (No space left on device)")
 
-    monkeypatch.setattr(training_run, "save_state", full)
+    monkeypatch.setattr(resumable_run, "save_state", full)
     call = ("train", work / "i.npz", "--out", tmp_path, *settings(*NETWORK, *JOINT))
     assert_refused(run(*call), "No space left", code=1)
 

@@ -21,7 +21,7 @@ from latentprior.runtime.processes import (
 )
 from latentprior.training.joint import train
 from launching import Ended, environment, free_port, launch
-from process_worker import CONFIG, Drawless, images, model
+from process_worker import CONFIG, followed, images, model
 
 WORKER = Path(__file__).parents[1] / "process_worker.py"
 
@@ -127,7 +127,7 @@ def test_values_of_all_and_of_the_first_process_reach_every_one(pair: tuple[Path
 
 def test_shares_of_a_batch_add_up_to_its_gradient(pair: tuple[Path, list[Ended]]) -> None:
     folder, _ = pair
-    alone = Drawless(model(), images(), CONFIG, 0, SingleProcess()).followed(5)
+    alone = followed(SingleProcess(), 5)
     first, second = (load_file(folder / f"found-{rank}.safetensors") for rank in range(2))
     for found in (first, second):
         assert_close({k: v for k, v in found.items() if "." in k}, alone, atol=1e-5)

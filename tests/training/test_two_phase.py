@@ -14,10 +14,11 @@ from latentprior.models.model import LatentVariableModel, standard_normal_prior
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.events import Event
 from latentprior.runtime.seeding import derived_generator
-from latentprior.training import two_phase
+from latentprior.training import autoencoder
+from latentprior.training.autoencoder import train_autoencoder
 from latentprior.training.config import AutoencoderConfig
 from latentprior.training.resumable import epoch_rows
-from latentprior.training.two_phase import aggregate_posterior, train_autoencoder, train_two_phase
+from latentprior.training.two_phase import aggregate_posterior, train_two_phase
 from linear_gaussian import PIXELS, LinearDecoder
 
 SPEC = network_spec("mlp", 2, 16, PIXELS)
@@ -226,18 +227,18 @@ def test_encoders_that_do_not_serve_are_named(images: Images) -> None:
 
 
 def test_divergence_is_mended_by_a_smaller_step(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 4)
-    real = two_phase._AutoencoderLearner.update
+    monkeypatch.setattr(autoencoder, "SAVE_STEPS", 4)
+    real = autoencoder.AutoencoderLearner.update
 
     def poisoned(self: Any) -> dict[str, float]:
         if (self.step, self.pace) == (6, 1):
-            next(self.networks.parameters()).data.fill_(math.nan)
+            next(self.networks.module.parameters()).data.fill_(math.nan)
         return real(self)
 
-    monkeypatch.setattr(two_phase._AutoencoderLearner, "update", poisoned)
+    monkeypatch.setattr(autoencoder.AutoencoderLearner, "update", poisoned)
     events: list[Event] = []
     with pytest.warns(
-        LearningRetriedWarning, match="at step 6; .* gone back to step 4, on at a quarter of it"
+        LearningRetriedWarning, match="at step 6; .* gone back to step 4, to learn on at a quarter"
     ) as caught:
         model = train_autoencoder(fresh(), images, replace(QUICK, steps=10), callbacks=[events.append])
     assert caught[0].filename == __file__
@@ -248,7 +249,7 @@ def test_divergence_is_mended_by_a_smaller_step(images: Images, monkeypatch: pyt
 def test_divergence_is_named(images: Images) -> None:
     with (
         pytest.warns(
-            LearningRetriedWarning, match=r"not finite at step [1-9]; .* gone back to step 0, on at a quarter"
+            LearningRetriedWarning, match=r"not finite at step [1-9]; .* gone back to step 0, to learn on at a quarter"
         ),
         pytest.raises(LearningDivergedError, match=r"not finite at step [1-9]; lower learning_rate"),
     ):

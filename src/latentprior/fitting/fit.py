@@ -192,13 +192,13 @@ def _climb(
     saved, begun, tried = None, None, None
     with in_unison(run.processes):
         if run.processes.rank == 0:
-            saved = run.load() if resume else None
+            saved = run.load_fit() if resume else None
             if saved is None:
                 run.tell("base", message=base if isinstance(base, str) else type(base).__name__)
                 # Stages between waypoints are a path of their own: sampling needs no cover.
                 climb = max_stages > 0 and settings.waypoints == 0
                 begun, tried = start_ladder(
-                    target, held_out, base, seed, where, dtype, whitening, climb, settings, run.deadline
+                    target, held_out, base, seed, where, dtype, whitening, climb, settings, run.budget.deadline
                 )
                 saved = None if tried is None else SavedFit.of(begun, tried)
     saved = run.processes.first(saved)
@@ -210,13 +210,13 @@ def _climb(
         prior = _start_on_waypoints(run, prior, aim, settings, seed)
     reason, particles = "max_stages", None
     while len(prior.stages) < max_stages:
-        if not run.time_for(prior.stages[-1].diagnostics.get("seconds", 0.0) if prior.stages else 0.0):
+        if not run.budget.time_for(prior.stages[-1].diagnostics.get("seconds", 0.0) if prior.stages else 0.0):
             reason = "time_budget"
             break
         learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, processes=run.processes)
-        if run.end is not None:
+        if run.budget.end is not None:
             extended = prior.ladder.extended(learner.ratio)
-            run.keep(normalizers.expected_seconds(extended, rows, run.processes))
+            run.budget.reserve(normalizers.expected_seconds(extended, rows, run.processes))
         if saved is not None:
             saved.restore(learner)
             saved = None
@@ -237,7 +237,7 @@ def _climb(
             break
         particles = after
         prior = prior.replaced([*prior.stages, stage])
-        run.save(prior, None)
+        run.save_fit(prior, None)
         run.tell("learned", learner.index, learner.step, settings.steps, learned.gain)
     return run.shared(_finish(run, prior, rows, seed, reason), given, where)
 
@@ -249,11 +249,11 @@ def _start_on_waypoints(
     shape = tuple(prior.event_shape)
     with torch.enable_grad():
         stages = learn_waypoints(
-            aim, prior.ladder, settings, shape, seed, deadline=run.deadline,
+            aim, prior.ladder, settings, shape, seed, deadline=run.budget.deadline,
             on_step=partial(run.tell_of, "step"), on_learned=partial(run.tell_of, "learned"),
         )  # fmt: skip
     prior = prior.replaced(stages)
-    run.save(prior, None)
+    run.save_fit(prior, None)
     return prior
 
 
@@ -267,18 +267,20 @@ def _learn(
     on_step, started = partial(run.tell_of, "step"), time.monotonic()
 
     def on_evaluate(now: StageLearner) -> None:
-        run.save(prior, now)
+        run.save_fit(prior, now)
         run.tell_of("evaluate", now)
 
     for attempt in range(2):
         try:
             # Callers encode and fit in one torch.no_grad() block.
             with torch.enable_grad():
-                learned = learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate)
+                learned = learner.learn(
+                    particles, deadline=run.budget.deadline, on_step=on_step, on_evaluate=on_evaluate
+                )
             if learned.bound <= 0:
                 return learned, None
             ladder = prior.ladder.extended(learned.ratio)
-            last = last or not run.time_for(time.monotonic() - started)
+            last = last or not run.budget.time_for(time.monotonic() - started)
             after = learner.anew(ladder).particles(last)
             _check_moved(after, learner.index, learner.learning_rate)
             return learned, after
@@ -306,7 +308,7 @@ def _finish(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: st
     """Estimate and bracket log Z on particles that trained nothing; the last stage takes what it corrects."""
     run.tell("normalizer", len(prior.stages))
     generator = derived_generator(prior.device, seed, "normalizer", *run.processes.keys)
-    total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.end, processes=run.processes)
+    total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.budget.end, processes=run.processes)
     if prior.stages and reason in ("max_stages", "time_budget") and prior.stages[-1].gain > SATURATED_GAIN:
         warn(
             f"the ladder ended ({reason}) while stage {len(prior.stages) - 1} still told data from samples almost "
@@ -314,7 +316,7 @@ def _finish(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: st
             StageSaturatedWarning,
         )
     done = run.normalised(prior, total, rows, reason, versions=_versions())
-    run.save(done, None)
+    run.save_fit(done, None)
     run.tell("end", len(done.stages), message=reason)
     return done
 

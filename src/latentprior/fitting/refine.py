@@ -126,10 +126,10 @@ def refine(
 def _learned(run: FitRun, learner: StageLearner) -> tuple[Stage | None, str]:
     """The stage if it is worth its while, its normaliser not bracketed yet, and how it ended."""
     begun, deadline, rows = time.monotonic(), None, learner.target.held_out
-    if run.end is not None:
-        if begun >= run.end:
+    if run.budget.end is not None:
+        if begun >= run.budget.end:
             return None, "time_budget"
-        deadline = begun + LEARNED * (run.end - begun)
+        deadline = begun + LEARNED * (run.budget.end - begun)
     particles = learner.particles()
     run.tell("stage", learner.index, 0, learner.settings.steps, message=particles.source)
     with torch.enable_grad():
@@ -154,9 +154,9 @@ def _learned(run: FitRun, learner: StageLearner) -> tuple[Stage | None, str]:
 
 def _carried(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
     """Particles of sequential Monte Carlo that there is time for."""
-    if run.time_budget is None:
+    if run.budget.seconds is None:
         return PARTICLES
-    return normalizers.affordable(ladder, rows, CARRIED * run.time_budget, normalizers.MOVES, PARTICLES)
+    return normalizers.affordable(ladder, rows, CARRIED * run.budget.seconds, normalizers.MOVES, PARTICLES)
 
 
 @torch.no_grad()
@@ -185,6 +185,6 @@ def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, reason: str, seed
     generator = derived_generator(prior.device, seed, "refined", len(prior.stages))
     # Hardly a draw of the base would count. The bracket takes half of what it is told of, and nothing comes after it.
     now = time.monotonic()
-    late = None if run.end is None else now + MORE * max(0.0, run.end - now)
+    late = None if run.budget.end is None else now + MORE * max(0.0, run.budget.end - now)
     total = normalizers.estimate(prior.ladder, rows, generator, draws=0, deadline=late)
     return run.normalised(prior, total, rows, reason)
