@@ -22,7 +22,7 @@ from latentprior.evaluation.metrics import average_precision
 from latentprior.recipes.model_folders import load_model, sampler_options
 from latentprior.recipes.recipe import METHODS, OURS, read_recipe
 from latentprior.runtime import run as resumable_run
-from latentprior.runtime.progress import Stopped
+from latentprior.runtime.stopping import Stopped
 from latentprior.storage.checkpoint import read_config
 from latentprior.training import autoencoder
 

@@ -1,7 +1,5 @@
 import io
-import os
 import re
-import signal
 import sys
 import warnings
 
@@ -10,7 +8,8 @@ from rich.console import Console
 
 from latentprior.errors import LatentPriorWarning
 from latentprior.runtime.events import Event
-from latentprior.runtime.progress import Progress, Stopped, StopSignals, note, tidy_warnings, work_bar
+from latentprior.runtime.progress import Progress, note, tidy_warnings, work_bar
+from latentprior.runtime.stopping import Stopped
 
 RUN = [
     Event("base", message="gmm"),
@@ -180,18 +179,6 @@ def test_training_shows_a_line_for_each_part(console):
     assert "settle" in settling
     assert "40/40 steps" in settling
     assert normaliser.startswith("log normaliser")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_at_once_and_again_at_the_next_event(number):
-    before = signal.getsignal(number)
-    with StopSignals() as stop:
-        stop.check(RUN[0])
-        with pytest.raises(Stopped):
-            os.kill(os.getpid(), number)
-        with pytest.raises(Stopped):
-            stop.check(RUN[0])
-    assert signal.getsignal(number) == before
 
 
 def test_warnings_are_one_line(capsys):

@@ -12,7 +12,8 @@ import typer
 from ..errors import LatentPriorError
 from ..explorer.explorer import open_explorer
 from ..explorer.server import Server, is_loopback
-from ..runtime.progress import Stopped, note, work_bar
+from ..runtime.progress import note, work_bar
+from ..runtime.stopping import Stopped
 from .options import Device, WorkFailed, check_device
 
 __all__ = ["explore"]

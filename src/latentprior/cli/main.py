@@ -36,12 +36,11 @@ from ..fitting import fit as learning
 from ..runtime.processes import in_unison, launched_processes
 from ..runtime.progress import (
     Progress,
-    Stopped,
-    StopSignals,
     note,
     tidy_warnings,
     work_bar,
 )
+from ..runtime.stopping import Stopped, StopSignals
 from ..storage.checkpoint import check_ours, locked, remove_checkpoint
 from ..storage.output_files import array_file, check_file, check_folder
 from . import (

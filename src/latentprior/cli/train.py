@@ -31,11 +31,10 @@ from ..runtime.events import Event
 from ..runtime.processes import Processes, launched_processes
 from ..runtime.progress import (
     Progress,
-    Stopped,
-    StopSignals,
     note,
 )
 from ..runtime.seeding import derived_generator
+from ..runtime.stopping import Stopped, StopSignals
 from ..runtime.tracking import (
     JSONLinesTracker,
     TensorBoardTracker,

@@ -98,13 +98,40 @@ class FitRun(Run):
         self.processes = processes
 
     def tell_of(self, kind: Literal["step", "evaluate", "learned"], learner: StageLearner) -> None:
-        """Tell every callback how far a stage is."""
+        """Tell every callback how far a stage is.
+
+        Parameters
+        ----------
+        kind : str
+            What has happened.
+        learner : StageLearner
+            What learns the stage.
+        """
         self.tell(kind, learner.index, learner.step, learner.settings.steps, learner.best_gain)
 
     def normalised(
         self, prior: LatentPrior, total: Normalizer, held_out: Tensor, reason: str, **more: Any
     ) -> LatentPrior:
-        """The ladder with its log Z; the last stage takes what that corrects. ``more`` joins its info."""
+        """Return the ladder with its log Z; the constant of the last stage absorbs the correction.
+
+        Parameters
+        ----------
+        prior : LatentPrior
+            The ladder so far.
+        total : Normalizer
+            The log normaliser of the whole ladder.
+        held_out : Tensor
+            Held-out rows, standardised, ``(m, d)``.
+        reason : str
+            Why the ladder has ended.
+        **more
+            Further facts for ``info``.
+
+        Returns
+        -------
+        LatentPrior
+            The finished prior.
+        """
         stages = list(prior.stages)
         if stages:
             *earlier, last = stages
@@ -119,7 +146,22 @@ class FitRun(Run):
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device
     ) -> LatentPrior:
-        """The first process's ladder in all of them; ``base`` gives each a Distribution that it stands on."""
+        """Return the ladder of the first process, in all of them.
+
+        Parameters
+        ----------
+        prior : LatentPrior or None
+            The ladder; only the first process needs to give it.
+        base : torch.distributions.Distribution or None
+            The distribution that the ladder stands on, if it is one of the user's.
+        device : torch.device
+            Where the ladder is needed.
+
+        Returns
+        -------
+        LatentPrior
+            The same ladder in every process.
+        """
         if prior is not None and self.processes.count == 1:
             return prior
         told = self.processes.first(None if prior is None else SavedFit.of(prior))
@@ -127,27 +169,62 @@ class FitRun(Run):
         return told.prior(base, device)
 
     def save_fit(self, prior: LatentPrior, learner: StageLearner | None) -> None:
-        """Write everything that the next step depends on, if there is a folder."""
+        """Write everything that the next step depends on, if there is a folder.
+
+        Parameters
+        ----------
+        prior : LatentPrior
+            The ladder so far.
+        learner : StageLearner or None
+            What learns the next stage, if that has begun.
+        """
         if self.folder is not None:
             state = SavedFit.of(prior, learner)
             self.save(state.document, state.tensors)
 
     def load_fit(self) -> SavedFit | None:
-        """Read where the run stood, if it was saved; raises :class:`CheckpointError` for the folder of another run."""
+        """Read where the run stood, if it was saved.
+
+        Raises
+        ------
+        CheckpointError
+            For the folder of another run, and for a damaged one.
+        """
         state = self.load()
         return None if state is None else SavedFit(*state)
 
 
 @dataclass(frozen=True)
 class SavedFit:
-    """Where a run stood."""
+    """Where a fit stood.
+
+    Parameters
+    ----------
+    document : dict
+        The part of the state that JSON can hold.
+    tensors : dict
+        The tensors of the state, by name.
+    """
 
     document: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @classmethod
     def of(cls, prior: LatentPrior, learner: StageLearner | None = None) -> SavedFit:
-        """A ladder, and where its next stage stands if that has begun; tensors on the CPU."""
+        """Return the state of a ladder, and of its next stage if that has begun; the tensors are on the CPU.
+
+        Parameters
+        ----------
+        prior : LatentPrior
+            The ladder so far.
+        learner : StageLearner, optional
+            What learns the next stage.
+
+        Returns
+        -------
+        SavedFit
+            The state.
+        """
         config, tensors = prior.state()
         document: dict[str, Any] = {"prior": config}
         everything = {f"prior.{k}": v for k, v in tensors.items()}
@@ -157,7 +234,20 @@ class SavedFit:
         return cls(document, {k: v.detach().cpu() for k, v in everything.items()})
 
     def prior(self, base: torch.distributions.Distribution | None, device: torch.device) -> LatentPrior:
-        """The ladder so far; ``base`` gives back a Distribution that it stands on."""
+        """Return the ladder so far.
+
+        Parameters
+        ----------
+        base : torch.distributions.Distribution or None
+            The distribution that the ladder stands on, if it is one of the user's.
+        device : torch.device
+            Where the ladder is needed.
+
+        Returns
+        -------
+        LatentPrior
+            The ladder.
+        """
         config = self.document.get("prior")
         if not isinstance(config, dict):
             raise CheckpointError("the checkpoint holds no prior")
@@ -166,7 +256,13 @@ class SavedFit:
         ).to(device)
 
     def restore(self, learner: StageLearner) -> None:
-        """Let a learner go on where the saved one stopped, if one was saved amid a stage."""
+        """Let a learner continue where the saved one stopped, if one was saved in the middle of a stage.
+
+        Parameters
+        ----------
+        learner : StageLearner
+            What learns the stage.
+        """
         if "learner" in self.document:
             try:
                 learner.restore(self.document["learner"], tensors_under(self.tensors, "learner."))

@@ -1,16 +1,14 @@
-"""What a person sees of a run and can do to it: lines of progress, one-line warnings, a clean stop."""
+"""What a person sees of a run: lines of progress and one-line warnings."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LatentPriorWarning
@@ -19,64 +17,11 @@ from .events import Event
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "StopSignals", "Stopped", "WorkBar", "note", "tidy_warnings", "work_bar"]
+__all__ = ["Progress", "WorkBar", "note", "tidy_warnings", "work_bar"]
 
 BAR_WIDTH_CHARACTERS = 24
 REFRESHES_PER_SECOND = 4
 """As often as a clock of seconds needs at least; each refresh takes about a millisecond from the learning."""
-
-
-class Stopped(BaseException):
-    """Somebody asked the run to end.
-
-    Parameters
-    ----------
-    message : str
-        What became of the state of the run.
-    resumable : bool
-        Whether the state is on disk, so that the run can be resumed.
-    """
-
-    def __init__(self, message: str = "nothing was saved", *, resumable: bool = False) -> None:
-        super().__init__(message)
-        self.resumable = resumable
-
-
-class StopSignals:
-    """A context within which Ctrl-C and SIGTERM raise :class:`Stopped`, wherever the run is.
-
-    :meth:`check` is a callback for :func:`latentprior.fit` and the other functions that learn. It raises again at the
-    next event, because the signal may have arrived in code that swallows exceptions, such as a finaliser.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        raise Stopped
-
-    def check(self, event: object) -> None:
-        """Raise :class:`Stopped` if a signal has arrived.
-
-        Parameters
-        ----------
-        event : object
-            The event of a callback; it is not read.
-        """
-        if self.asked:
-            raise Stopped
 
 
 class _Line:
@@ -236,7 +181,15 @@ class Progress:
 
 
 class WorkBar:
-    """A piece of work that :func:`work_bar` shows."""
+    """A piece of work that :func:`work_bar` shows.
+
+    Parameters
+    ----------
+    task : str
+        What is being done.
+    line : object
+        The line that shows it.
+    """
 
     def __init__(self, task: str, line: _Line) -> None:
         self._task, self._line, self._begun = task, line, False

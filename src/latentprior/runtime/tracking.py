@@ -1,4 +1,4 @@
-"""Curves and pictures of a run, while it runs: JSON lines, TensorBoard, or a tracker of your own."""
+"""Curves and pictures of a run, while it runs: as lines of JSON, for TensorBoard, or for a tracker of your own."""
 
 from __future__ import annotations
 
@@ -17,49 +17,105 @@ __all__ = ["JSONLinesTracker", "TensorBoardTracker", "Tracker", "tracked"]
 
 
 class Tracker(Protocol):
-    """What is told of a run; any object with these three methods will do."""
+    """An object that records a run; anything with these three methods serves."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Take numbers by name, such as ``stage-0/ratio``, at a step of the phase that the name begins with."""
+        """Record numbers.
+
+        Parameters
+        ----------
+        step : int
+            The step, in the part of the run that the names begin with.
+        values : mapping of str to float
+            Numbers by name, such as ``stage-0/ratio``.
+        """
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Take images ``(n, C, H, W)`` in [-1, 1]."""
+        """Record images.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        name : str
+            What the images are.
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
 
     def close(self) -> None:
-        """Write what is still held, and end."""
+        """Write what was not written yet, and end."""
 
 
 class JSONLinesTracker:
-    """One JSON object a line, ``{"step": 10, "stage-0/ratio": 1.2}``, appended to ``file``; no images.
+    """A tracker that appends one JSON object a line to a file, such as ``{"step": 10, "stage-0/ratio": 1.2}``.
 
-    Numbers that are not finite become null. Raises :class:`LatentPriorError` where the file cannot be written.
+    Numbers that are not finite become null. Images are left out.
+
+    Parameters
+    ----------
+    file : str or Path
+        The file; folders above it are made.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the file cannot be written.
     """
 
     def __init__(self, file: str | Path) -> None:
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            # Line by line: a run that is killed leaves every line that was written.
+            # Every line is written at once, so that a run that is killed leaves them.
             self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise LatentPriorError(f"{file}: cannot write the log there ({error.strerror})") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Parameters
+        ----------
+        step : int
+            The step, in the part of the run that the names begin with.
+        values : mapping of str to float
+            Numbers by name, such as ``stage-0/ratio``.
+        """
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Leave images out: lines are for numbers."""
+        """Do nothing: lines are for numbers.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        name : str
+            What the images are.
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
 
     def close(self) -> None:
-        """Close the file; again is fine."""
+        """Close the file, if it is open."""
         self._file.close()
 
 
 class TensorBoardTracker:
-    """Event files for TensorBoard in ``folder`` (extra ``tracking``).
+    """A tracker that writes event files for TensorBoard (extra ``tracking``).
 
-    Raises :class:`~latentprior.errors.MissingExtraError` without tensorboard.
+    Parameters
+    ----------
+    folder : str or Path
+        Where the files go.
+
+    Raises
+    ------
+    MissingExtraError
+        Without tensorboard.
+    LatentPriorError
+        Where the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -73,12 +129,30 @@ class TensorBoardTracker:
             raise LatentPriorError(f"{folder}: cannot write the log there ({error.strerror})") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve."""
+        """Add a point to each curve.
+
+        Parameters
+        ----------
+        step : int
+            The step, in the part of the run that the names begin with.
+        values : mapping of str to float
+            Numbers by name, such as ``stage-0/ratio``.
+        """
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Add a grid of images."""
+        """Add a grid of images.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        name : str
+            What the images are.
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
         self._writer.add_images(name, x.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, step)
 
     def close(self) -> None:

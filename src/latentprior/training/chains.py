@@ -96,7 +96,13 @@ class PosteriorChains:
         return {} if self.latents is None else {"latents": self.latents}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called."""
+        """Stand where :meth:`state` was called.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            The tensors of the state.
+        """
         if self.latents is not None:
             self.latents = tensors["latents"].clone()
 
@@ -170,7 +176,13 @@ class PriorChains:
         return tensors | ({"pool": self.pool} if len(self.pool) else {})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called, in the first process."""
+        """Stand where :meth:`state` was called, in the first process.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            The tensors of the state.
+        """
         self.restart()
         # The chains are those of the first process. Another one would use the same particles twice.
         if self.task.processes.rank == 0:

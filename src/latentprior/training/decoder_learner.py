@@ -125,6 +125,14 @@ class DecoderLearner:
         return document | {"error": self.error, "sigma": self.task.model.sigma}, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called."""
+        """Stand where :meth:`state` was called.
+
+        Parameters
+        ----------
+        document : mapping
+            The first part of the state.
+        tensors : mapping of str to Tensor
+            The tensors of the state.
+        """
         self.networks.restore(document, tensors)
         self.error, self.task.model.sigma = float(document["error"]), float(document["sigma"])

@@ -142,7 +142,15 @@ class RatioLearner:
         return document | known | {"waited": self.waited}, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called."""
+        """Stand where :meth:`state` was called.
+
+        Parameters
+        ----------
+        document : mapping
+            The first part of the state.
+        tensors : mapping of str to Tensor
+            The tensors of the state.
+        """
         self.network.restore(document, tensors)
         self.gain = UNKNOWN if document["gain"] is None else Gain(*map(float, document["gain"]))
         self.best_gain = -math.inf if document["best_gain"] is None else float(document["best_gain"])

@@ -34,7 +34,15 @@ class Learner(Protocol):
         """Return what :meth:`restore` needs."""
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called."""
+        """Stand where :meth:`state` was called.
+
+        Parameters
+        ----------
+        document : mapping
+            The first part of the state.
+        tensors : mapping of str to Tensor
+            The tensors of the state.
+        """
 
 
 def learn_with_one_retry(run: Run, learner: Learner, learn: Callable[[], None]) -> None:
