@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +66,12 @@ class _Line:
             disable=not (shown and (console.is_terminal or console.is_jupyter)),
         )
         self._task = self._rich.add_task(name, total=total or None, completed=completed, remark="", unit=unit)
-        self._rich.start()
-        # An exception may leave the line open, and with it a terminal without a cursor.
-        self._close = weakref.finalize(self, self._rich.stop)
+        # Older releases of rich end even a line that is not drawn by an empty one, so that it must not be stopped.
+        self._close: Callable[[], object] = lambda: None
+        if not self._rich.disable:
+            self._rich.start()
+            # An exception may leave the line open, and with it a terminal without a cursor.
+            self._close = weakref.finalize(self, self._rich.stop)
 
     def show(self, **changes: Any) -> None:
         self._rich.update(self._task, **changes)
