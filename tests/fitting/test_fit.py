@@ -377,18 +377,18 @@ def test_prior_folder_is_no_checkpoint(quick: Fit, tmp_path: Path) -> None:
 def test_tampered_checkpoint_is_a_named_error(
     quick: Fit, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentprior.fitting import run as fit_run
+    from latentprior.runtime import run as resumable_run
 
     with pytest.raises(Interruption):
         quick(checkpoint_dir=tmp_path, callbacks=[interrupt("step", 0, 150)])
-    real = fit_run.load_state
+    real = resumable_run.load_state
 
     def tampered(*args: Any) -> Any:
         document, tensors = real(*args)
         document[missing] = {} if missing == "learner" else None
         return document, tensors
 
-    monkeypatch.setattr(fit_run, "load_state", tampered)
+    monkeypatch.setattr(resumable_run, "load_state", tampered)
     with pytest.raises(CheckpointError):
         quick(checkpoint_dir=tmp_path, resume=True)
 
