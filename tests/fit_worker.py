@@ -28,6 +28,7 @@ from latentprior.fitting import fit as learning
 from latentprior.fitting import run as fit_run
 from latentprior.fitting import stage
 from latentprior.fitting.stage import StageLearner
+from latentprior.runtime import run as resumable_run
 from latentprior.runtime.processes import (
     Processes,
     in_unison,
@@ -96,7 +97,7 @@ def clock(pace: float) -> Iterator[None]:
     ticks = itertools.count()
     fake = SimpleNamespace(monotonic=lambda: pace * next(ticks))
     with contextlib.ExitStack() as stack:
-        for module in (fit_run, learning, normalizers, stage):
+        for module in (fit_run, resumable_run, learning, normalizers, stage):
             stack.enter_context(mock.patch.object(module, "time", fake))
         yield
 
