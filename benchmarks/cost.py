@@ -84,7 +84,7 @@ def joint(bench: Bench) -> Curve:
     """One run of joint learning from N(0, I), measured whenever a stage has joined the ladder and at its end."""
     curve = Curve(bench)
 
-    def measure(event: lp.TrainingEvent) -> None:
+    def measure(event: lp.Event) -> None:
         if event.kind in ("learned", "end") and event.model is not None:
             curve.measure(copy.deepcopy(event.model))
 

@@ -29,7 +29,7 @@ from latentprior.density.normalizer_check import check
 from latentprior.density.prior import LatentPrior
 from latentprior.density.whitening import Whitening
 from latentprior.evaluation.metrics import frechet_distance, two_sample_auc
-from latentprior.runtime.progress import FitProgress
+from latentprior.runtime.progress import Progress
 from latentprior.runtime.seeding import derived_generator
 
 SAMPLES = 10_000
@@ -121,7 +121,7 @@ class Bench:
                 validation=self.validation,
                 seed=self.seed,
                 time_budget=self.seconds / 2,
-                callbacks=[FitProgress()],
+                callbacks=[Progress()],
             )
         fitting = time.monotonic() - begun
         assert torch.equal(ladder.whitening.matrix, self.whitening.matrix)

@@ -31,7 +31,7 @@ nitpicky = True
 nitpick_ignore = [("py:attr", "log_abs_det")]
 # Types of other packages, whose inventories a build without a network cannot read, and names for annotations only.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|np|pathlib|collections|typing|tqdm|os|types|time)\..*"),
+    (r"py:.*", r"(torch|numpy|np|pathlib|collections|typing|rich|os|types|time)\..*"),
     (
         r"py:.*",
         r"(Tensor|Array|NDArray|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|ClassVar|NamedTuple)",

@@ -29,6 +29,7 @@ from latentprior.fitting import climb, stage, together
 from latentprior.fitting import fit as learning
 from latentprior.fitting import run as fit_run
 from latentprior.fitting.stage import StageLearner
+from latentprior.runtime import run as resumable_run
 from latentprior.runtime.processes import (
     Processes,
     in_unison,
@@ -96,7 +97,7 @@ def clock(pace: float) -> Iterator[None]:
     ticks = itertools.count()
     fake = SimpleNamespace(monotonic=lambda: pace * next(ticks))
     with contextlib.ExitStack() as stack:
-        for module in (climb, fit_run, normalizers, stage, together):
+        for module in (climb, fit_run, normalizers, resumable_run, stage, together):
             stack.enter_context(mock.patch.object(module, "time", fake))
         yield
 

@@ -31,8 +31,8 @@ from .fitting.settings import StageSettings
 from .integrations.onnx_export import export_onnx
 from .models.model import LatentVariableModel
 from .report import Report, write_report
-from .runtime.events import Event, TrainingEvent
-from .runtime.progress import FitProgress
+from .runtime.events import Event
+from .runtime.progress import Progress
 from .storage.cards import model_card
 from .training.alternating import train_alternating, train_under_prior
 from .training.config import AutoencoderConfig, TrainingConfig
@@ -49,7 +49,6 @@ __all__ = [
     "CheckpointError",
     "Event",
     "ExportError",
-    "FitProgress",
     "HubError",
     "Images",
     "InvalidImagesError",
@@ -67,12 +66,12 @@ __all__ = [
     "NormalizerBracketWarning",
     "NormalizerCheck",
     "ProcessLostError",
+    "Progress",
     "Report",
     "Stage",
     "StageSaturatedWarning",
     "StageSettings",
     "TrainingConfig",
-    "TrainingEvent",
     "__version__",
     "export_onnx",
     "fit",

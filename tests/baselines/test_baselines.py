@@ -39,9 +39,10 @@ from latentprior.errors import CheckpointError, LatentPriorError, LearningDiverg
 from latentprior.models.inference import short_run
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
-from latentprior.runtime.events import TrainingEvent
-from latentprior.training import joint_learner, two_phase
-from latentprior.training.joint_learner import JointLearner
+from latentprior.runtime.events import Event
+from latentprior.training import autoencoder as autoencoder_training
+from latentprior.training import joint_learner
+from latentprior.training.chains import PosteriorChains, PriorChains
 
 VAE = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
 CHAINS = {"steps": 150, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
@@ -127,7 +128,7 @@ def test_rival_is_a_function_of_its_seed_and_tells_every_step(name: str) -> None
         config = replace(config, second_steps=4)
     if name == "ncp_vae":
         config = replace(config, ratio=replace(RATIO, steps=20, batch_size=64))
-    heard: list[TrainingEvent] = []
+    heard: list[Event] = []
     made = [
         RIVALS[name](untrained(), x, config, seed=seed, callbacks=told)
         for seed, told in ((1, [heard.append]), (1, ()), (2, ()))
@@ -148,8 +149,8 @@ class Halt(Exception):
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.filterwarnings("ignore::latentprior.errors.NormalizerBracketWarning")
 def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 4)
-    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 4)
+    monkeypatch.setattr(autoencoder_training, "SAVE_STEPS", 4)
+    monkeypatch.setattr(two_stage_vae, "SAVE_STEPS", 4)
     config, x = replace(CONFIGS[name], steps=10), Images(pictures(120, 0))
     if name == "two_stage_vae":
         config = replace(config, second_steps=10)
@@ -163,9 +164,9 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, mo
         return RIVALS[name](untrained(), x, config, seed=1, callbacks=callbacks, **options)
 
     def stop_after(events: int) -> Any:
-        seen: list[TrainingEvent] = []
+        seen: list[Event] = []
 
-        def heard(event: TrainingEvent) -> None:
+        def heard(event: Event) -> None:
             seen.append(event)
             if len(seen) == events:
                 raise Halt
@@ -178,7 +179,7 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, mo
         if events:
             with pytest.raises(Halt):
                 learned([stop_after(events)], **options)
-    heard: list[TrainingEvent] = []
+    heard: list[Event] = []
     again = learned([heard.append], **options)
     assert heard[0].step == (5 if name == "two_stage_vae" else 9)
     for one, other in zip(whole.state()[1].items(), again.state()[1].items(), strict=True):
@@ -463,23 +464,23 @@ def test_lebm_prior_raises_the_density_of_inferred_latents() -> None:
 def test_lebm_chains_follow_the_energy_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, list[Tensor]]] = []
 
-    def watch(name: str) -> None:
-        plain = getattr(JointLearner, name)
+    def watch(chains: type, name: str) -> None:
+        plain = chains.sample
 
         def watched(*arguments: Any, **options: Any) -> Tensor:
             z: Tensor = plain(*arguments, **options)
             seen[-1].setdefault(name, []).append(z)
             return z
 
-        monkeypatch.setattr(JointLearner, name, watched)
+        monkeypatch.setattr(chains, "sample", watched)
 
-    watch("posterior_samples")
-    watch("prior_samples")
+    watch(PosteriorChains, "posterior")
+    watch(PriorChains, "prior")
     for rate in (1e-9, 0.1):
         seen.append({})
         config = replace(CONFIGS["lebm"], steps=2, learning_rate=1e-9, energy_learning_rate=rate, held_out=10)
         train_lebm(untrained(), Images(pictures(100, 0)), config)
-    for name in ("posterior_samples", "prior_samples"):
+    for name in ("posterior", "prior"):
         still, moving = (run[name] for run in seen)
         assert torch.equal(still[0], moving[0])
         assert (still[1] - moving[1]).abs().mean() > 1e-3

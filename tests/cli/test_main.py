@@ -22,8 +22,8 @@ from latentprior.cli.main import main
 from latentprior.density.figures import record, strict_json, text
 from latentprior.errors import LearningDivergedError, StageSaturatedWarning
 from latentprior.fitting import fit as learning
-from latentprior.fitting import run as fit_run
 from latentprior.fitting import start as fit_start
+from latentprior.runtime import run as resumable_run
 from latentprior.storage.checkpoint import LONGEST_NAME, _checksum
 from latentprior.storage.output_files import ROOM
 
@@ -514,7 +514,7 @@ def test_a_full_disk_while_learning_exits_1(run, work, tmp_path, monkeypatch):
     def full(*_, **__):
         raise lp.CheckpointError("cannot save (No space left on device)")
 
-    monkeypatch.setattr(fit_run, "save_state", full)
+    monkeypatch.setattr(resumable_run, "save_state", full)
     call = ("fit", work / "z.npy", "--out", tmp_path, "--base", "normal")
     assert_refused(run(*call), "No space left", code=1)
 

@@ -32,7 +32,7 @@ from latentprior.cli import main as cli
 from latentprior.evaluation.known_densities import Banana
 from latentprior.fitting import fit as learning
 from latentprior.storage.checkpoint import load_state
-from latentprior.training import two_phase
+from latentprior.training import autoencoder
 
 TINY = StageSettings(steps=300, width=16, depth=1, batch_size=64, average=0.98, bound=1.5)
 TRAIN = """method=alternating network.width=16 network.latent_dim=2 autoencoder.steps=60 fit.base=normal
@@ -70,7 +70,7 @@ class Runs:
         return [str(word) for word in (*call, "--out", self.root / name, "--resume")]
 
     def main(self, name: str) -> int:
-        two_phase.SAVE_EVERY = 20
+        autoencoder.SAVE_STEPS = 20
         with mock.patch.object(cli.learning, "fit", partial(learning.fit, settings=TINY)):
             return cli.main(self.command(name))
 

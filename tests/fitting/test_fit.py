@@ -23,7 +23,7 @@ from latentprior.density.bases import NormalBase
 from latentprior.density.ladder import Ladder, Stage, passed_afresh
 from latentprior.density.ratios import Gain
 from latentprior.evaluation.known_densities import Banana, SkewedProduct
-from latentprior.fitting.run import FitRun
+from latentprior.fitting.run import Budget
 from latentprior.fitting.stage import StageLearner
 from latentprior.runtime.processes import SingleProcess
 
@@ -200,14 +200,14 @@ def test_time_budget_is_kept_roughly(crescent: Tensor) -> None:
 
 
 def test_the_normaliser_is_left_what_it_takes_and_a_fifth_at_most() -> None:
-    run = FitRun(100.0, (), None, SingleProcess())
-    assert run.deadline is not None
-    assert run.end is not None
-    for seconds, kept in ((3.0, 3.0), (50.0, 20.0)):
-        run.keep(seconds)
-        assert run.end - run.deadline == pytest.approx(kept)
-    endless = FitRun(None, (), None, SingleProcess())
-    endless.keep(3.0)
+    budget = Budget(100.0, SingleProcess())
+    assert budget.deadline is not None
+    assert budget.end is not None
+    for seconds, reserved in ((3.0, 3.0), (50.0, 20.0)):
+        budget.reserve(seconds)
+        assert budget.end - budget.deadline == pytest.approx(reserved)
+    endless = Budget(None, SingleProcess())
+    endless.reserve(3.0)
     assert endless.deadline is None
 
 
@@ -353,13 +353,13 @@ def test_checkpoint_of_another_run_is_refused(
     quick(max_stages=0, checkpoint_dir=tmp_path)
     if other.get("z") == "shifted":
         other = {"z": crescent + 1e-3}
-    with pytest.raises(CheckpointError, match="a run on other latents or settings; choose another folder"):
+    with pytest.raises(CheckpointError, match="a run on other data or settings; choose another folder"):
         quick(checkpoint_dir=tmp_path, resume=True, **other)
 
 
 def test_other_parameters_of_a_distribution_are_another_run(quick: Fit, tmp_path: Path) -> None:
     quick(max_stages=0, base=MultivariateNormal(torch.zeros(2), torch.eye(2)), checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="other latents or settings"):
+    with pytest.raises(CheckpointError, match="other data or settings"):
         quick(max_stages=0, base=MultivariateNormal(torch.ones(2), torch.eye(2)), checkpoint_dir=tmp_path, resume=True)
 
 
@@ -379,18 +379,18 @@ def test_prior_folder_is_no_checkpoint(quick: Fit, tmp_path: Path) -> None:
 def test_tampered_checkpoint_is_a_named_error(
     quick: Fit, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentprior.fitting import run as fit_run
+    from latentprior.runtime import run as resumable_run
 
     with pytest.raises(Interruption):
         quick(checkpoint_dir=tmp_path, callbacks=[interrupt("step", 0, 150)])
-    real = fit_run.load_state
+    real = resumable_run.load_state
 
     def tampered(*args: Any) -> Any:
         document, tensors = real(*args)
         document[missing] = {} if missing == "learner" else None
         return document, tensors
 
-    monkeypatch.setattr(fit_run, "load_state", tampered)
+    monkeypatch.setattr(resumable_run, "load_state", tampered)
     with pytest.raises(CheckpointError):
         quick(checkpoint_dir=tmp_path, resume=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from ..density.ratios import gain
 from ..density.sampling.resampling import LogMean
 from ..errors import LearningDivergedError
 from ..models.model import LatentVariableModel
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..runtime.processes import SingleProcess
+from ..runtime.run import Run
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import locked
 from ..training.config import TrainingConfig
+from ..training.joint import joint_run, save, start
 from ..training.joint_learner import JointLearner
-from ..training.joint_run import TrainingRun
 from .vae import start_over
 
 __all__ = ["LEBMConfig", "contrastive_loss", "train_lebm"]
@@ -123,7 +123,7 @@ def train_lebm(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
 ) -> LatentVariableModel:
     r"""Learn the decoder with :math:`p_\alpha(z) = e^{f_\alpha(z)} N(z; 0, I) / Z` by maximum likelihood.
 
@@ -169,63 +169,47 @@ def train_lebm(
     model.encoder = None
     start_over(model)
     learner = JointLearner(model, images, config.training(), seed, SingleProcess(model.device))
-    run = TrainingRun(learner, checkpoint_dir, callbacks)
-    with locked(run.folder):
-        if resume:
-            run.load()
+    run = joint_run(learner, checkpoint_dir, callbacks)
+    with run.lock():
+        start(run, learner, resume=resume)
         _learn(run, learner, config)
         _conclude(learner, config, seed, run.seconds())
     return model
 
 
-def _learn(run: TrainingRun, learner: JointLearner, config: LEBMConfig) -> None:
+def _learn(run: Run, learner: JointLearner, config: LEBMConfig) -> None:
     """Go on from where the learner stands to the last step; the networks then have their averaged weights."""
-    model, energy, optimizer = learner.model, learner.ratio, learner.ratio_optimizer
+    task, energy = learner.task, learner.ratio.ratio
     # The energy is part of the ladder from the beginning, so that both kinds of chains follow it as it changes.
-    model.prior = model.prior.with_ladder(model.prior.ladder.extended(Stage(energy)))
-    for step in range(learner.updates + 1, config.steps + 1):
-        x, index = learner.batch()
-        posterior, prior = learner.posterior_samples(x, index), learner.prior_samples(len(x))
+    task.model.prior = task.model.prior.with_ladder(task.model.prior.ladder.extended(Stage(energy)))
+    for step in range(task.updates + 1, config.steps + 1):
+        x, index = task.batch()
+        posterior, prior = learner.posterior.sample(x, index), learner.prior.sample(len(x))
         loss = contrastive_loss(energy(posterior), energy(prior))
         if not math.isfinite(float(loss.detach())):
             raise LearningDivergedError(
                 f"the energy is not finite at step {step}; lower energy_learning_rate or prior_step_size"
             )
-        for group in optimizer.param_groups:
-            group["lr"] = config.energy_learning_rate * config.decay ** (
-                learner.updates * config.batch_size // len(learner.train_rows)
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(config.average, step / (step + AVERAGE_WARM_UP))
-            for name, parameter in energy.named_parameters():
-                learner.ratio_average[name].lerp_(parameter, 1 - decay)
-        losses = {"energy": float(loss.detach()), **learner.update_decoder(x, posterior)}
-        event = TrainingEvent("step", 0, step, config.steps, losses, seconds=run.seconds(), model=model)
-        for callback in run.callbacks:
-            callback(event)
-        if step % learner.config.evaluate_every == 0 or step == config.steps:
-            run.save()
-    energy.load_weights(learner.ratio_average)
-    energy.eval().requires_grad_(False)
+        learner.ratio.descend(loss)
+        losses = {"energy": float(loss.detach()), **learner.decoder.update(x, posterior)}
+        run.tell("step", 0, step, config.steps, losses=losses, model=task.model)
+        if step % task.config.evaluate_every == 0 or step == config.steps:
+            save(run, learner)
+    learner.ratio.averaged_ratio()
     learner.normalize()
 
 
 @torch.no_grad()
 def _conclude(learner: JointLearner, config: LEBMConfig, seed: int, seconds: float) -> None:
     """Put the log normaliser into the stage, and how well f tells held-out latents from N(0, I)."""
-    model, prior = learner.model, learner.model.prior
-    x = learner.images.batch(learner.held_out_rows, device=learner.device).to(prior.dtype)
-    parts = enumerate(x.split(config.batch_size))
-    z = torch.cat([learner.posterior_samples(part, use=f"gain {i}") for i, part in parts])
+    model, prior, ratio = learner.task.model, learner.task.model.prior, learner.ratio.ratio
+    z = learner.posterior.sample_held_out("gain")
     base = prior.base.sample(len(z), derived_generator(model.device, seed, "lebm gain"))
     c = prior.normalizer
-    measured = gain(learner.ratio(z) - c.value, learner.ratio(base) - c.value)
+    measured = gain(ratio(z) - c.value, ratio(base) - c.value)
     passed = Pass(LogMean(c.value, c.stderr, c.ess), c.ess, math.nan, c.source)
     ladder = prior.ladder.first(0).times(
-        learner.ratio, passed, measured, ess=c.ess, seconds=seconds, particles=c.source, steps=config.steps
+        ratio, passed, measured, ess=c.ess, seconds=seconds, particles=c.source, steps=config.steps
     )
     model.prior = prior.with_ladder(ladder, c, {"training": asdict(config)})
     model.sampler = {"sampler": "langevin", "steps": config.prior_steps, "step_size": config.prior_step_size}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +14,14 @@ from ..density.bases import DistributionBase
 from ..density.ladder import Ladder
 from ..density.prior import LatentPrior
 from ..density.whitening import identity_whitening
-from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
+from ..errors import LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
-from ..runtime.events import TrainingEvent
+from ..runtime.run import Run
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import UNFIT, load_state, locked, save_state
-from ..training.resumable import foreign, images_identity, network_state, phase_folder, restore_network
-from ..training.two_phase import SAVE_EVERY, aggregate_posterior
+from ..training.autoencoder import SAVE_STEPS
+from ..training.resumable import images_identity, phase_folder
+from ..training.trained_network import TrainedNetwork, cosine_rate
+from ..training.two_phase import aggregate_posterior
 from .two_stage_distribution import TwoStageDistribution, posterior, second_vae
 from .vae import VAEConfig, train_vae
 
@@ -103,56 +101,36 @@ def train_two_stage_vae(
     train_vae(model, images, config, **options)
     folder, seed = phase_folder(options.get("checkpoint_dir"), "second"), options.get("seed", 0)
     identity = images_identity(("second", asdict(config), seed, model.sigma), images)
-    with locked(folder):
-        second = _learn_second(
-            aggregate_posterior(model, images),
-            config,
-            model,
-            seed,
-            callbacks,
-            folder,
-            identity,
-            options.get("resume", False),
-        )
+    run = Run(folder, "second", identity, callbacks)
+    with run.lock():
+        resume = options.get("resume", False)
+        second = _learn_second(run, aggregate_posterior(model, images), config, model, seed, resume)
     flat = identity_whitening(math.prod(model.event_shape)).to(device=model.device, dtype=model.prior.dtype)
     model.prior = LatentPrior(Ladder(DistributionBase(second, flat)), flat, model.event_shape)
     return model
 
 
 def _learn_second(
-    latents: Latents,
-    config: TwoStageVAEConfig,
-    model: LatentVariableModel,
-    seed: int,
-    callbacks: Sequence[Callable[[TrainingEvent], None]],
-    folder: Path | None,
-    identity: str,
-    resume: bool,
+    run: Run, latents: Latents, config: TwoStageVAEConfig, model: LatentVariableModel, seed: int, resume: bool
 ) -> TwoStageDistribution:
     r"""Ascend :math:`\mathbb E_{q(u|z)} \log N(z; g(u), \gamma^2 I) - KL(q(u|z)\,\|\,N(0, I))`, gamma optimal."""
     d, device, dtype = latents.dim, model.device, model.prior.dtype
     weights = derived_generator(torch.device("cpu"), seed, "second vae", "weights")
     networks = second_vae(d, config.width, config.depth, weights).to(device=device, dtype=dtype)
     encoder, decoder = networks["encoder"], networks["decoder"]
-    average = {name: p.detach().clone() for name, p in networks.named_parameters()}
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.second_learning_rate)
-    everything = ("networks", networks, average, optimizer)
-    begun, first, error = time.monotonic(), 0, math.nan
-    if resume and folder is not None and (folder / "config.json").exists():
-        document, tensors = load_state(folder, "second")
-        if document.get("identity") != identity:
-            raise foreign(folder)
-        try:
-            restore_network(*everything, tensors)
+    second = TrainedNetwork(networks, optimizer, config.average)
+    first, error = 0, math.nan
+    saved = run.load() if resume and run.folder is not None else None
+    if saved is not None:
+        document, tensors = saved
+        with run.restoring():
+            second.restore(document, tensors)
             first, error = int(document["step"]), float(document["error"])
-        except UNFIT as damage:
-            raise CheckpointError(f"{folder}: its checkpoint is damaged ({type(damage).__name__})") from None
     for step in range(first, config.second_steps):
         draws = derived_generator(device, seed, "second vae", step)
         rows = torch.randint(len(latents), (config.second_batch_size,), generator=draws, device=device).cpu()
         z = latents.draw(rows, draws, device=device, dtype=dtype)
-        for group in optimizer.param_groups:
-            group["lr"] = config.second_learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.second_steps))
         mean, scale = posterior(encoder, z)
         u = mean + scale * torch.randn(mean.shape, generator=draws, device=device, dtype=dtype)
         squared = (decoder(u) - z).square().mean()
@@ -162,26 +140,13 @@ def _learn_second(
         error = now if math.isnan(error) else (1 - ERROR_SHARE) * error + ERROR_SHARE * now
         divergence = (0.5 * (mean.square() + scale.square() - 1) - scale.log()).sum(1).mean()
         loss = 0.5 * d * squared / max(error, LEAST_ERROR) + divergence
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(config.average, (step + 1) / (step + 10))
-            for name, parameter in networks.named_parameters():
-                average[name].lerp_(parameter, 1 - decay)
-        losses: dict[str, Any] = {"reconstruction": now, "divergence": float(divergence.detach())}
-        event = TrainingEvent(
-            "prior", 0, step + 1, config.second_steps, losses, seconds=time.monotonic() - begun, model=model
-        )
-        for callback in callbacks:
-            callback(event)
-        if folder is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == config.second_steps):
-            document = {"identity": identity, "step": step + 1, "error": error}
-            save_state(folder, "second", document, network_state(*everything))
-    with torch.no_grad():
-        for name, parameter in networks.named_parameters():
-            parameter.copy_(average[name])
-    networks.requires_grad_(False).eval()
+        second.descend(loss, cosine_rate(config.second_learning_rate, step, config.second_steps))
+        losses = {"reconstruction": now, "divergence": float(divergence.detach())}
+        run.tell("prior", 0, step + 1, config.second_steps, losses=losses, model=model)
+        if run.folder is not None and ((step + 1) % SAVE_STEPS == 0 or step + 1 == config.second_steps):
+            document, tensors = second.state()
+            run.save({**document, "step": step + 1, "error": error}, tensors)
+    second.finish()
     draws = derived_generator(device, seed, "second vae", "bound")
     noise = torch.randn(config.samples, d, generator=draws, device=device, dtype=dtype)
     return TwoStageDistribution(encoder, decoder, math.sqrt(max(error, LEAST_ERROR)), noise, latents.event_shape)

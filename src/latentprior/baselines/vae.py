@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ..data.images import Images
 from ..data.latents import Latents
 from ..errors import LatentPriorError
 from ..models.model import LatentVariableModel, standard_normal_prior
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Callback
 from ..training.config import AutoencoderConfig
 from ..training.resumable import phase_folder
 from ..training.two_phase import aggregate_posterior, refit_prior, train_autoencoder
@@ -94,7 +94,7 @@ def train_vae(
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callable[[TrainingEvent], None]] = (),
+    callbacks: Iterable[Callback] = (),
     autoencoder: LatentVariableModel | None = None,
 ) -> LatentVariableModel:
     r"""Ascend :math:`\mathbb E_{q(z \mid x)}\log p(x \mid z) - KL(q(z \mid x)\,\|\,N(0, I))`; returns ``model``.
@@ -116,7 +116,7 @@ def train_vae(
     resume : bool
         Whether to go on from the state in ``checkpoint_dir``, to the same weights.
     callbacks : iterable of callable
-        Called with a :class:`~latentprior.TrainingEvent` after every step.
+        Called with a :class:`~latentprior.Event` after every step.
     autoencoder : LatentVariableModel, optional
         A trained model whose weights and sigma are copied, so that no autoencoder is learned.
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.latents import Latents
 from ..density.prior import LatentPrior
@@ -29,7 +28,7 @@ from ..errors import MissingExtraError
 from ..evaluation.metrics import image_frechet_distance, two_sample_auc
 from ..fitting.fit import fit
 from ..fitting.settings import StageSettings
-from ..runtime.progress import FitProgress
+from ..runtime.progress import Progress, work_bar
 from ..runtime.seeding import derived_generator
 
 __all__ = ["run_demo"]
@@ -103,17 +102,17 @@ def _run(out: Path, seed: int, progress: bool, scale: _Scale) -> dict[str, Any]:
         seed=seed,
         validation=z_validation,
         settings=scale.stage,
-        callbacks=[FitProgress()] if bars else [],
+        callbacks=[Progress()] if bars else [],
     )
     fit_seconds = time.monotonic() - began - vae_seconds
 
-    with tqdm(total=2, desc="measuring", bar_format="{desc} [{elapsed}]", disable=not bars) as shown:
+    with work_bar("measuring", 2, shown=bars) as shown:
         rows, decoded, above = _compare(
             prior, vae, classifier[:-1], posteriors[0], (z_train, z_test), train, test, seed
         )
-        shown.update()
+        shown.update(1)
         check = prior.check_normalizer(draws=scale.check_draws)
-        shown.update()
+        shown.update(1)
     with torch.no_grad():
         accuracy = float((classifier(test.images).argmax(1) == test.labels).double().mean())
 
@@ -275,19 +274,16 @@ def _minimise(
 ) -> None:
     """AdamW over shuffled batches of 128 rows under a cosine schedule."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.1)
-    with tqdm(total=epochs, desc=bar, unit="epoch", disable=bar is None, dynamic_ncols=True) as shown:
+    with work_bar(bar or "", epochs, shown=bar is not None) as shown:
         for epoch in range(epochs):
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-            total = 0.0
             for index in torch.randperm(rows, generator=generator).split(128):
                 value = loss(index)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()
-                total += value.item() * len(index)
-            shown.set_postfix(loss=f"{total / rows:.2f}", refresh=False)
-            shown.update()
+            shown.update(1)
     network.eval().requires_grad_(False)
 
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ..errors import LatentPriorError
-from ..runtime.progress import Stopped, note, part_bar
+from ..runtime.progress import note, work_bar
+from ..runtime.stopping import Stopped
 from .options import Device, WorkFailed, check_device
 
 __all__ = ["explore"]
@@ -63,10 +64,10 @@ def explore(
             )
         note("warning", f"the page on {host} has no password: whoever reaches it can use the model and this machine")
     check_device(device)
-    with part_bar(task=f"opening {folder}"):
+    with work_bar(f"opening {folder}"):
         explorer = open_explorer(folder, calibration, device=device)
     try:
-        with part_bar(task="calibrating"):
+        with work_bar("calibrating"):
             server = Server(explorer, host, port)
     except OSError as error:
         raise WorkFailed(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from None

@@ -23,7 +23,7 @@ from ..evaluation import metrics
 from ..evaluation.feature_networks import feature_network, list_feature_networks
 from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model
-from ..runtime.progress import part_bar, row_bar
+from ..runtime.progress import work_bar
 from ..storage.output_files import array_file, check_file, check_images_out, images_out
 from .options import AsJson, Device, ImagesSource, Key, Seed
 
@@ -66,7 +66,7 @@ def generate(
     model = load_model(folder, device)
     options = _sampler(model, sampler)
     draws = torch.Generator().manual_seed(seed % 2**63)
-    with row_bar(n, "generating") as bar, torch.no_grad(), _written(out, n, model) as write:
+    with work_bar("generating", n) as bar, torch.no_grad(), _written(out, n, model) as write:
         for start in range(0, n, SAMPLE_BLOCK):
             z = model.prior.sample((min(SAMPLE_BLOCK, n - start),), generator=draws, **options)
             for block in z.split(ROWS):
@@ -105,7 +105,7 @@ def reconstruct(
         check_images_out(out, 2 * n if pairs else n)
     draws, errors = torch.Generator().manual_seed(seed % 2**63), []
     writing = contextlib.nullcontext() if out is None else _written(out, n, model, pairs)
-    with row_bar(n, "reconstructing") as bar, writing as write:
+    with work_bar("reconstructing", n) as bar, writing as write:
         for x in pictures.batches(ROWS, device=model.device):
             again = model.reconstruct(x, method=method, generator=draws)
             errors.append((again.double() - x).square().flatten(1).mean(1).cpu())
@@ -164,7 +164,7 @@ def detect(
     truth = _truth(pictures, images, labels_key, anomaly, split)
     n, draws, parts = len(pictures), torch.Generator().manual_seed(seed % 2**63), []
     options: dict[str, Any] = {} if kind == "marginal" else {"method": method}
-    with row_bar(n, "scoring") as bar:
+    with work_bar("scoring", n) as bar:
         for x in pictures.batches(ROWS, device=model.device):
             parts.append(model.anomaly_score(x, kind=kind, generator=draws, **options).double().cpu())  # type: ignore[arg-type]
             bar.update(len(x))
@@ -236,13 +236,13 @@ def evaluate(
     real, held_out = (part.subset(torch.randperm(len(part), generator=draws)[:n]) for part in (real, held_out))
     x = held_out.batch(torch.arange(n))
     again = []
-    with row_bar(n, "reconstructing") as bar:
+    with work_bar("reconstructing", n) as bar:
         for block in x.split(ROWS):
             again.append(model.reconstruct(block, method=method, generator=draws).cpu())
             bar.update(len(block))
-    with part_bar(task="generating"):
+    with work_bar("generating"):
         generated = model.generate(n, generator=draws, **options).cpu()
-    with part_bar(task="features and distances"):
+    with work_bar("features and distances"):
         report = metrics.image_report(
             real.batch(torch.arange(n)), x, generated, torch.cat(again).float(), network, network_name=None, seed=seed
         )

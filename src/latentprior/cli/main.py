@@ -34,7 +34,8 @@ from ..errors import (
 )
 from ..fitting import fit as learning
 from ..runtime.processes import in_unison, launched_processes
-from ..runtime.progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
+from ..runtime.progress import Progress, note, tidy_warnings, work_bar
+from ..runtime.stopping import Stopped, StopSignals
 from ..storage.checkpoint import check_ours, locked, remove_checkpoint
 from ..storage.output_files import array_file, check_file, check_folder
 from . import explore as explore_command
@@ -217,7 +218,7 @@ def fit(
                 check_folder(out)
                 stack.enter_context(locked(out))
                 _make_way(out, checkpoint, resume)
-        progress, stop = stack.enter_context(FitProgress()), stack.enter_context(StopSignals())
+        progress, stop = stack.enter_context(Progress()), stack.enter_context(StopSignals())
         try:
             prior = learning.fit(
                 target,
@@ -291,7 +292,7 @@ def score(
         )
     n, mean, squares, infinite = 0, 0.0, 0.0, 0
     writer = contextlib.nullcontext() if out is None else array_file(out, (len(rows),), "<f8")
-    with writer as file, torch.no_grad(), row_bar(len(rows), "scoring") as bar:
+    with writer as file, torch.no_grad(), work_bar("scoring", len(rows)) as bar:
         draws = torch.Generator().manual_seed(0)
         for block in rows.blocks(draws, max(1, min(SCORE_ROWS, SCORE_NUMBERS // rows.dim))):
             values = prior.log_prob(block.to(prior.dtype).reshape(-1, *prior.event_shape)).double().cpu()
@@ -343,7 +344,7 @@ def sample(
     shape = (n, *prior.event_shape)
     dtype = np.dtype(str(prior.dtype).removeprefix("torch.")).newbyteorder("<")
     generator = torch.Generator().manual_seed(seed % 2**63)
-    with array_file(out, shape, dtype.str) as file, row_bar(n, "sampling") as bar:
+    with array_file(out, shape, dtype.str) as file, work_bar("sampling", n) as bar:
         for start in range(0, n, SAMPLE_BLOCK):
             rows = min(SAMPLE_BLOCK, n - start)
             draws = prior.sample((rows,), generator=generator, sampler=sampler)

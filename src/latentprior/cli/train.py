@@ -19,10 +19,11 @@ from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
 from ..recipes.model_folders import new_model, save_model
 from ..recipes.recipe import Recipe, changed, read_recipe, recipe_for, recipe_names, rival, to_yaml
-from ..runtime.events import TrainingEvent
+from ..runtime.events import Event
 from ..runtime.processes import Processes, launched_processes
-from ..runtime.progress import FitProgress, Stopped, StopSignals, TrainingProgress, note
+from ..runtime.progress import Progress, note
 from ..runtime.seeding import derived_generator
+from ..runtime.stopping import Stopped, StopSignals
 from ..runtime.tracking import JSONLinesTracker, TensorBoardTracker, Tracker, tracked
 from ..storage.checkpoint import check_ours, locked, remove_checkpoint
 from ..storage.output_files import check_folder, check_images_out, picture_grid, write_whole
@@ -128,8 +129,7 @@ def train(
         processes.wait()
         begun = time.monotonic()
         with contextlib.ExitStack() as stack:
-            progress, bars = stack.enter_context(TrainingProgress()), stack.enter_context(FitProgress())
-            stop = stack.enter_context(StopSignals())
+            progress, stop = stack.enter_context(Progress()), stack.enter_context(StopSignals())
             trackers: list[Tracker] = []
             if main:
                 trackers = [JSONLinesTracker(log), *([TensorBoardTracker(out / "tensorboard")] if tensorboard else [])]
@@ -139,9 +139,8 @@ def train(
             curves = [tracked(tracker) for tracker in trackers]
             samples = _Samples(out, seed, trackers)
             heard: Callbacks = (stop.check, progress, last, *curves, samples)
-            fit_heard: Callbacks = (stop.check, lambda _: progress.close(), bars, *curves)
             try:
-                _learn(model, pictures, recipe, checkpoint, seed, resume, processes, heard, fit_heard)
+                _learn(model, pictures, recipe, checkpoint, seed, resume, processes, heard)
                 if main:
                     save_model(model, out / "model")
                     samples.draw(model)
@@ -153,7 +152,7 @@ def train(
                 raise
             except LatentPriorError as error:
                 # Once the run has begun, its input has been found right.
-                if progress.begun or bars.begun:
+                if progress.begun:
                     raise WorkFailed(str(error)) from error
                 raise
             processes.wait()
@@ -218,7 +217,6 @@ def _learn(
     resume: bool,
     processes: Processes,
     heard: Callbacks,
-    fit_heard: Callbacks,
 ) -> None:
     if recipe.method == "joint":
         training.train(
@@ -232,7 +230,7 @@ def _learn(
             callbacks=heard,
         )
     elif recipe.method in ("two-phase", "alternating"):
-        _with_autoencoder(model, images, recipe, checkpoint, seed, resume, heard, fit_heard)
+        _with_autoencoder(model, images, recipe, checkpoint, seed, resume, heard)
     else:
         how = {"seed": seed, "checkpoint_dir": checkpoint, "resume": resume, "callbacks": heard}
         rival(recipe.method)(model, images, recipe.rival_config(), **how)
@@ -246,12 +244,11 @@ def _with_autoencoder(
     seed: int,
     resume: bool,
     heard: Callbacks,
-    fit_heard: Callbacks,
 ) -> None:
     names = ("base", "max_stages", "validation", "whitening", "settings", "time_budget")
     options: dict[str, Any] = {name: getattr(recipe.fit, name) for name in names}
     options |= {"seed": seed, "checkpoint_dir": checkpoint, "resume": resume}
-    options |= {"callbacks": heard, "fit_callbacks": fit_heard}
+    options |= {"callbacks": heard}
     if recipe.method == "two-phase":
         train_two_phase(model, images, recipe.autoencoder, **options)
     else:
@@ -264,7 +261,7 @@ class _Last:
     def __init__(self) -> None:
         self.losses: dict[str, float] = {}
 
-    def __call__(self, event: TrainingEvent) -> None:
+    def __call__(self, event: Event) -> None:
         self.losses = dict(event.losses) or self.losses
 
 
@@ -274,7 +271,7 @@ class _Samples:
     def __init__(self, out: Path, seed: int, trackers: Sequence[Tracker]) -> None:
         self.path, self.seed, self.trackers = out / "samples.png", seed, trackers
 
-    def __call__(self, event: TrainingEvent) -> None:
+    def __call__(self, event: Event) -> None:
         tenth = event.losses and event.kind != "evaluate" and event.step % max(25, event.steps // 10) == 0
         if event.model is not None and (tenth or event.kind == "learned"):
             self.draw(event.model, event.step)

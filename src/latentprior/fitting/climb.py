@@ -73,7 +73,7 @@ def climb(
     particles: FreshParticles | None = None
     seconds = 0.0
     while ladder.length < most_stages:
-        if not run.time_for(seconds):
+        if not run.budget.time_for(seconds):
             return ladder, "time_budget"
         begin, learner = time.monotonic(), begin_stage(ladder)
         limit = deadline(learner)
@@ -126,7 +126,7 @@ def _learned(
                 )
             if not learned.has_gained:
                 return learned, None
-            last = last or not run.time_for(time.monotonic() - begin)
+            last = last or not run.budget.time_for(time.monotonic() - begin)
             return learned, measure(learner, learned, before, last)
         except LearningDivergedError as error:
             # This also holds for a run that was resumed at its second attempt.

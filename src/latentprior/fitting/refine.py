@@ -150,7 +150,7 @@ def _refined(
     shape = tuple(prior.event_shape)
     pictures = StandardisedDecoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED_ROWS])
     begin = time.monotonic()
-    limit = None if run.end is None else begin + STAGE_SHARE * (run.end - begin)
+    limit = None if run.budget.end is None else begin + STAGE_SHARE * (run.budget.end - begin)
 
     def begin_stage(ladder: Ladder) -> StageLearner:
         return StageLearner(aim, ladder, settings, shape, seed, decoder=pictures)
@@ -172,7 +172,7 @@ def _refined(
     run.tell("normalizer", most)
     generator = derived_generator(prior.device, seed, "refined", most)
     # Hardly a draw of the base would count: the bracket is all that there is.
-    deadline = None if run.end is None else _bracket_deadline(time.monotonic(), run.end)
+    deadline = None if run.budget.end is None else _bracket_deadline(time.monotonic(), run.budget.end)
     total = normalizers.estimate(ladder, rows, generator, draws=0, deadline=deadline)
     facts = {"stopped": "refined", "total_seconds": run.seconds()}
     return normalised(prior.with_ladder(ladder), total, rows, **facts), "refined"
@@ -180,9 +180,9 @@ def _refined(
 
 def _affordable_particles(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
     """Particles of sequential Monte Carlo that there is time for."""
-    if run.time_budget is None:
+    if run.budget.seconds is None:
         return MOST_PARTICLES
-    seconds = PARTICLES_SHARE * run.time_budget
+    seconds = PARTICLES_SHARE * run.budget.seconds
     return normalizers.affordable(ladder, rows, seconds, normalizers.BRACKET_MOVES, MOST_PARTICLES)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..density.prior import LatentPrior
 from ..errors import MissingExtraError
 from ..fitting.settings import StageSettings
-from ..runtime.progress import FitProgress
+from ..runtime.progress import Progress
 from .tables import TableDensity, seed_from
 
 try:
@@ -157,7 +157,7 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
         )
-        with FitProgress() as progress:
+        with Progress() as progress:
             self._density = TableDensity.fit(
                 x,
                 seed=seed_from(self.random_state),

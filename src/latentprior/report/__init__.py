@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import LatentPriorError, MissingExtraError
-from ..runtime.progress import part_bar
+from ..runtime.progress import work_bar
 from ..storage.checkpoint import write_whole
 from ..storage.output_files import check_folder
 
@@ -104,11 +103,10 @@ def write_report(
     start = time.monotonic()
     out = Path(out)
     check_report_out(out)
-    bar = part_bar(page.PARTS + 1, "report") if progress else contextlib.nullcontext(lambda name: None)
-    with torch.no_grad(), bar as announce:
-        announce("reading")
+    with torch.no_grad(), work_bar("report", page.PARTS + 1, shown=progress) as bar:
+        bar.begin("reading")
         subject, rows = sources.find(source, latents, images, held_out, seed=seed, device=device)
-        blob = page.build(subject, rows, seed, announce).encode()
+        blob = page.build(subject, rows, seed, bar.begin).encode()
     write_whole(out, blob)
     return Report(out, len(blob), len(subject.prior.stages), time.monotonic() - start)
 
