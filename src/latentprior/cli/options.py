@@ -18,6 +18,7 @@ __all__ = [
     "Seed",
     "WorkFailed",
     "check_device",
+    "counted",
 ]
 
 ImagesSource = Annotated[
@@ -48,3 +49,8 @@ def check_device(device: str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise LatentPriorError(f"cannot compute on --device {device}: {reason}") from None
+
+
+def counted(count: int, thing: str) -> str:
+    """Write a count with its noun: ``1 stage``, ``2,000 stages``."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
