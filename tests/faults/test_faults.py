@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from clocks import HANG_SECONDS
+
 HARNESS = Path(__file__).with_name("harness.py")
 SOURCES = Path(__file__).parents[2] / "src" / "latentprior"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the harness forks")
@@ -22,7 +24,7 @@ def harness(folder: Path, *words: object) -> dict[str, Any]:
     call = [sys.executable, "-W", "ignore", HARNESS, folder, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=1500, check=False
+        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -96,7 +98,6 @@ def test_no_module_asks_the_wall_clock() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("kind", ["fit", "train"])
 @pytest.mark.parametrize("scenario", ["kill", "sigterm", "ctrl-c"])
 def test_many_stops(tmp_path: Path, kind: str, scenario: str) -> None:

@@ -119,7 +119,6 @@ def test_case_c_from_a_mixture() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_case_c_from_a_normal() -> None:
     prior, value, stderr = gap_of_case_c("normal", max_stages=12)
     assert prior.log_prob_stderr < MOST_STDERR

@@ -10,8 +10,6 @@ from typing import Annotated
 import typer
 
 from ..errors import LatentPriorError
-from ..explorer.explorer import open_explorer
-from ..explorer.server import Server, is_loopback
 from ..runtime.progress import Stopped, note, part_bar
 from .options import Device, WorkFailed, check_device
 
@@ -54,6 +52,10 @@ def explore(
 
     latentprior explore my-prior --calibration test_latents.npy --port 0 --no-browser
     """
+    # Imported here, so that no other command waits for scikit-learn.
+    from ..explorer.explorer import open_explorer
+    from ..explorer.server import Server, is_loopback
+
     if not is_loopback(host):
         if not allow_remote:
             raise LatentPriorError(
