@@ -410,7 +410,7 @@ def test_the_longest_paths_that_are_taken_hold_all_that_is_written(run, work, tm
     folder = deep(tmp_path, LONGEST_PATH - ROOM - 1)
     assert run("fit", work / "z.npy", "--out", folder, "--base", "normal", "--max-stages", 1)[0] == 0
     assert run("info", folder)[0] == 0
-    for part, kind in training_command.SAVED:
+    for part, kind in training_command.STATES.items():
         name = f".{kind}-{'0' * 16}.safetensors.{1 << 22}.partial"
         assert len(name) <= LONGEST
         assert len(f"/checkpoint/{part}/{name}") <= ROOM

@@ -71,7 +71,7 @@ class Runs:
 
     def main(self, name: str) -> int:
         two_phase.SAVE_EVERY = 20
-        with mock.patch.object(cli.learning, "fit", partial(learning.fit, settings=TINY)):
+        with mock.patch.object(learning, "fit", partial(learning.fit, settings=TINY)):
             return cli.main(self.command(name))
 
     def start(self, name: str, before: Callable[[], None] = lambda: None) -> int:

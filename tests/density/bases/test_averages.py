@@ -125,7 +125,7 @@ def tailed(n: int, seed: int) -> Tensor:
     return torch.randn(n, 32, generator=g) * torch.exp(0.6 * torch.randn(n, 32, generator=g))
 
 
-@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize("gains", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_time_goes_to_a_stage_that_gains(gains: bool) -> None:
     asked: list[int] = []
 
