@@ -183,7 +183,7 @@ def test_a_prior_without_stages_can_be_used(run, work, tmp_path):
 
 
 def test_score_agrees_with_the_library_in_any_block_size(run, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SCORE_ROWS", 64)
+    monkeypatch.setattr("latentprior.cli.latents.SCORED_ROWS", 64)
     path = tmp_path / "deep" / "log_prob.npy"
     code, out, err = run("score", work / "prior", work / "z.npy", "--out", path, "--json")
     assert (code, err) == (0, "")
@@ -224,7 +224,7 @@ def test_sample_writes_the_draws_of_the_library(run, work, tmp_path, sampler):
 
 
 def test_sample_in_blocks_is_sample_at_once(run, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SAMPLE_BLOCK", 20)
+    monkeypatch.setattr("latentprior.cli.latents.SAMPLE_BLOCK", 20)
     monkeypatch.setattr("latentprior.density.prior.SAMPLE_BLOCK", 20)
     assert run("sample", work / "prior", "-n", 50, "--out", tmp_path / "x.npy", "--sampler", "sir")[0] == 0
     prior = lp.LatentPrior.from_pretrained(work / "prior")
