@@ -191,7 +191,7 @@ def command(folder: Path, task: str, processes: Processes) -> int:
         np.save(folder / "z.npy", rows().numpy())
     processes.wait()
     call = ["fit", str(folder / "z.npy"), "--out", str(folder / "out"), "--base", "normal", "--max-stages", "2"]
-    quick = mock.patch.object(cli.learning, "fit", partial(learning.fit, settings=SETTINGS))
+    quick = mock.patch.object(learning, "fit", partial(learning.fit, settings=SETTINGS))
     with quick, mock.patch.object(StageLearner, "_update", fatal):
         return cli.main([*call, "--json", *(["--resume"] if task == "go on" else [])])
 

@@ -67,6 +67,7 @@ def test_tutorial(tmp_path: Path) -> None:
     assert (tmp_path / "my-prior" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_pictures_page_goes_on_from_the_tutorial(tmp_path: Path) -> None:
     printed = run("\n".join([*blocks("tutorial.md")[:3], *blocks("howto/decoder.md")]), tmp_path)
     assert printed.splitlines()[-1].startswith("LatentPrior(event_shape=(8,)")

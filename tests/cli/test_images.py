@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import latentprior as lp
+from clocks import HANG_SECONDS
 from latentprior.baselines import two_stage_vae
 from latentprior.cli import train as training_command
 from latentprior.cli.main import main
@@ -622,7 +623,7 @@ def test_two_processes_learn_one_model(work, tmp_path):
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=200, check=False
+        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert strict(done.stdout)["images"] == 160

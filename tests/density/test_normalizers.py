@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clocks import Clock
 from ladders import ladder_of
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
@@ -306,15 +307,19 @@ def test_a_mode_hidden_from_the_sampler_is_seen_from_the_data(generator: torch.G
     assert found.bracket.width > 0.5
 
 
-def test_what_an_estimate_takes_is_foreseen(ladder: Ladder, held_out: Tensor) -> None:
-    begun = time.monotonic()
+def test_what_an_estimate_takes_is_foreseen(
+    ladder: Ladder, held_out: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clock by which every row takes a microsecond to be evaluated, and nothing else any time.
+    real = Slope.forward
+    monkeypatch.setattr(Slope, "forward", lambda self, u: clock.advance(1e-6 * len(u)) or real(self, u))
+    begun = clock.now
     foreseen = expected_seconds(ladder, held_out)
-    # Nothing is drawn for it.
-    assert time.monotonic() - begun < 0.2 * foreseen
-    begun = time.monotonic()
+    begun, foreseeing = clock.now, clock.now - begun
     estimate(ladder, held_out, torch.Generator().manual_seed(0), tolerance=1.0)
-    # By a handful of evaluations, on a machine that may have other work.
-    assert 0.1 * foreseen < time.monotonic() - begun < 10 * foreseen
+    # Nothing is drawn for it, and a handful of evaluations are enough to say.
+    assert foreseeing < 0.2 * foreseen
+    assert 0.1 * foreseen < clock.now - begun < 10 * foreseen
 
 
 def test_more_stages_are_foreseen_to_take_longer(

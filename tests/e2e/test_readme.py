@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# The lines are run at full length.
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -27,7 +30,6 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(600)
 def test_shell_lines(tmp_path: Path) -> None:
     (lines,) = [block.splitlines() for block in blocks("sh") if block.startswith("latentprior demo")]
     printed = {line: run(line.split(), tmp_path) for line in lines}
@@ -43,7 +45,6 @@ def test_shell_lines(tmp_path: Path) -> None:
     assert (tmp_path / "demo-out" / "samples.png").stat().st_size > 10_000
 
 
-@pytest.mark.timeout(600)
 def test_python_lines(tmp_path: Path) -> None:
     code, _ = blocks("python")
     printed = run([sys.executable, "-W", "ignore", "-c", code], tmp_path)
@@ -51,7 +52,6 @@ def test_python_lines(tmp_path: Path) -> None:
     assert (tmp_path / "my-prior" / "config.json").exists()
 
 
-@pytest.mark.timeout(600)
 def test_python_lines_with_images(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
@@ -61,8 +61,6 @@ def test_python_lines_with_images(tmp_path: Path) -> None:
     assert (tmp_path / "my-model" / "config.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_shell_lines_with_images(tmp_path: Path) -> None:
     run(["latentprior", "demo", "--out", "demo-out"], tmp_path)
     (lines,) = [block.splitlines() for block in blocks("sh") if block.startswith("latentprior train")]

@@ -246,6 +246,7 @@ class TestReports:
 
 
 class TestTwoSampleAUC:
+    @pytest.mark.slow
     def test_is_half_for_equal_laws(self):
         z = []
         for seed in range(6):

@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.distributions import MultivariateNormal
 
 import latentprior as lp
 import latentprior.evaluation.known_densities
+from clocks import Clock
 from ladders import ladder_of
 from latentprior import CheckpointError, Event, InvalidLatentsError, LatentPriorError, Latents
 from latentprior.density.bases import NormalBase
@@ -107,7 +107,7 @@ def test_events_come_in_order(quick: Fit) -> None:
     ]
     steps = [e.step for e in events if e.kind == "step" and e.stage == 0]
     assert steps == list(range(1, len(steps) + 1))
-    assert events[-1].seconds <= prior.info["total_seconds"] + 0.1
+    assert events[-2].seconds <= prior.info["total_seconds"] <= events[-1].seconds
 
 
 @pytest.mark.parametrize(("rise", "stderr", "kept"), [(0.3, 0.01, True), (0.04, 0.001, False), (0.3, 0.16, False)])
@@ -188,13 +188,13 @@ def test_no_gain_ends_the_ladder(generator: torch.Generator) -> None:
     assert prior.info["stopped"] in ("no gain", "no rise")
 
 
-def test_time_budget_is_kept_roughly(crescent: Tensor) -> None:
+def test_time_budget_is_kept_roughly(crescent: Tensor, clock: Clock) -> None:
     endless = lp.StageSettings(width=32, steps=10**6, batch_size=256, patience=10**6)
-    begun = time.monotonic()
+    begun, clock.pace = clock.now, 0.005
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LatentPriorWarning)
         prior = lp.fit(crescent, base="normal", max_stages=50, settings=endless, time_budget=3)
-    assert time.monotonic() - begun < 6
+    assert clock.now - begun < 4
     assert prior.info["stopped"] == "time_budget"
     assert len(prior.stages) >= 1
 
@@ -211,15 +211,22 @@ def test_the_normaliser_is_left_what_it_takes_and_a_fifth_at_most() -> None:
     assert endless.deadline is None
 
 
-@pytest.mark.parametrize(("seconds", "least", "most"), [(0.2, 5.6, 6.6), (100.0, 4.6, 5.6)])
+@pytest.mark.filterwarnings("ignore::latentprior.LatentPriorWarning")
+@pytest.mark.parametrize(("seconds", "begins"), [(0.2, 5.8), (100.0, 4.8)])
 def test_a_stage_goes_on_until_the_normaliser_needs_the_time(
-    crescent: Tensor, monkeypatch: pytest.MonkeyPatch, seconds: float, least: float, most: float
+    crescent: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: float, begins: float
 ) -> None:
     monkeypatch.setattr("latentprior.fitting.fit.expected_seconds", lambda *_: seconds)
     endless = lp.StageSettings(width=16, depth=1, steps=10**6, batch_size=128, patience=10**6)
     events: list[Event] = []
-    lp.fit(crescent, base="normal", max_stages=1, settings=endless, time_budget=6, callbacks=[events.append])
-    assert least < next(event.seconds for event in events if event.kind == "normalizer") < most
+
+    def tick(event: Event) -> None:
+        # A step takes 5 ms, and nothing else takes any time. A stage looks at the clock every 100 steps.
+        clock.advance(0.005 * (event.kind == "step"))
+
+    lp.fit(crescent, base="normal", max_stages=1, settings=endless, time_budget=6, callbacks=[tick, events.append])
+    normalizer = next(event.seconds for event in events if event.kind == "normalizer")
+    assert begins - 1e-6 < normalizer < begins + 0.5 + 1e-6
 
 
 def test_no_time_at_all_is_told_as_such(quick: Fit) -> None:
@@ -237,7 +244,7 @@ def test_ample_time_changes_nothing(quick: Fit) -> None:
 # Determinism and resuming
 
 
-@pytest.mark.parametrize("base", ["normal", "gmm:2", pytest.param("copula", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", ["gmm:2", *(pytest.param(b, marks=pytest.mark.slow) for b in ("normal", "copula"))])
 def test_same_seed_same_bits(quick: Fit, base: str) -> None:
     assert_same(quick(base=base, max_stages=1, seed=3), quick(base=base, max_stages=1, seed=3))
 

@@ -265,7 +265,7 @@ def test_command_writes_into_the_folder(run, work):
     path = work / "prior" / "report.html"
     assert found.keys() == {"path", "bytes", "stages", "seconds"}
     assert (found["path"], found["bytes"], found["stages"]) == (str(path), path.stat().st_size, 2)
-    assert found["seconds"] < 60
+    assert found["seconds"] > 0
     # A folder with a report in it is still the folder of a prior.
     assert run(work / "prior", "--out", work / "again.html")[1].startswith(f"{work / 'again.html'}: ")
 

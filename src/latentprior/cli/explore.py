@@ -12,18 +12,13 @@ import typer
 from ..errors import LatentPriorError
 from ..runtime.progress import note, work_bar
 from ..runtime.stopping import Stopped
-from .options import Device, WorkFailed, check_device
+from .options import Device, SavedFolder, WorkFailed, check_device
 
 __all__ = ["explore"]
 
 
 def explore(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="Folder that [bold]fit[/], [bold]train[/] or [bold]demo[/] wrote, or a saved model."
-        ),
-    ],
+    folder: SavedFolder,
     calibration: Annotated[
         Path | None,
         typer.Option(
