@@ -30,12 +30,7 @@ from latentprior.fitting import fit as learning
 from latentprior.fitting import run as fit_run
 from latentprior.fitting.stage import StageLearner
 from latentprior.runtime import run as resumable_run
-from latentprior.runtime.processes import (
-    Processes,
-    in_unison,
-    joined,
-    launched_processes,
-)
+from latentprior.runtime.processes import Processes, in_unison, joined, launched_processes
 from latentprior.storage.checkpoint import locked
 
 SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5, weight_decay=0.1)

@@ -32,14 +32,7 @@ def short(tmp_path_factory):
 def test_writes_what_it_returns(short):
     out, found, _ = short
     assert json.loads((out / "results.json").read_text()) == found
-    assert list(found["rows"]) == [
-        "N(0, I)",
-        "fitted Gaussian",
-        "GMM",
-        "ladder",
-        "reconstructions",
-        "training data",
-    ]
+    assert list(found["rows"]) == ["N(0, I)", "fitted Gaussian", "GMM", "ladder", "reconstructions", "training data"]
     for name in FILES:
         assert (out / name).stat().st_size > 500
 

@@ -41,15 +41,7 @@ from latentprior.fitting import fit as learning
 learning.fit = partial(learning.fit, settings=StageSettings(steps=300, width=16, batch_size=128))
 sys.exit(cli.main())
 """
-STAGE_KEYS = {
-    "gain",
-    "gain_stderr",
-    "log_normalizer",
-    "log_normalizer_stderr",
-    "ess",
-    "acceptance",
-    "seconds",
-}
+STAGE_KEYS = {"gain", "gain_stderr", "log_normalizer", "log_normalizer_stderr", "ess", "acceptance", "seconds"}
 
 
 def moons(n=1500, seed=0):
@@ -292,19 +284,7 @@ def bad(tmp_path_factory):
     return write_bad_inputs(tmp_path_factory.mktemp("bad"))
 
 
-BAD_ARRAYS = [
-    "nan",
-    "inf",
-    "no-rows",
-    "strings",
-    "objects",
-    "scalar",
-    "flat",
-    "complex",
-    "pickle",
-    "empty",
-    "folder",
-]
+BAD_ARRAYS = ["nan", "inf", "no-rows", "strings", "objects", "scalar", "flat", "complex", "pickle", "empty", "folder"]
 BAD_LATENTS = [
     *(f"{name}.npy" for name in BAD_ARRAYS),
     *(f"{name}.{kind}" for name in ("cut", "noise", "absent") for kind in ("npy", "npz", "safetensors")),

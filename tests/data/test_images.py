@@ -715,11 +715,7 @@ def encoded(image: Any) -> dict[str, Any]:
 def test_hugging_face_data_sets() -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
-        {
-            "img": datasets.Image(),
-            "label": datasets.ClassLabel(num_classes=4),
-            "text": datasets.Value("string"),
-        }
+        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=4), "text": datasets.Value("string")}
     )
     table = datasets.Dataset.from_dict({"img": PICTURES, "label": LABELS, "text": ["t"] * 5}, features=features)
     assert_pixels(read_images(table), COLOUR, LABELS)

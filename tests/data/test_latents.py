@@ -184,14 +184,7 @@ class Nested(Dictionaries):
 
 @pytest.mark.parametrize(
     "dataset",
-    [
-        INPUTS,
-        INPUTS.numpy(),
-        TensorDataset(INPUTS),
-        TensorDataset(INPUTS, torch.arange(10)),
-        Dictionaries(),
-        Nested(),
-    ],
+    [INPUTS, INPUTS.numpy(), TensorDataset(INPUTS), TensorDataset(INPUTS, torch.arange(10)), Dictionaries(), Nested()],
 )
 @pytest.mark.parametrize("batch_size", [3, 256])
 def test_encoding_every_kind_of_data_set(dataset: Any, batch_size: int) -> None:

@@ -52,13 +52,7 @@ def test_no_stages_need_no_estimate() -> None:
 def test_estimate_agrees_with_quadrature(ladder: Ladder, held_out: Tensor, log_z: float) -> None:
     for seed in range(3):
         got = estimate(
-            ladder,
-            held_out,
-            torch.Generator().manual_seed(seed),
-            draws=1 << 16,
-            particles=1024,
-            islands=16,
-            moves=4,
+            ladder, held_out, torch.Generator().manual_seed(seed), draws=1 << 16, particles=1024, islands=16, moves=4
         )
         assert got.source == "importance"
         # 4.5 standard errors, of many draws: 1 in 150,000.
@@ -83,8 +77,7 @@ def test_poor_overlap_gives_the_middle_of_the_bracket_and_warns() -> None:
     steep = ladder_of(NormalBase(2).float(), [Slope(8.0, 3.0), Slope(8.0, 4.0), Slope(8.0, 5.0)])
     data = torch.tensor([5.5, 0.0]) + 0.2 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     with pytest.warns(
-        NormalizerBracketWarning,
-        match=r"from the base and .* from the data: the bracket is .* wide; use a better base",
+        NormalizerBracketWarning, match=r"from the base and .* from the data: the bracket is .* wide; use a better base"
     ):
         got = estimate(steep, data, torch.Generator().manual_seed(0), draws=1 << 15, particles=64, islands=16, moves=1)
     assert got.source == "smc"

@@ -276,8 +276,7 @@ def test_deadline_shortens_a_stage(target: Target, clock: Clock) -> None:
 
 def test_divergence_is_named(target: Target) -> None:
     with pytest.raises(
-        LearningDivergedError,
-        match="stage 0: the held-out loss is not finite after 100 steps at learning rate",
+        LearningDivergedError, match="stage 0: the held-out loss is not finite after 100 steps at learning rate"
     ):
         learn(learner_of(target, learning_rate=math.inf))
 
@@ -303,9 +302,7 @@ def test_averages_follow_the_weights(target: Target, average: float) -> None:
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
 
     learn(
-        learner,
-        on_step=follow,
-        on_evaluate=lambda now: seen.append({k: v.clone() for k, v in now.state()[1].items()}),
+        learner, on_step=follow, on_evaluate=lambda now: seen.append({k: v.clone() for k, v in now.state()[1].items()})
     )
     assert learner.step == 100
     (state,) = seen

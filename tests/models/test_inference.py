@@ -5,13 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal
 
 from latentprior.density.sampling import mala
-from latentprior.models.inference import (
-    Posterior,
-    log_gaussian,
-    maximize,
-    posterior_density,
-    short_run,
-)
+from latentprior.models.inference import Posterior, log_gaussian, maximize, posterior_density, short_run
 from latentprior.models.model import LatentVariableModel
 from linear_gaussian import (
     LinearDecoder,

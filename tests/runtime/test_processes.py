@@ -12,13 +12,7 @@ from torch import Tensor
 from latentprior import LatentPriorError, MissingExtraError
 from latentprior.models.model import LatentVariableModel
 from latentprior.runtime.events import Event
-from latentprior.runtime.processes import (
-    AccelerateProcesses,
-    SingleProcess,
-    in_unison,
-    joined,
-    launched_processes,
-)
+from latentprior.runtime.processes import AccelerateProcesses, SingleProcess, in_unison, joined, launched_processes
 from latentprior.training.joint import train
 from launching import Ended, environment, free_port, launch
 from process_worker import CONFIG, followed, images, model

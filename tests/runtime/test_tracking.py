@@ -44,15 +44,7 @@ def test_training_events_become_curves_by_phase():
     assert kept.told == [
         (2, {"autoencoder/divergence": 2.0}),
         (2, {"stage-3/ratio": 2.0, "stage-3/reconstruction": 0.5}),
-        (
-            3,
-            {
-                "stage-3/ratio": 3.0,
-                "stage-3/reconstruction": 0.5,
-                "stage-3/gain": 0.25,
-                "stage-3/gain_stderr": 0.5,
-            },
-        ),
+        (3, {"stage-3/ratio": 3.0, "stage-3/reconstruction": 0.5, "stage-3/gain": 0.25, "stage-3/gain_stderr": 0.5}),
         (2, {"settle/ratio": 9.0, "settle/reconstruction": 0.5}),
     ]
 

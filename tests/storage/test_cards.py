@@ -178,9 +178,7 @@ def test_models_and_parts_of_your_own(learned: lp.LatentPrior, gaussian: lp.Late
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("torch.Size([16, 1, 6, 6])")
     mine = lp.LatentVariableModel(
-        torch.nn.Unflatten(1, (1, 1, 2)),
-        MultivariateNormal(torch.zeros(2), torch.eye(2)),
-        encoder=torch.nn.Flatten(),
+        torch.nn.Unflatten(1, (1, 1, 2)), MultivariateNormal(torch.zeros(2), torch.eye(2)), encoder=torch.nn.Flatten()
     )
     card = lp.model_card(mine, check=False)
     assert 'from_pretrained("my-prior", prior=distribution, decoder=decoder, encoder=encoder)' in card

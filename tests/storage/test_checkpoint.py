@@ -16,12 +16,7 @@ from torch import Tensor
 import latentprior
 from latentprior import CheckpointError
 from latentprior.storage import checkpoint
-from latentprior.storage.checkpoint import (
-    load_state,
-    locked,
-    read_config,
-    save_state,
-)
+from latentprior.storage.checkpoint import load_state, locked, read_config, save_state
 
 OLD = {"a": torch.arange(6.0).reshape(2, 3)}
 NEW = {"a": torch.ones(2, 3), "b": torch.tensor(3.0, dtype=torch.float64)}

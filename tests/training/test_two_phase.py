@@ -312,9 +312,7 @@ def test_aggregate_posterior_of_chains(
     assert not found.is_posterior
 
 
-def test_several_draws_an_image_keep_their_second_moments(
-    vae: tuple[LatentVariableModel, list[Event]],
-) -> None:
+def test_several_draws_an_image_keep_their_second_moments(vae: tuple[LatentVariableModel, list[Event]]) -> None:
     model, _ = vae
     few, how = Images(pictures(60, 3)), {"source": "posterior", "method": "langevin", "steps": 3}
     g = torch.Generator().manual_seed(8)

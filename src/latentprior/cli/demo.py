@@ -151,12 +151,7 @@ def _run(out: Path, seed: int, bars: bool) -> dict[str, Any]:
     above = rivals["ladder"].log_prob(z_test).double() - rivals["GMM"].log_prob(z_test).double()
     error = float((pictures["reconstructions"] - pictures["test data"]).square().mean())
     results = {
-        "data": {
-            "name": "scikit-learn digits",
-            "train": len(train),
-            "validation": len(validation),
-            "test": len(test),
-        },
+        "data": {"name": "scikit-learn digits", "train": len(train), "validation": len(validation), "test": len(test)},
         "vae": {"latent_dim": LATENT_DIM, "sigma": SIGMA, "test_mean_squared_error": error},
         "rows": rows,
         "ladder_above_gmm": _mean(above, "log_prob", "stderr"),

@@ -35,8 +35,7 @@ def fit(
     max_stages: Annotated[int, typer.Option("--max-stages", metavar="N", min=0, help="Most stages to learn.")] = 20,
     seed: Seed = 0,
     time_budget: Annotated[
-        float | None,
-        typer.Option("--time-budget", metavar="SEC", min=0, help="Seconds that learning may take."),
+        float | None, typer.Option("--time-budget", metavar="SEC", min=0, help="Seconds that learning may take.")
     ] = None,
     resume: Resume = False,
     device: Device = None,

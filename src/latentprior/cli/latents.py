@@ -65,12 +65,7 @@ def score(
     n, stderr = moments.count, moments.stderr
     if infinite:
         note("warning", f"{infinite} of {n} rows have no finite log density: they lie too far out to be scored")
-    figures = {
-        "n": n,
-        "mean_log_prob": moments.mean,
-        "stderr": stderr,
-        "log_normalizer_stderr": prior.log_prob_stderr,
-    }
+    figures = {"n": n, "mean_log_prob": moments.mean, "stderr": stderr, "log_normalizer_stderr": prior.log_prob_stderr}
     if as_json:
         print(strict_json(figures))
         return

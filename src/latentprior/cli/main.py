@@ -100,24 +100,18 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback(
-    invoke_without_command=True,
-    epilog="Exit codes: 0 done, 1 the work failed, 2 the call or its input is wrong.",
+    invoke_without_command=True, epilog="Exit codes: 0 done, 1 the work failed, 2 the call or its input is wrong."
 )
 def _root(
     context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            metavar="",
-            callback=_version,
-            is_eager=True,
-            help="Print versions and device, and leave.",
+            "--version", metavar="", callback=_version, is_eager=True, help="Print versions and device, and leave."
         ),
     ] = False,
     debug: Annotated[
-        bool,
-        typer.Option("--debug", metavar="", help="Show the traceback of an error; works on every command."),
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error; works on every command.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -146,13 +140,5 @@ def demo(
         print(strict_json(numbers))
 
 
-for command in (
-    fit.fit,
-    *latents.COMMANDS,
-    train.train,
-    *images.COMMANDS,
-    report.report,
-    explore.explore,
-    push.push,
-):
+for command in (fit.fit, *latents.COMMANDS, train.train, *images.COMMANDS, report.report, explore.explore, push.push):
     app.command()(command)

@@ -43,8 +43,7 @@ ImagesSource = Annotated[
     ),
 ]
 Key = Annotated[
-    str | None,
-    typer.Option("--key", metavar="K", help="Array in an archive; by default the only one, or train, or z."),
+    str | None, typer.Option("--key", metavar="K", help="Array in an archive; by default the only one, or train, or z.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Take the first N images only.")]
 Resume = Annotated[bool, typer.Option("--resume", metavar="", help="Go on from DIR/checkpoint, if a run left one.")]

@@ -231,11 +231,7 @@ def _learned(
 
 
 def _learn(
-    model: LatentVariableModel,
-    images: Images,
-    recipe: Recipe,
-    processes: Processes,
-    options: Mapping[str, Any],
+    model: LatentVariableModel, images: Images, recipe: Recipe, processes: Processes, options: Mapping[str, Any]
 ) -> None:
     """Learn the model by the recipe's method; every method takes ``options``."""
     if recipe.method == "joint":

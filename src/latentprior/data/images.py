@@ -256,12 +256,7 @@ def _check_positive(value: Any, name: str) -> None:
 
 
 def read_images(
-    source: Any,
-    *,
-    key: str | None = None,
-    size: int | None = None,
-    split: str = "train",
-    limit: int | None = None,
+    source: Any, *, key: str | None = None, size: int | None = None, split: str = "train", limit: int | None = None
 ) -> Images:
     """Read images, and their labels where the source has them. Nothing is downloaded, and no pickle is opened.
 

@@ -194,9 +194,7 @@ class Ladder:
         rest = value - sum(stage.log_normalizer for stage in earlier)
         error = math.hypot(stderr, *(stage.log_normalizer_stderr for stage in earlier))
         return Ladder(
-            self.base,
-            (*earlier, replace(last, log_normalizer=rest, log_normalizer_stderr=error)),
-            self.cover,
+            self.base, (*earlier, replace(last, log_normalizer=rest, log_normalizer_stderr=error)), self.cover
         )
 
     @property
@@ -261,12 +259,7 @@ class Ladder:
         return log_mean_exp(self.importance(n, generator)[1])
 
     def fresh_particles(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        draws: int | None = None,
-        smc_particles: int = 32_768,
+        self, n: int, generator: torch.Generator | None = None, *, draws: int | None = None, smc_particles: int = 32_768
     ) -> FreshParticles:
         """``n`` rows of the ladder never seen before, and an independent estimate of its log normaliser.
 

@@ -48,10 +48,7 @@ class NormalizerCheck(NamedTuple):
 
 @torch.no_grad()
 def check(
-    log_prob: Callable[[Tensor], Tensor],
-    reference_log_prob: Callable[[Tensor], Tensor],
-    draws: Tensor,
-    name: str,
+    log_prob: Callable[[Tensor], Tensor], reference_log_prob: Callable[[Tensor], Tensor], draws: Tensor, name: str
 ) -> NormalizerCheck:
     r""":math:`\hat Z = \frac1n \sum_i p(u_i)/h(u_i)`, :math:`u_i \sim h`, for a normalised reference density h.
 

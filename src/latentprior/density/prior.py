@@ -267,11 +267,7 @@ class LatentPrior(Distribution, Shareable):
 
     @torch.no_grad()
     def tilt(
-        self,
-        g: Callable[[Tensor], Tensor],
-        *,
-        particles: int = 16_384,
-        generator: torch.Generator | None = None,
+        self, g: Callable[[Tensor], Tensor], *, particles: int = 16_384, generator: torch.Generator | None = None
     ) -> LatentPrior:
         r"""The prior :math:`p_g(z) = p(z)\, e^{g(z)} / Z_g`: again a prior that samples and scores.
 
@@ -316,11 +312,7 @@ class LatentPrior(Distribution, Shareable):
 
     @torch.no_grad()
     def check_normalizer(
-        self,
-        reference: str | Distribution = "gmm",
-        *,
-        draws: int = 200_000,
-        generator: torch.Generator | None = None,
+        self, reference: str | Distribution = "gmm", *, draws: int = 200_000, generator: torch.Generator | None = None
     ) -> NormalizerCheck:
         r"""Integrate ``exp(log_prob)`` with another normalised density h: :math:`\mathbb E_h[p/h]` must be 1.
 

@@ -16,14 +16,7 @@ from .bases.mixture_base import responsibilities
 from .decoded_ratio import DecodedNet, StandardisedDecoder
 from .ratio_networks import MLP, ConvNet, Quadratic, RatioNetwork, ResidualMLP
 
-__all__ = [
-    "BoundedRatio",
-    "Gain",
-    "MixtureFeatures",
-    "build_ratio",
-    "gain",
-    "logistic_loss",
-]
+__all__ = ["BoundedRatio", "Gain", "MixtureFeatures", "build_ratio", "gain", "logistic_loss"]
 
 NOT_LEARNED = ("features.", "network.decoder.")
 """How the names begin of what a ratio reads and has not learned: the ladder's mixture, a decoder."""

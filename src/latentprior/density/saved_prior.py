@@ -29,11 +29,7 @@ FIGURES = {"ess", "acceptance", "seconds", "total_seconds", "log_prob_base", "lo
 
 
 def prior_state(
-    ladder: Ladder,
-    whitening: Whitening,
-    event_shape: Sequence[int],
-    normalizer: Normalizer,
-    info: Mapping[str, Any],
+    ladder: Ladder, whitening: Whitening, event_shape: Sequence[int], normalizer: Normalizer, info: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration (JSON) and tensors from which :func:`prior_parts` rebuilds a prior.
 
@@ -176,9 +172,5 @@ def _normalizer_from_json(entry: Mapping[str, Any]) -> Normalizer:
     ends = entry["bracket"]
     bracket = ends and Bracket(LogMean(*map(float, ends["forward"])), LogMean(*map(float, ends["reverse"])))
     return Normalizer(
-        float(entry["value"]),
-        float(entry["stderr"]),
-        float(entry["ess"]),
-        str(entry["source"]),
-        bracket or None,
+        float(entry["value"]), float(entry["stderr"]), float(entry["ess"]), str(entry["source"]), bracket or None
     )

@@ -98,10 +98,7 @@ def list_feature_networks() -> tuple[str, ...]:
 
 
 def feature_network(
-    network: str | nn.Module | Callable[[Tensor], Tensor],
-    *,
-    size: int | None = None,
-    weights: str | Path | None = None,
+    network: str | nn.Module | Callable[[Tensor], Tensor], *, size: int | None = None, weights: str | Path | None = None
 ) -> nn.Module:
     """Make a feature network by name. Nothing is downloaded, and no pickle is opened.
 

@@ -115,8 +115,7 @@ def _application(explorer: Explorer, worker: Worker) -> Starlette:
     action = _action(explorer, worker)
     routes += [Route(f"/api/{name}", action, methods=["POST"]) for name in ("sample", "walk", "score", "tilt")]
     app = Starlette(
-        routes=routes,
-        exception_handlers=dict.fromkeys((Refused, LatentPriorError, HTTPException, Exception), _failed),
+        routes=routes, exception_handlers=dict.fromkeys((Refused, LatentPriorError, HTTPException, Exception), _failed)
     )
     app.router.redirect_slashes = False
     return app

@@ -117,14 +117,7 @@ class TableDensity:
         self.columns, self.prior = columns, prior
 
     @classmethod
-    def fit(
-        cls,
-        x: Array,
-        *,
-        seed: int,
-        validation: float = 0.1,
-        **options: Any,
-    ) -> TableDensity:
+    def fit(cls, x: Array, *, seed: int, validation: float = 0.1, **options: Any) -> TableDensity:
         """Learn on ``(n, d)`` rows with :func:`latentprior.fit`, which takes ``options``."""
         if not 0 < validation < 1:
             raise InvalidLatentsError(f"validation must be a share between 0 and 1, got {validation}")

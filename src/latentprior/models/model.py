@@ -163,12 +163,7 @@ class LatentVariableModel(nn.Module, Shareable):
 
     @torch.no_grad()
     def generate(
-        self,
-        n: int,
-        *,
-        generator: torch.Generator | None = None,
-        sampler: str | None = None,
-        **options: Any,
+        self, n: int, *, generator: torch.Generator | None = None, sampler: str | None = None, **options: Any
     ) -> Tensor:
         """``n`` images ``(n, C, H, W)``: the decoder's means at draws of the prior.
 

@@ -14,14 +14,7 @@ from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, L
 from ..storage.checkpoint import tensors_under
 from ..storage.sized_networks import blank, built_for
 
-__all__ = [
-    "DecoderNetwork",
-    "EncoderNetwork",
-    "build_decoder",
-    "build_encoder",
-    "loaded_network",
-    "network_spec",
-]
+__all__ = ["DecoderNetwork", "EncoderNetwork", "build_decoder", "build_encoder", "loaded_network", "network_spec"]
 
 LEAKY_SLOPE = 0.2
 """Slope of the leaky ReLU for negative inputs; the papers' number."""
@@ -209,10 +202,7 @@ def _stacked(maps: Sequence[tuple[Any, int]], generator: torch.Generator | None)
 
 
 def network_spec(
-    family: str,
-    latent_dim: int | None = None,
-    width: int | None = None,
-    image_shape: Sequence[int] | None = None,
+    family: str, latent_dim: int | None = None, width: int | None = None, image_shape: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Return the specification of a family, with its paper's latent dimension and width where none is given.
 

@@ -17,16 +17,7 @@ from ..models.model import LatentVariableModel
 from ..runtime.seeding import derived_generator
 from .sources import Rows
 
-__all__ = [
-    "LogDensity",
-    "Nearest",
-    "StageDraws",
-    "held_out_by_stage",
-    "nearest",
-    "oddest",
-    "stage_draws",
-    "two_sample",
-]
+__all__ = ["LogDensity", "Nearest", "StageDraws", "held_out_by_stage", "nearest", "oddest", "stage_draws", "two_sample"]
 
 BASE_DRAWS = 32_768
 """Draws of the base from which those of all stages are chosen."""

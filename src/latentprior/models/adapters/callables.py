@@ -57,11 +57,7 @@ def from_callables(
 
 
 def from_methods(
-    obj: Any,
-    image_range: Range,
-    *,
-    event_shape: Sequence[int] | None = None,
-    image_shape: Sequence[int] | None = None,
+    obj: Any, image_range: Range, *, event_shape: Sequence[int] | None = None, image_shape: Sequence[int] | None = None
 ) -> Autoencoder:
     """An autoencoder from the ``encode`` and ``decode`` methods of one object.
 
