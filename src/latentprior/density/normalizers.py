@@ -103,35 +103,11 @@ def estimate(
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
-    :func:`concluded` says which of the two gives the value, and when a warning is given.
-
-    Parameters
-    ----------
-    ladder : Ladder
-        The density, not normalised.
-    held_out : Tensor
-        Rows ``(m, d)`` that trained nothing.
-    generator : torch.Generator, optional
-        Where random numbers come from.
-    draws : int
-        Most base draws of importance sampling; with 0 the bracket is all that there is.
-    tolerance : float
-        Standard error in nats below which importance sampling ends.
-    deadline : float, optional
-        When to end, by :func:`time.monotonic`. The bracket takes about half of the time that is left, with 1,024
-        particles at least.
-    particles, islands, moves : int
-        Of the bracket: particles from each end, islands that they are divided into, and moves a level.
-
-    Returns
-    -------
-    Normalizer
-        Value and standard error in nats, and the bracket.
-
-    Warns
-    -----
-    NormalizerBracketWarning
-        Where the bracket is wider than 0.1 nats beyond noise.
+    :func:`concluded` says which of the two gives the value. Importance sampling ends at a standard error of
+    ``tolerance`` nats or after ``draws`` of the base; with 0 draws the bracket is all that there is. With a
+    ``deadline`` (:func:`time.monotonic`) the bracket takes about half of the time that is left, with 1,024
+    ``particles`` at least. Warns with :class:`NormalizerBracketWarning` where the bracket is wider than 0.1 nats beyond
+    noise.
     """
     if ladder.length == 0:
         return Normalizer(0.0, 0.0, 1.0, "base", None)

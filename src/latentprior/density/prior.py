@@ -140,17 +140,7 @@ class LatentPrior(Distribution, Shareable):
     def with_ladder(
         self, ladder: Ladder, normalizer: Normalizer | None = None, info: Mapping[str, Any] | None = None
     ) -> LatentPrior:
-        """Return a prior on the same coordinates with another ladder.
-
-        Parameters
-        ----------
-        ladder : Ladder
-            The new ladder.
-        normalizer : Normalizer, optional
-            Its log Z; by default the sum of the stages' constants.
-        info : mapping, optional
-            Facts for people; by default those of this prior.
-        """
+        """Return a prior on the same coordinates with another ladder; log Z is by default the sum of its constants."""
         return LatentPrior(ladder, self.whitening, self.event_shape, normalizer, self.info if info is None else info)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:

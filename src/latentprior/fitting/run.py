@@ -27,15 +27,7 @@ MOST_RESERVED_SHARE = 0.2
 
 
 class Budget:
-    """The seconds that a call may take, and the part of them that is reserved for the normaliser.
-
-    Parameters
-    ----------
-    seconds : float or None
-        Seconds from now; None sets no limit.
-    processes : Processes
-        Those that keep to it together: the clock of the first one decides for all.
-    """
+    """The seconds that a call may take, with a reserve for the normaliser; the first process's clock decides for all."""
 
     def __init__(self, seconds: float | None, processes: Processes) -> None:
         self.seconds, self._processes = seconds, processes
@@ -49,44 +41,20 @@ class Budget:
             self.deadline = self.end - MOST_RESERVED_SHARE * seconds
 
     def time_for(self, seconds: float) -> bool:
-        """Return whether there is time for another stage.
-
-        Parameters
-        ----------
-        seconds : float
-            How long the stage before it has taken.
-        """
+        """Return whether there is time for another stage, after one that took ``seconds``."""
         if self.deadline is None:
             return True
         left = self.deadline - time.monotonic()
         return self._processes.first(left > LEAST_SHARE_OF_LAST_STAGE * seconds and left > 0)
 
     def reserve(self, seconds: float) -> None:
-        """Reserve time for the normaliser, at most a fifth of the budget.
-
-        Parameters
-        ----------
-        seconds : float
-            How long the normaliser is expected to take.
-        """
+        """Reserve ``seconds`` for the normaliser, at most a fifth of the budget."""
         if self.end is not None and self.seconds is not None:
             self.deadline = self.end - min(MOST_RESERVED_SHARE * self.seconds, self._processes.first(seconds))
 
 
 class FitRun(Run):
-    """The run of one call of fit or refine, with its time budget; of several processes the first one tells and saves.
-
-    Parameters
-    ----------
-    time_budget : float or None
-        Seconds that the call may take.
-    callbacks : tuple of callables
-        They receive every event.
-    folder : Path or None
-        Where the state is saved.
-    processes : Processes
-        Those that learn together.
-    """
+    """The run of one call of fit or refine, with its time budget; the first of several processes tells and saves."""
 
     def __init__(
         self, time_budget: float | None, callbacks: tuple[Callback, ...], folder: Path | None, processes: Processes
@@ -96,36 +64,13 @@ class FitRun(Run):
         self.processes = processes
 
     def tell_of(self, kind: Literal["step", "evaluate", "learned"], learner: StageLearner) -> None:
-        """Tell every callback how far a stage is.
-
-        Parameters
-        ----------
-        kind : str
-            What has happened.
-        learner : StageLearner
-            What learns the stage.
-        """
+        """Tell every callback how far a stage is."""
         self.tell(kind, learner.index, learner.step, learner.settings.steps, learner.best_gain)
 
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device
     ) -> LatentPrior:
-        """Return the ladder of the first process, in all of them.
-
-        Parameters
-        ----------
-        prior : LatentPrior or None
-            The ladder; only the first process needs to give it.
-        base : torch.distributions.Distribution or None
-            The distribution that the ladder stands on, if it is one of the user's.
-        device : torch.device
-            Where the ladder is needed.
-
-        Returns
-        -------
-        LatentPrior
-            The same ladder in every process.
-        """
+        """Return the first process's ladder in all of them; ``base`` is a Distribution of the user's, which no file holds."""
         if prior is not None and self.processes.count == 1:
             return prior
         told = self.processes.first(None if prior is None else SavedFit.of(prior))
@@ -133,62 +78,27 @@ class FitRun(Run):
         return told.prior(base, device)
 
     def save_fit(self, prior: LatentPrior, learner: StageLearner | None) -> None:
-        """Write everything that the next step depends on, if there is a folder.
-
-        Parameters
-        ----------
-        prior : LatentPrior
-            The ladder so far.
-        learner : StageLearner or None
-            What learns the next stage, if that has begun.
-        """
+        """Write everything that the next step depends on, if there is a folder."""
         if self.folder is not None:
             state = SavedFit.of(prior, learner)
             self.save(state.document, state.tensors)
 
     def load_fit(self) -> SavedFit | None:
-        """Read where the run stood, if it was saved.
-
-        Raises
-        ------
-        CheckpointError
-            For the folder of another run, and for a damaged one.
-        """
+        """Read where the run stood, if it was saved; raises :class:`CheckpointError` for another run's folder."""
         state = self.load()
         return None if state is None else SavedFit(*state)
 
 
 @dataclass(frozen=True)
 class SavedFit:
-    """Where a fit stood.
-
-    Parameters
-    ----------
-    document : dict
-        The part of the state that JSON can hold.
-    tensors : dict
-        The tensors of the state, by name.
-    """
+    """Where a fit stood: a document that JSON can hold, and tensors by name."""
 
     document: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @classmethod
     def of(cls, prior: LatentPrior, learner: StageLearner | None = None) -> SavedFit:
-        """Return the state of a ladder, and of its next stage if that has begun; the tensors are on the CPU.
-
-        Parameters
-        ----------
-        prior : LatentPrior
-            The ladder so far.
-        learner : StageLearner, optional
-            What learns the next stage.
-
-        Returns
-        -------
-        SavedFit
-            The state.
-        """
+        """Return the state of a ladder, and of its next stage if that has begun; the tensors are on the CPU."""
         config, tensors = prior.state()
         document: dict[str, Any] = {"prior": config}
         everything = {f"prior.{k}": v for k, v in tensors.items()}
@@ -198,20 +108,7 @@ class SavedFit:
         return cls(document, {k: v.detach().cpu() for k, v in everything.items()})
 
     def prior(self, base: torch.distributions.Distribution | None, device: torch.device) -> LatentPrior:
-        """Return the ladder so far.
-
-        Parameters
-        ----------
-        base : torch.distributions.Distribution or None
-            The distribution that the ladder stands on, if it is one of the user's.
-        device : torch.device
-            Where the ladder is needed.
-
-        Returns
-        -------
-        LatentPrior
-            The ladder.
-        """
+        """Return the ladder so far; ``base`` gives back a Distribution that it stands on."""
         config = self.document.get("prior")
         if not isinstance(config, dict):
             raise CheckpointError("the checkpoint holds no prior")
@@ -231,20 +128,7 @@ StageState = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def restored(learner: StageLearner, state: StageState) -> None:
-    """Let a learner stand where another one was saved.
-
-    Parameters
-    ----------
-    learner : StageLearner
-        What learns the stage.
-    state : StageState
-        Where the other one stood.
-
-    Raises
-    ------
-    CheckpointError
-        For a damaged state.
-    """
+    """Let a learner stand where another one was saved; raises :class:`CheckpointError` for a damaged state."""
     try:
         learner.restore(*state)
     except UNFIT as error:

@@ -56,28 +56,8 @@ class StageLearner:
 
     Minimises :func:`~latentprior.density.ratios.logistic_loss` at the settings' odds, and keeps the moving average of
     weights with the best held-out loss. Several processes each draw a share of every batch from random streams of their
-    own; gradients are averaged, and gains and clocks agreed on, so that all learn one network.
-
-    Parameters
-    ----------
-    target : Target
-        The rows to learn from and to hold out.
-    ladder : Ladder
-        The ladder so far.
-    settings : StageSettings
-        How the stage is learned.
-    event_shape : tuple of int
-        Shape of one latent.
-    seed : int
-        Seed of every random draw.
-    learning_rate : float, optional
-        In place of that of the settings.
-    processes : Processes
-        Those that learn together.
-    decoder : StandardisedDecoder, optional
-        For a ratio of the kind ``decoded``, as :meth:`StandardisedDecoder.describe` gives it.
-    source : StageParticles, optional
-        Where particles come from, by default fresh passes of the ladder.
+    own; gradients are averaged, and gains and clocks agreed on, so that all learn one network. ``decoder`` is for a
+    ratio of the kind ``decoded``; ``source`` yields particles, by default fresh passes of the ladder.
     """
 
     def __init__(
@@ -160,23 +140,10 @@ class StageLearner:
         on_step: Callable[[StageLearner], None] = lambda learner: None,
         on_evaluate: Callable[[StageLearner], None] = lambda learner: None,
     ) -> LearnedStage:
-        """Go on until the schedule, the patience or the time ends.
+        """Go on until the schedule, the patience or the ``deadline`` (:func:`time.monotonic`) ends, or a step's number.
 
-        Parameters
-        ----------
-        first : FreshParticles
-            The first pass of particles.
-        deadline : float, optional
-            When to end, by :func:`time.monotonic`; the schedule is shortened to fit.
-        until : int, optional
-            Step at which to end.
-        on_step, on_evaluate : callable
-            Called with this learner after every step and after every evaluation.
-
-        Raises
-        ------
-        LearningDivergedError
-            Where the held-out loss is not finite.
+        ``first`` is the first pass of particles. Raises :class:`LearningDivergedError` where the held-out loss is not
+        finite.
         """
         negatives = Negatives(self.source, first, self.chunk_rows)
         self._adapt_metric(negatives.teaching)
