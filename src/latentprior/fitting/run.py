@@ -27,7 +27,7 @@ MOST_RESERVED_SHARE = 0.2
 
 
 class Budget:
-    """The seconds that a call may take, with a reserve for the normaliser; the first process's clock decides for all."""
+    """The seconds that a call may take, less what the normaliser needs; the first process decides for all."""
 
     def __init__(self, seconds: float | None, processes: Processes) -> None:
         self.seconds, self._processes = seconds, processes
@@ -70,7 +70,7 @@ class FitRun(Run):
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device
     ) -> LatentPrior:
-        """Return the first process's ladder in all of them; ``base`` is a Distribution of the user's, which no file holds."""
+        """Return the first process's ladder in all of them; ``base`` is the Distribution that a file cannot hold."""
         if prior is not None and self.processes.count == 1:
             return prior
         told = self.processes.first(None if prior is None else SavedFit.of(prior))
