@@ -83,7 +83,7 @@ def poisoned(self: StageLearner, *args: Any, real: Any = StageLearner._update) -
     """NaN in one process only."""
     real(self, *args)
     if (self.index, self.step, self.processes.rank) == (0, 50, 1) and self.learning_rate == 3e-3:
-        next(iter(self.parameters.values())).data.fill_(math.nan)
+        next(iter(self.optimisation.parameters.values())).data.fill_(math.nan)
 
 
 @contextlib.contextmanager
@@ -145,7 +145,7 @@ def chained(particles: int, moves: int) -> Iterator[None]:
         return carried(self, min(n, particles), generator, **{**options, "moves": moves})
 
     with (
-        mock.patch.object(Ladder, "probe", return_value=LogMean(0.0, math.inf, 0.0)),
+        mock.patch.object(Ladder, "probe", return_value=LogMean(0.0, 1.0, 1e-6)),
         mock.patch.object(Ladder, "carried_particles", fewer),
     ):
         yield

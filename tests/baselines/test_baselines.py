@@ -41,7 +41,7 @@ from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.events import Event
 from latentprior.training import autoencoder as autoencoder_training
-from latentprior.training import joint_learner
+from latentprior.training import chains
 from latentprior.training.chains import PosteriorChains, PriorChains
 
 VAE = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
@@ -376,7 +376,7 @@ def test_persistent_chains_start_where_they_were_left(persistent: bool, monkeypa
         ends.append(short_run(start, *arguments, **options))
         return ends[-1]
 
-    monkeypatch.setattr(joint_learner, "short_run", watched)
+    monkeypatch.setattr(chains, "short_run", watched)
     # Every step sees all images that are not held out, in another order.
     config = replace(CONFIGS["sri"], steps=2, batch_size=30, persistent=persistent)
     train_sri(untrained(), Images(pictures(32, 0)), config)

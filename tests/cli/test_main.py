@@ -586,7 +586,7 @@ def test_a_fit_stopped_while_its_base_is_fitted_says_so(run, work, tmp_path, mon
         pytest.fail("the signal did not stop the fit")
 
     monkeypatch.setattr(fit_start, "fit_base", slow)
-    code, out, err = run("fit", work / "z.npy", "--out", tmp_path)
+    code, out, err = run("fit", work / "z.npy", "--out", tmp_path, "--base", "normal")
     assert (code, out, err) == (1, "", "stopped: nothing was saved\n")
 
 

@@ -50,7 +50,7 @@ def served():
     yield call
     for server, thread in servers:
         server.stop()
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()
 
 

@@ -213,7 +213,7 @@ def test_precision_is_the_processors(target: Target, monkeypatch: pytest.MonkeyP
 def test_the_last_pass_is_short_and_of_the_same_density(target: Target) -> None:
     learner = learner_of(target, "importance", dataclasses.replace(SETTINGS, batch_size=4096))
     learner.batch = 4096
-    short, full = learner.particles(last=True), learner.particles()
+    short, full = learner.source.measuring(learner.chunk_rows), learner.particles()
     assert len(short.position) == 65_536 < len(full.position)
     # 5 standard errors: 1 in 1.7 million.
     c, other = short.log_normalizer, full.log_normalizer

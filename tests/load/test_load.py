@@ -21,6 +21,7 @@ def script(name: str, *words: object) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_memory_is_flat_while_sampling_and_scoring() -> None:
     pytest.importorskip("zuko")
     # By rounds, not by the clock: on a busy machine the first long round must not come late.

@@ -181,7 +181,9 @@ def _learn(run: Run, learner: JointLearner, config: LEBMConfig) -> None:
     """Go on from where the learner stands to the last step; the networks then have their averaged weights."""
     task, energy = learner.task, learner.ratio.ratio
     # The energy is part of the ladder from the beginning, so that both kinds of chains follow it as it changes.
-    task.model.prior = task.model.prior.with_ladder(task.model.prior.ladder.extended(Stage(energy)))
+    task.model.prior = task.model.prior.with_ladder(
+        task.model.prior.ladder.first(0).extended(Stage(energy, gain=0.0, gain_stderr=0.0))
+    )
     for step in range(task.updates + 1, config.steps + 1):
         x, index = task.batch()
         posterior, prior = learner.posterior.sample(x, index), learner.prior.sample(len(x))
