@@ -37,13 +37,7 @@ CARD_IMAGES = 36
 
 
 def standard_normal_prior(event_shape: Sequence[int]) -> LatentPrior:
-    r"""The prior :math:`\mathcal N(0, I)` that decoders usually have: a ladder of no stages.
-
-    Parameters
-    ----------
-    event_shape : sequence of int
-        Shape of one latent.
-    """
+    r"""The prior :math:`\mathcal N(0, I)` that decoders usually have: a ladder of no stages."""
     dim = math.prod(event_shape)
     return LatentPrior(Ladder(NormalBase(dim).float()), identity_whitening(dim), event_shape)
 
@@ -219,7 +213,7 @@ class LatentVariableModel(nn.Module, Shareable):
         Raises
         ------
         LatentPriorError
-            Where the encoder gives no standard deviations.
+            Without an encoder that gives standard deviations.
         """
         return inference.encoder_coordinates(self.prior, *self.encode(x))
 
