@@ -101,15 +101,7 @@ class LEBMConfig:
 def contrastive_loss(f_posterior: Tensor, f_prior: Tensor) -> Tensor:
     r"""The loss :math:`\mathbb E_{p(z)} f - \mathbb E_{p(z \mid x)} f`, whose gradient is that of minus log likelihood.
 
-    Returns a scalar in nats.
-
-    Parameters
-    ----------
-    f_posterior, f_prior : Tensor
-        The energy at draws of the posterior ``(n,)`` and of the prior ``(m,)``, which are held fixed.
-
-    Notes
-    -----
+    It is in nats. ``f_posterior`` ``(n,)`` and ``f_prior`` ``(m,)`` are the energy at draws that are held fixed.
     Source: Pang et al. (2020), section 2.
     """
     return f_prior.mean() - f_posterior.mean()

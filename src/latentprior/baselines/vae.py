@@ -99,8 +99,6 @@ def train_vae(
 ) -> LatentVariableModel:
     r"""Ascend :math:`\mathbb E_{q(z \mid x)}\log p(x \mid z) - KL(q(z \mid x)\,\|\,N(0, I))`; returns ``model``.
 
-    The prior is :math:`N(0, I)`.
-
     Parameters
     ----------
     model : LatentVariableModel
@@ -135,15 +133,8 @@ def train_vae(
     if autoencoder is not None:
         _copy_networks(autoencoder, model)
         return model
-    return train_autoencoder(
-        model,
-        images,
-        (config or VAEConfig()).autoencoder(),
-        seed=seed,
-        checkpoint_dir=phase_folder(checkpoint_dir, "autoencoder"),
-        resume=resume,
-        callbacks=callbacks,
-    )
+    folder, own = phase_folder(checkpoint_dir, "autoencoder"), (config or VAEConfig()).autoencoder()
+    return train_autoencoder(model, images, own, seed=seed, checkpoint_dir=folder, resume=resume, callbacks=callbacks)
 
 
 def train_latent_gmm(
@@ -204,13 +195,7 @@ def train_latent_flow(
 
 
 def start_over(model: LatentVariableModel) -> None:
-    """Give ``model`` the prior N(0, I) and the default sampler, whatever it had before.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model, whose networks stay as they are.
-    """
+    """Give ``model`` the prior N(0, I) and the default sampler, whatever it had before."""
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
     model.sampler = {"sampler": "smc"}
 
@@ -220,25 +205,11 @@ def fit_prior(
 ) -> LatentVariableModel:
     """Give ``model`` the prior that :func:`latentprior.fit` learns on ``latents``; returns ``model``.
 
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model, whose networks stay as they are.
-    latents : Latents
-        What the prior is learned from.
-    options : mapping
-        Options of the rival's training function: ``seed``, ``checkpoint_dir`` and ``resume`` count here.
-    **fit_options
-        Options of :func:`latentprior.fit`.
+    ``options`` are those of the rival's training function, ``fit_options`` those of :func:`latentprior.fit`.
     """
-    return refit_prior(
-        model,
-        latents,
-        seed=options.get("seed", 0),
-        checkpoint_dir=phase_folder(options.get("checkpoint_dir"), "prior"),
-        resume=options.get("resume", False),
-        **fit_options,
-    )
+    seed, resume = options.get("seed", 0), options.get("resume", False)
+    folder = phase_folder(options.get("checkpoint_dir"), "prior")
+    return refit_prior(model, latents, seed=seed, checkpoint_dir=folder, resume=resume, **fit_options)
 
 
 def _copy_networks(source: LatentVariableModel, target: LatentVariableModel) -> None:
