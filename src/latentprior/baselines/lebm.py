@@ -125,7 +125,8 @@ def train_lebm(
 
     Returns ``model`` without its encoder, which the method does not have. The prior is a ladder of one stage, f; its
     log normaliser is estimated when f is learned, with an error. Short-run dynamics need not follow :math:`p_\alpha`;
-    they are the sampler of the model, as in the paper.
+    they are the sampler of the model, as in the paper. Source: Pang, Han, Nijkamp, Zhu and Wu (NeurIPS 2020), section 2
+    and algorithm 1.
 
     Parameters
     ----------
@@ -152,10 +153,6 @@ def train_lebm(
     -----
     NormalizerBracketWarning
         Where the error of the log normaliser is large.
-
-    Notes
-    -----
-    Source: Pang, Han, Nijkamp, Zhu and Wu (NeurIPS 2020), section 2 and algorithm 1.
     """
     config = config or LEBMConfig()
     model.encoder = None

@@ -99,6 +99,8 @@ def train_vae(
 ) -> LatentVariableModel:
     r"""Ascend :math:`\mathbb E_{q(z \mid x)}\log p(x \mid z) - KL(q(z \mid x)\,\|\,N(0, I))`; returns ``model``.
 
+    Source: Kingma and Welling (2014), eq. 3.
+
     Parameters
     ----------
     model : LatentVariableModel
@@ -122,10 +124,6 @@ def train_vae(
     ------
     LatentPriorError
         Where ``model`` or ``autoencoder`` has no encoder, or their networks differ.
-
-    Notes
-    -----
-    Source: Kingma and Welling (2014), eq. 3.
     """
     if model.encoder is None:
         raise LatentPriorError("an autoencoder needs a model with an encoder")
@@ -142,7 +140,8 @@ def train_latent_gmm(
 ) -> LatentVariableModel:
     r"""A VAE, then :math:`p(z) = \sum_k \pi_k \mathcal N(z; m_k, \Sigma_k)` on its aggregate posterior, by EM.
 
-    What a user would try first. Returns ``model`` with that prior.
+    What a user would try first. Returns ``model`` with that prior. Source: Ghosh et al. (2020), section 4, for
+    variational autoencoders.
 
     Parameters
     ----------
@@ -153,10 +152,6 @@ def train_latent_gmm(
     **options
         ``seed``, ``checkpoint_dir``, ``resume``, ``callbacks`` and ``autoencoder`` of :func:`train_vae`. With an
         ``autoencoder`` only the mixture is learned.
-
-    Notes
-    -----
-    Source: Ghosh et al. (2020), section 4, for variational autoencoders.
     """
     config = config or LatentGMMConfig()
     train_vae(model, images, config, **options)
@@ -170,6 +165,7 @@ def train_latent_flow(
     r"""A VAE, then :math:`\log p(z) = \log N(T(z); 0, I) + \log|\det J_T(z)|` on its aggregate posterior.
 
     What a user would try for more than a mixture: a neural spline flow T (zuko). Returns ``model`` with that prior.
+    Source: Durkan, Bekasov, Murray and Papamakarios (NeurIPS 2019).
 
     Parameters
     ----------
@@ -185,10 +181,6 @@ def train_latent_flow(
     ------
     MissingExtraError
         Without the extra ``flow``.
-
-    Notes
-    -----
-    Source: Durkan, Bekasov, Murray and Papamakarios (NeurIPS 2019).
     """
     train_vae(model, images, config or LatentFlowConfig(), **options)
     return fit_prior(model, aggregate_posterior(model, images), options, base="flow", max_stages=0)
