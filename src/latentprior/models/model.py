@@ -343,8 +343,8 @@ class LatentVariableModel(nn.Module, Shareable):
     ) -> LogLikelihood:
         r"""Estimate :math:`\log p(x)` of each image, with a standard error; ``(n,)`` nats each.
 
-        Both methods are unbiased for :math:`p(x)`, so that their logs are low on average, most where the standard error is
-        large. Source: Burda, Grosse and Salakhutdinov (2016); Wu et al. (2017).
+        Both methods are unbiased for :math:`p(x)`, so that their logs are low on average, most where the standard error
+        is large. Source: Burda, Grosse and Salakhutdinov (2016); Wu et al. (2017).
 
         Parameters
         ----------
