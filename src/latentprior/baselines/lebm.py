@@ -101,15 +101,7 @@ class LEBMConfig:
 def contrastive_loss(f_posterior: Tensor, f_prior: Tensor) -> Tensor:
     r"""The loss :math:`\mathbb E_{p(z)} f - \mathbb E_{p(z \mid x)} f`, whose gradient is that of minus log likelihood.
 
-    Returns a scalar in nats.
-
-    Parameters
-    ----------
-    f_posterior, f_prior : Tensor
-        The energy at draws of the posterior ``(n,)`` and of the prior ``(m,)``, which are held fixed.
-
-    Notes
-    -----
+    It is in nats. ``f_posterior`` ``(n,)`` and ``f_prior`` ``(m,)`` are the energy at draws that are held fixed.
     Source: Pang et al. (2020), section 2.
     """
     return f_prior.mean() - f_posterior.mean()
@@ -133,7 +125,8 @@ def train_lebm(
 
     Returns ``model`` without its encoder, which the method does not have. The prior is a ladder of one stage, f; its
     log normaliser is estimated when f is learned, with an error. Short-run dynamics need not follow :math:`p_\alpha`;
-    they are the sampler of the model, as in the paper.
+    they are the sampler of the model, as in the paper. Source: Pang, Han, Nijkamp, Zhu and Wu (NeurIPS 2020), section 2
+    and algorithm 1.
 
     Parameters
     ----------
@@ -160,10 +153,6 @@ def train_lebm(
     -----
     NormalizerBracketWarning
         Where the error of the log normaliser is large.
-
-    Notes
-    -----
-    Source: Pang, Han, Nijkamp, Zhu and Wu (NeurIPS 2020), section 2 and algorithm 1.
     """
     config = config or LEBMConfig()
     model.encoder = None

@@ -49,9 +49,10 @@ def train_ncp_vae(
     r"""A VAE, then :math:`p(z) \propto N(z; 0, I)\,r(z)`, r learned by telling latents from :math:`N(0, I)`.
 
     With D the classifier, :math:`r = D / (1 - D)`: one stage of a ladder from the VAE's own prior, in its own
-    coordinates. Returns ``model``, whose images are drawn as in the paper, from resampled proposals of
-    :math:`N(0, I)`. The default sampler of :meth:`latentprior.LatentPrior.sample` corrects what that leaves out. Where
-    held-out latents cannot be told from :math:`N(0, I)` the prior stays without a stage.
+    coordinates. Returns ``model``, whose images are drawn as in the paper, from resampled proposals of :math:`N(0, I)`.
+    The default sampler of :meth:`latentprior.LatentPrior.sample` corrects what that leaves out. Where held-out latents
+    cannot be told from :math:`N(0, I)` the prior stays without a stage. Source: Aneja, Schwing, Kautz and Vahdat
+    (NeurIPS 2021), section 3.
 
     Parameters
     ----------
@@ -62,10 +63,6 @@ def train_ncp_vae(
     **options
         ``seed``, ``checkpoint_dir``, ``resume``, ``callbacks`` and ``autoencoder`` of
         :func:`~latentprior.baselines.train_vae`. With an ``autoencoder`` only the ratio is learned.
-
-    Notes
-    -----
-    Source: Aneja, Schwing, Kautz and Vahdat (NeurIPS 2021), section 3.
     """
     config = config or NCPVAEConfig()
     train_vae(model, images, config, **options)

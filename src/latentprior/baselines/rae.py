@@ -64,8 +64,9 @@ def train_rae(
 ) -> LatentVariableModel:
     r"""Descend :math:`\|x - g(e(x))\|^2 + \frac\beta2 \|e(x)\|^2 + \lambda \|\theta\|^2`, then fit a mixture.
 
-    The mixture of full-covariance Gaussians on the encoder's means is the prior of ``model``, which is returned;
-    sigma is the root of the mean squared error.
+    The mixture of full-covariance Gaussians on the encoder's means is the prior of ``model``, which is returned; sigma
+    is the root of the mean squared error. Source: Ghosh, Sajjadi, Vergari, Black and Schoelkopf (ICLR 2020), sections 3
+    and 4, the variant RAE-L2.
 
     Parameters
     ----------
@@ -75,10 +76,6 @@ def train_rae(
         Settings of the learning.
     **options
         ``seed``, ``checkpoint_dir``, ``resume`` and ``callbacks`` of :func:`~latentprior.baselines.train_vae`.
-
-    Notes
-    -----
-    Source: Ghosh, Sajjadi, Vergari, Black and Schoelkopf (ICLR 2020), sections 3 and 4, the variant RAE-L2.
     """
     config = config or RAEConfig()
     start_over(model)

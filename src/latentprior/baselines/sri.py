@@ -73,8 +73,9 @@ def train_sri(
 
     .. math:: z \leftarrow z + \tfrac{s^2}{2} \nabla_z \log p_\theta(x, z) + s\,\epsilon, \quad z_0 \sim N(0, I)
 
-    Returns ``model`` without its encoder, which the method does not have; the prior is :math:`N(0, I)`. Sigma
-    stays as it is (paper: 0.3).
+    Returns ``model`` without its encoder, which the method does not have; the prior is :math:`N(0, I)`. Sigma stays as
+    it is (paper: 0.3). Source: Nijkamp, Pang, Han, Zhou, Zhu and Wu (ECCV 2020); with ``persistent``: Han, Lu, Zhu and
+    Wu (AAAI 2017), algorithm 1.
 
     Parameters
     ----------
@@ -84,11 +85,6 @@ def train_sri(
         Settings of the learning.
     **options
         ``seed``, ``checkpoint_dir``, ``resume`` and ``callbacks`` of :func:`~latentprior.baselines.train_vae`.
-
-    Notes
-    -----
-    Source: Nijkamp, Pang, Han, Zhou, Zhu and Wu (ECCV 2020); with ``persistent``: Han, Lu, Zhu and Wu (AAAI 2017),
-    algorithm 1.
     """
     model.encoder = None
     start_over(model)

@@ -25,19 +25,7 @@ BLOCK_ROWS = 1 << 15
 
 
 class SkipPerceptron(nn.Module):
-    """Hidden ReLU layers, and a last layer that reads the input beside them: ``(n, dim)`` to ``(n, outputs)``.
-
-    Parameters
-    ----------
-    dim, outputs : int
-        Columns of the rows that it reads and returns.
-    width : int
-        Units of a hidden layer.
-    depth : int
-        Hidden layers.
-    generator : torch.Generator
-        Source of the first weights.
-    """
+    """Hidden ReLU layers, and a last layer that reads the input beside them: ``(n, dim)`` to ``(n, outputs)``."""
 
     def __init__(self, dim: int, outputs: int, width: int, depth: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -47,42 +35,23 @@ class SkipPerceptron(nn.Module):
         self.last = _linear(width + dim, outputs, 1.0, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows ``(n, outputs)``.
-
-        Parameters
-        ----------
-        x : Tensor
-            Rows ``(n, dim)``.
-        """
+        """Rows ``(n, outputs)`` of rows ``(n, dim)``."""
         return self.last(torch.cat([self.hidden(x), x], 1))  # type: ignore[no-any-return]
 
 
 class TwoStageDistribution(Distribution):
     r""":math:`p(z) = \int N(z; g(u), \gamma^2 I)\,N(u; 0, I)\,du`, the density that the second VAE defines.
 
-    Parameters
-    ----------
-    encoder : torch.nn.Module
-        Rows ``(n, d)`` to the means and log standard deviations of :math:`q(u \mid z)`, ``(n, 2 d)``.
-    decoder : torch.nn.Module
-        Rows u ``(n, d)`` to means of z, ``(n, d)``.
-    gamma : float
-        Standard deviation of z around its mean.
-    noise : Tensor
-        The draws :math:`\epsilon_k` of ``log_prob``, ``(K, d)``.
-    event_shape : sequence of int
-        Shape of one latent.
-
-    Notes
-    -----
-    ``sample`` is ancestral, exact, from torch's own random state as every torch Distribution. ``log_prob`` is a
-    lower bound of the log density on average, in nats, from K fixed draws :math:`\epsilon_k`:
+    The encoder maps rows ``(n, d)`` to means and log standard deviations of :math:`q(u \mid z)`, ``(n, 2 d)``; the
+    decoder is g. ``sample`` is ancestral, exact, from torch's own random state as every torch Distribution.
+    ``log_prob`` is a lower bound of the log density on average, in nats, from K fixed draws :math:`\epsilon_k`, the
+    rows of ``noise`` ``(K, d)``:
 
     .. math:: \log \frac1K \sum_k \frac{N(z; g(u_k), \gamma^2 I)\,N(u_k; 0, I)}{q(u_k \mid z)},
               \quad u_k = m(z) + s(z)\,\epsilon_k
 
-    ``(n, *event_shape)`` to ``(n,)``; differentiable, and the same at every call. Source: Dai and Wipf (ICLR 2019),
-    section 4; Burda, Grosse and Salakhutdinov (2016), eq. 8, for the bound.
+    It is differentiable, and the same at every call. Source: Dai and Wipf (ICLR 2019), section 4; Burda, Grosse and
+    Salakhutdinov (2016), eq. 8, for the bound.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -100,26 +69,14 @@ class TwoStageDistribution(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw u, then z around its image, ``(*sample_shape, *event_shape)``.
-
-        Parameters
-        ----------
-        sample_shape : sequence of int
-            Shape of the batch of draws.
-        """
+        """Draw u, then z around its image, ``(*sample_shape, *event_shape)``."""
         n = math.prod(sample_shape)
         u = torch.randn(n, self.noise.shape[1], dtype=self.noise.dtype, device=self.noise.device)
         z: Tensor = self.decoder(u)
         return (z + self.gamma * torch.randn_like(z)).reshape(*sample_shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Importance-weighted lower bound, ``(*)`` nats.
-
-        Parameters
-        ----------
-        value : Tensor
-            Latents ``(*, *event_shape)``.
-        """
+        """Importance-weighted lower bound of the log density of latents ``(*, *event_shape)``, ``(*)`` nats."""
         k, d = self.noise.shape
         rows = value.reshape(-1, d)
         if not len(rows):
@@ -140,20 +97,7 @@ class TwoStageDistribution(Distribution):
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TwoStageDistribution:
-        """Rebuild from :meth:`state`.
-
-        Parameters
-        ----------
-        config : mapping
-            The JSON document.
-        tensors : mapping
-            Tensors by name.
-
-        Raises
-        ------
-        CheckpointError
-            Where the document and the tensors do not fit together.
-        """
+        """Rebuild from :meth:`state`, or raise :class:`CheckpointError` where the two do not fit together."""
         try:
             weights = dict(tensors)
             noise, d = weights.pop("noise"), math.prod(config["event_shape"])
@@ -180,19 +124,7 @@ class TwoStageDistribution(Distribution):
 
 
 def second_vae(dim: int, width: int, depth: int, generator: torch.Generator) -> nn.ModuleDict:
-    """Encoder and decoder of the second VAE; the encoder draws its weights first.
-
-    Parameters
-    ----------
-    dim : int
-        Coordinates of a latent.
-    width : int
-        Units of a hidden layer.
-    depth : int
-        Hidden layers of either half.
-    generator : torch.Generator
-        Source of the first weights.
-    """
+    """Encoder and decoder of the second VAE for latents ``(n, dim)``; the encoder draws its weights first."""
     return nn.ModuleDict(
         {
             "encoder": SkipPerceptron(dim, 2 * dim, width, depth, generator),
@@ -202,15 +134,7 @@ def second_vae(dim: int, width: int, depth: int, generator: torch.Generator) -> 
 
 
 def posterior(encoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of :math:`q(u | z)`, each ``(n, d)``.
-
-    Parameters
-    ----------
-    encoder : torch.nn.Module
-        Rows ``(n, d)`` to means and log standard deviations, ``(n, 2 d)``.
-    z : Tensor
-        Latents ``(n, d)``.
-    """
+    """Means and standard deviations of :math:`q(u | z)`, each ``(n, d)``."""
     mean, log_scale = encoder(z).chunk(2, 1)
     return mean, log_scale.clamp(*LOG_SCALE_RANGE).exp()
 

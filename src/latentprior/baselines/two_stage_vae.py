@@ -76,6 +76,7 @@ def train_two_stage_vae(
 
     Returns ``model``, whose prior stands on a :class:`TwoStageDistribution`. A folder of it needs that distribution
     again: ``LatentVariableModel.from_pretrained(folder, prior=distribution)`` with ``model.prior.base.distribution``.
+    Source: Dai and Wipf (ICLR 2019), section 4.
 
     Parameters
     ----------
@@ -91,10 +92,6 @@ def train_two_stage_vae(
     ------
     LearningDivergedError
         When a loss is not finite.
-
-    Notes
-    -----
-    Source: Dai and Wipf (ICLR 2019), section 4.
     """
     config = config or TwoStageVAEConfig()
     options["callbacks"] = callbacks = tuple(options.get("callbacks", ()))

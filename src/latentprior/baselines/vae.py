@@ -99,7 +99,7 @@ def train_vae(
 ) -> LatentVariableModel:
     r"""Ascend :math:`\mathbb E_{q(z \mid x)}\log p(x \mid z) - KL(q(z \mid x)\,\|\,N(0, I))`; returns ``model``.
 
-    The prior is :math:`N(0, I)`.
+    Source: Kingma and Welling (2014), eq. 3.
 
     Parameters
     ----------
@@ -124,10 +124,6 @@ def train_vae(
     ------
     LatentPriorError
         Where ``model`` or ``autoencoder`` has no encoder, or their networks differ.
-
-    Notes
-    -----
-    Source: Kingma and Welling (2014), eq. 3.
     """
     if model.encoder is None:
         raise LatentPriorError("an autoencoder needs a model with an encoder")
@@ -135,15 +131,8 @@ def train_vae(
     if autoencoder is not None:
         _copy_networks(autoencoder, model)
         return model
-    return train_autoencoder(
-        model,
-        images,
-        (config or VAEConfig()).autoencoder(),
-        seed=seed,
-        checkpoint_dir=phase_folder(checkpoint_dir, "autoencoder"),
-        resume=resume,
-        callbacks=callbacks,
-    )
+    folder, own = phase_folder(checkpoint_dir, "autoencoder"), (config or VAEConfig()).autoencoder()
+    return train_autoencoder(model, images, own, seed=seed, checkpoint_dir=folder, resume=resume, callbacks=callbacks)
 
 
 def train_latent_gmm(
@@ -151,7 +140,8 @@ def train_latent_gmm(
 ) -> LatentVariableModel:
     r"""A VAE, then :math:`p(z) = \sum_k \pi_k \mathcal N(z; m_k, \Sigma_k)` on its aggregate posterior, by EM.
 
-    What a user would try first. Returns ``model`` with that prior.
+    What a user would try first. Returns ``model`` with that prior. Source: Ghosh et al. (2020), section 4, for
+    variational autoencoders.
 
     Parameters
     ----------
@@ -162,10 +152,6 @@ def train_latent_gmm(
     **options
         ``seed``, ``checkpoint_dir``, ``resume``, ``callbacks`` and ``autoencoder`` of :func:`train_vae`. With an
         ``autoencoder`` only the mixture is learned.
-
-    Notes
-    -----
-    Source: Ghosh et al. (2020), section 4, for variational autoencoders.
     """
     config = config or LatentGMMConfig()
     train_vae(model, images, config, **options)
@@ -179,6 +165,7 @@ def train_latent_flow(
     r"""A VAE, then :math:`\log p(z) = \log N(T(z); 0, I) + \log|\det J_T(z)|` on its aggregate posterior.
 
     What a user would try for more than a mixture: a neural spline flow T (zuko). Returns ``model`` with that prior.
+    Source: Durkan, Bekasov, Murray and Papamakarios (NeurIPS 2019).
 
     Parameters
     ----------
@@ -194,23 +181,13 @@ def train_latent_flow(
     ------
     MissingExtraError
         Without the extra ``flow``.
-
-    Notes
-    -----
-    Source: Durkan, Bekasov, Murray and Papamakarios (NeurIPS 2019).
     """
     train_vae(model, images, config or LatentFlowConfig(), **options)
     return fit_prior(model, aggregate_posterior(model, images), options, base="flow", max_stages=0)
 
 
 def start_over(model: LatentVariableModel) -> None:
-    """Give ``model`` the prior N(0, I) and the default sampler, whatever it had before.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model, whose networks stay as they are.
-    """
+    """Give ``model`` the prior N(0, I) and the default sampler, whatever it had before."""
     model.prior = standard_normal_prior(model.event_shape).to(model.device, model.prior.dtype)
     model.sampler = {"sampler": "smc"}
 
@@ -220,25 +197,11 @@ def fit_prior(
 ) -> LatentVariableModel:
     """Give ``model`` the prior that :func:`latentprior.fit` learns on ``latents``; returns ``model``.
 
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model, whose networks stay as they are.
-    latents : Latents
-        What the prior is learned from.
-    options : mapping
-        Options of the rival's training function: ``seed``, ``checkpoint_dir`` and ``resume`` count here.
-    **fit_options
-        Options of :func:`latentprior.fit`.
+    ``options`` are those of the rival's training function, ``fit_options`` those of :func:`latentprior.fit`.
     """
-    return refit_prior(
-        model,
-        latents,
-        seed=options.get("seed", 0),
-        checkpoint_dir=phase_folder(options.get("checkpoint_dir"), "prior"),
-        resume=options.get("resume", False),
-        **fit_options,
-    )
+    seed, resume = options.get("seed", 0), options.get("resume", False)
+    folder = phase_folder(options.get("checkpoint_dir"), "prior")
+    return refit_prior(model, latents, seed=seed, checkpoint_dir=folder, resume=resume, **fit_options)
 
 
 def _copy_networks(source: LatentVariableModel, target: LatentVariableModel) -> None:

@@ -21,28 +21,9 @@ LEAST_GAP = 1e-12
 def latent_path(prior: LatentPrior, start: Tensor, end: Tensor, n: int = 8, *, relaxation: int = 50) -> Tensor:
     r"""``n`` latents ``(n, *event_shape)`` on a path that keeps to where the prior has mass, both ends included.
 
-    Parameters
-    ----------
-    prior : LatentPrior
-        Density of the latents.
-    start, end : Tensor
-        The two ends, each of the event's shape.
-    n : int
-        Latents on the path, 2 or more.
-    relaxation : int
-        How often interior points follow :math:`\nabla\log p(z)` in standardised coordinates and are spread to equal
-        distances again; 0 gives the straight line.
-
-    Raises
-    ------
-    LatentPriorError
-        For fewer than two latents.
-    InvalidLatentsError
-        For ends of another shape, or with NaN.
-
-    Notes
-    -----
-    The string method. Source: E, Ren and Vanden-Eijnden (2007).
+    The string method: as often as ``relaxation`` says, interior points follow :math:`\nabla\log p(z)` in standardised
+    coordinates and are spread to equal distances again. It raises :class:`LatentPriorError` for fewer than two latents,
+    and :class:`InvalidLatentsError` for ends that are no latents. Source: E, Ren and Vanden-Eijnden (2007).
     """
     if n < 2:
         raise LatentPriorError(f"a path has 2 points or more, got {n}")

@@ -43,15 +43,7 @@ ADAPTATION_RATE = 0.3
 
 
 class LogLikelihood(NamedTuple):
-    r"""Estimates of :math:`\log p(x)` and their standard errors, ``(n,)`` nats each.
-
-    Parameters
-    ----------
-    value : Tensor
-        Estimates of the log likelihoods.
-    stderr : Tensor
-        Their standard errors.
-    """
+    r"""Estimates of :math:`\log p(x)` and their standard errors, ``(n,)`` nats each."""
 
     value: Tensor
     stderr: Tensor
@@ -63,21 +55,9 @@ def importance_log_likelihood(
 ) -> LogLikelihood:
     r""":math:`\log \frac1S \sum_s p(x \mid z_s)\,p(z_s) / q(z_s)` with a Gaussian q around the posterior mode.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        The n images, with the model that explains them.
-    start : Tensor
-        Rows ``(n, d)`` in standardised coordinates where the search for each mode begins.
-    samples : int
-        Draws S of q for each image.
-    generator : torch.Generator, optional
-        Source of all random numbers.
-
-    Notes
-    -----
-    q has the mean and 1.2 times the scales of MALA chains from the mode. A tenth of its draws are twice as wide.
-    Source: Burda, Grosse and Salakhutdinov (2016), eq. 8, with a proposal of the image's own.
+    S is ``samples``. The search for the mode begins at rows ``start`` ``(n, d)`` in standardised coordinates. q has the
+    mean and 1.2 times the scales of MALA chains from the mode; a tenth of its draws are twice as wide. Source: Burda,
+    Grosse and Salakhutdinov (2016), eq. 8, with a proposal of the image's own.
     """
     density = posterior.density()
     centre, scale = _proposal(maximize(start, density, steps=MODE_STEPS), density, generator)
@@ -117,25 +97,11 @@ def annealed_log_likelihood(
 ) -> LogLikelihood:
     r"""Annealed importance sampling of :math:`\log p(x) = \log \int p(x \mid z)\,p(z)\,dz`.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        The n images, with the model that explains them.
-    start : Tensor
-        Exact draws of the prior in standardised coordinates, ``(n * chains, d)``, the chains of one image side by
-        side.
-    chains : int
-        Chains of each image.
-    temperatures : int
-        Steps from the prior to the posterior.
-    generator : torch.Generator, optional
-        Source of all random numbers.
-
-    Notes
-    -----
-    Along :math:`p(z)\,p(x \mid z)^{\beta}`, :math:`\beta` from 0 to 1 on a quartic schedule, one MALA update a
-    temperature, its step size adapted to each image's own acceptance. :math:`\mathbb E\,\hat p(x) = p(x)` up to that
-    adaptation, so that the log is low on average; the standard error is that of the mean of ``chains`` weights.
+    ``start`` are exact draws of the prior in standardised coordinates, ``(n * chains, d)``, the chains of one image
+    side by side. Along :math:`p(z)\,p(x \mid z)^{\beta}`, :math:`\beta` from 0 to 1 on a quartic schedule, there is one
+    MALA update a temperature, its step size adapted to each image's own acceptance. :math:`\mathbb E\,\hat p(x) = p(x)`
+    up to that adaptation, so that the log is low on average; the standard error is that of the mean of ``chains``
+    weights.
 
     Source: Neal (2001); Wu, Burda, Salakhutdinov and Grosse (2017) for decoders.
     """
@@ -172,27 +138,10 @@ def log_likelihood(
     temperatures: int,
     generator: torch.Generator | None = None,
 ) -> LogLikelihood:
-    """Either estimate, of any number of images, a block of them at a time.
+    """Either estimate, a block of images at a time.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        The n images, with the model that explains them.
-    encode : callable or None
-        The encoder, at whose means the search for the posterior's mode begins.
-    method : {"importance", "annealed"}
-        :func:`importance_log_likelihood` or :func:`annealed_log_likelihood`.
-    samples : int
-        Draws of the proposal, or chains, for each image.
-    temperatures : int
-        ``annealed`` only: steps from the prior to the posterior.
-    generator : torch.Generator, optional
-        Source of all random numbers.
-
-    Raises
-    ------
-    LatentPriorError
-        For an unknown method or too few samples or temperatures.
+    The settings are those of :meth:`LatentVariableModel.log_likelihood`. It raises :class:`LatentPriorError` for an
+    unknown method and for too few samples or temperatures.
     """
     if method not in ("importance", "annealed"):
         raise LatentPriorError(f"unknown method {method!r}: choose importance or annealed")
@@ -216,13 +165,7 @@ def log_likelihood(
 
 
 def log_mean(log_weights: Tensor) -> LogLikelihood:
-    """Log means of weights and their standard errors by the delta method, ``(n,)`` each.
-
-    Parameters
-    ----------
-    log_weights : Tensor
-        Logs of m weights for each of n images, ``(n, m)``.
-    """
+    """Log means ``(n,)`` of weights whose logs are ``(n, m)``, and their standard errors by the delta method."""
     m = log_weights.shape[1]
     value = torch.logsumexp(log_weights, 1) - math.log(m)
     relative = (log_weights - value[:, None]).exp()

@@ -37,19 +37,16 @@ CARD_IMAGES = 36
 
 
 def standard_normal_prior(event_shape: Sequence[int]) -> LatentPrior:
-    r"""The prior :math:`\mathcal N(0, I)` that decoders usually have: a ladder of no stages.
-
-    Parameters
-    ----------
-    event_shape : sequence of int
-        Shape of one latent.
-    """
+    r"""The prior :math:`\mathcal N(0, I)` that decoders usually have: a ladder of no stages."""
     dim = math.prod(event_shape)
     return LatentPrior(Ladder(NormalBase(dim).float()), identity_whitening(dim), event_shape)
 
 
 class LatentVariableModel(nn.Module, Shareable):
     r""":math:`p(x, z) = \mathcal N(x; g(z), \sigma^2 I)\; p(z)` for images in [-1, 1], log densities in nats.
+
+    Posterior chains run in the prior's standardised coordinates, so that step sizes mean the same for every
+    autoencoder. Source: Xiao and Han (NeurIPS 2022), eqs. 1 to 5.
 
     Parameters
     ----------
@@ -62,11 +59,6 @@ class LatentVariableModel(nn.Module, Shareable):
         Standard deviation of a pixel around the decoder's mean.
     encoder : torch.nn.Module, optional
         Maps images to posterior means, or to ``(mean, scale)``.
-
-    Notes
-    -----
-    Posterior chains run in the prior's standardised coordinates, so that step sizes mean the same for every
-    autoencoder. Source: Xiao and Han (NeurIPS 2022), eqs. 1 to 5.
 
     Examples
     --------
@@ -219,7 +211,7 @@ class LatentVariableModel(nn.Module, Shareable):
         Raises
         ------
         LatentPriorError
-            Where the encoder gives no standard deviations.
+            Without an encoder that gives standard deviations.
         """
         return inference.encoder_coordinates(self.prior, *self.encode(x))
 
@@ -351,6 +343,9 @@ class LatentVariableModel(nn.Module, Shareable):
     ) -> LogLikelihood:
         r"""Estimate :math:`\log p(x)` of each image, with a standard error; ``(n,)`` nats each.
 
+        Both methods are unbiased for :math:`p(x)`, so that their logs are low on average, most where the standard error
+        is large. Source: Burda, Grosse and Salakhutdinov (2016); Wu et al. (2017).
+
         Parameters
         ----------
         x : Tensor
@@ -365,11 +360,6 @@ class LatentVariableModel(nn.Module, Shareable):
             ``annealed`` only: steps of a chain from the prior to the posterior.
         generator : torch.Generator, optional
             Source of all random numbers.
-
-        Notes
-        -----
-        Both are unbiased for :math:`p(x)`, so that their logs are low on average, most where the standard error is
-        large. Source: Burda, Grosse and Salakhutdinov (2016); Wu et al. (2017).
         """
         return log_likelihood(
             self._posterior(x), self._encode, method=method, samples=samples, temperatures=temperatures,
@@ -402,6 +392,8 @@ class LatentVariableModel(nn.Module, Shareable):
     def interpolate(self, start: Tensor, end: Tensor, n: int = 8, *, relaxation: int = 50) -> Tensor:
         r"""``n`` images on a path between two latents that keeps to where the prior has mass, ends included.
 
+        The string method. Source: E, Ren and Vanden-Eijnden (2007).
+
         Parameters
         ----------
         start, end : Tensor
@@ -411,10 +403,6 @@ class LatentVariableModel(nn.Module, Shareable):
         relaxation : int
             How often interior points follow :math:`\nabla\log p(z)` and are spread to equal distances again; 0
             gives the straight line.
-
-        Notes
-        -----
-        The string method. Source: E, Ren and Vanden-Eijnden (2007).
         """
         return self.decode(latent_path(self.prior, start, end, n, relaxation=relaxation))
 

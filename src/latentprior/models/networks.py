@@ -53,40 +53,30 @@ FAMILIES = {
 }
 
 
-class DecoderNetwork(nn.Module):
+class _FamilyNetwork(nn.Module):
+    """A network that keeps its specification, and the shapes of its latents and images."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = _checked(spec)
+        self.latent_shape = torch.Size([self.spec["latent_dim"]])
+        self.image_shape = torch.Size(self.spec["image_shape"])
+
+
+class DecoderNetwork(_FamilyNetwork):
     r"""The mean of the generative model, :math:`g_\theta: z \mapsto x`, ``(n, d)`` to ``(n, C, H, W)`` in [-1, 1].
 
-    Transposed convolutions (``mlp``: two hidden layers) with leaky ReLU of slope 0.2, and tanh at the end. Nothing
-    is normalised over the batch: Langevin dynamics needs each latent's image to be its own.
-
-    Parameters
-    ----------
-    spec : mapping
-        The specification that :func:`network_spec` returns.
-    generator : torch.Generator, optional
-        Source of the first weights, on the CPU.
-
-    Raises
-    ------
-    CheckpointError
-        For a specification that no network can be made of.
-    InvalidLatentsError
-        When it is called with latents of another shape.
-
-    Notes
-    -----
-    Weights start as :math:`\mathcal N(0, a^2 / m)`, m the number of products that one output sums, a the leaky
-    ReLU's gain (1 in the last layer); biases start at 0 (He et al. 2015, section 2.2).
+    Transposed convolutions (``mlp``: two hidden layers) with leaky ReLU of slope 0.2, and tanh at the end. Nothing is
+    normalised over the batch: Langevin dynamics needs each latent's image to be its own. Weights start as
+    :math:`\mathcal N(0, a^2 / m)`, m the number of products that one output sums, a the leaky ReLU's gain (1 in the
+    last layer); biases start at 0 (He et al. 2015, section 2.2).
 
     Source: the generators of Pang et al. (2020) and Xiao and Han (2022), whose widths :func:`network_spec` gives;
     ``mnist`` and ``mlp`` are small ones beside them.
     """
 
     def __init__(self, spec: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.spec = _checked(spec)
-        self.latent_shape = torch.Size([self.spec["latent_dim"]])
-        self.image_shape = torch.Size(self.spec["image_shape"])
+        super().__init__(spec)
         d, w = self.spec["latent_dim"], self.spec["width"]
         if self.spec["family"] == "mlp":
             maps = _linear_maps(d, w, w, self.image_shape.numel())
@@ -105,13 +95,7 @@ class DecoderNetwork(nn.Module):
         self.layers = _channels_last(nn.Sequential(*layers, nn.Tanh()))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map latents to images ``(n, C, H, W)`` in [-1, 1].
-
-        Parameters
-        ----------
-        z : Tensor
-            Latents ``(n, d)``.
-        """
+        """Map latents ``(n, d)`` to images ``(n, C, H, W)`` in [-1, 1]."""
         if z.shape[1:] != self.latent_shape:
             raise InvalidLatentsError(
                 f"latents have shape {tuple(z.shape)}: this decoder takes (n, {self.spec['latent_dim']})"
@@ -119,32 +103,15 @@ class DecoderNetwork(nn.Module):
         return self.layers(z)  # type: ignore[no-any-return]
 
 
-class EncoderNetwork(nn.Module):
+class EncoderNetwork(_FamilyNetwork):
     r"""A Gaussian posterior :math:`\mathcal N(m(x), \mathrm{diag}(s(x)^2))`: the decoder's layers in reverse.
 
     ``(n, C, H, W)`` in [-1, 1] to the pair ``(mean, scale)``, each ``(n, d)``, the log scale clamped to [-7, 2].
     Weights start as those of :class:`DecoderNetwork`; those of the log scale at 0, so that all scales are 1 at first.
-
-    Parameters
-    ----------
-    spec : mapping
-        The specification that :func:`network_spec` returns.
-    generator : torch.Generator, optional
-        Source of the first weights, on the CPU.
-
-    Raises
-    ------
-    CheckpointError
-        For a specification that no network can be made of.
-    InvalidImagesError
-        When it is called with images of another shape.
     """
 
     def __init__(self, spec: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.spec = _checked(spec)
-        self.latent_shape = torch.Size([self.spec["latent_dim"]])
-        self.image_shape = torch.Size(self.spec["image_shape"])
+        super().__init__(spec)
         d, w = self.spec["latent_dim"], self.spec["width"]
         if self.spec["family"] == "mlp":
             maps = _linear_maps(self.image_shape.numel(), w, w, 2 * d)
@@ -163,13 +130,7 @@ class EncoderNetwork(nn.Module):
         self.layers = _channels_last(nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images to posterior means and standard deviations, each ``(n, d)``.
-
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(n, C, H, W)`` in [-1, 1].
-        """
+        """Map images ``(n, C, H, W)`` in [-1, 1] to posterior means and standard deviations, each ``(n, d)``."""
         if x.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise InvalidImagesError(f"images have shape {tuple(x.shape)}: this encoder takes (n, {expected})")
@@ -259,7 +220,7 @@ def network_spec(
 
 
 def build_decoder(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> DecoderNetwork:
-    """Make a decoder network from a JSON specification.
+    """Make a decoder network, with ``spec``, ``latent_shape`` and ``image_shape``, from a JSON specification.
 
     Parameters
     ----------
@@ -267,11 +228,6 @@ def build_decoder(spec: Mapping[str, Any], generator: torch.Generator | None = N
         ``family``, ``latent_dim``, ``width`` and ``image_shape``, as :func:`network_spec` returns them.
     generator : torch.Generator, optional
         Source of the first weights, on the CPU.
-
-    Returns
-    -------
-    DecoderNetwork
-        A module with ``spec``, ``latent_shape`` and ``image_shape``.
 
     Raises
     ------
@@ -332,25 +288,10 @@ def loaded_network(
     name: str,
     tensors: Mapping[str, Tensor],
 ) -> nn.Module:
-    """The network ``name`` of a saved model with its weights: ``own``, else one built from its specification.
+    """The network ``name`` of a saved model with its weights: ``own``, else one that ``build`` makes.
 
-    Parameters
-    ----------
-    entry : mapping
-        What the model's configuration says of the network: its ``spec``, None for a network of the user's.
-    own : torch.nn.Module or None
-        The user's own network, untrained.
-    build : callable
-        Makes a network from a specification and a generator.
-    name : str
-        The network's name in the model; its tensors have names that begin so.
-    tensors : mapping
-        All tensors of the model by name.
-
-    Raises
-    ------
-    CheckpointError
-        Where the network is the user's and is not given.
+    ``entry`` holds its specification, ``tensors`` are all tensors of the model. It raises :class:`CheckpointError`
+    where the network is the user's and is not given.
     """
     if own is None and not entry["spec"]:
         raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")

@@ -55,6 +55,7 @@ def mlp_vae_from_safetensors(path: str | Path, *, image_shape: Sequence[int] | N
 
     :math:`h = \mathrm{relu}(W_1 x + b_1)`, :math:`m = W_{21} h + b_{21}`, :math:`s = \exp((W_{22} h + b_{22}) / 2)`,
     :math:`x = \mathrm{sigmoid}(W_4 \, \mathrm{relu}(W_3 z + b_3) + b_4)`: images in [0, 1] inside, in [-1, 1] outside.
+    Source: Kingma and Welling (2014), appendix C.
 
     Parameters
     ----------
@@ -69,10 +70,6 @@ def mlp_vae_from_safetensors(path: str | Path, *, image_shape: Sequence[int] | N
         For a file that is absent, damaged or of another layout.
     LatentPriorError
         For an ``image_shape`` of another number of pixels.
-
-    Notes
-    -----
-    Source: Kingma and Welling (2014), appendix C.
     """
     tensors = _loaded(path)
     try:
@@ -128,7 +125,10 @@ def taesd_from_safetensors(
 ) -> Autoencoder:
     """A tiny autoencoder of the TAESD line (for SD, SDXL, SD3, FLUX.1, FLUX.2) from its two files.
 
-    Images ``(n, 3, H, W)`` to latents ``(n, C, H / 8, W / 8)``, C = 4, 16 or 32, without scales.
+    Images ``(n, 3, H, W)`` to latents ``(n, C, H / 8, W / 8)``, C = 4, 16 or 32, without scales. The layers follow from
+    the names and shapes of the tensors: a residual block has ``i.conv``; a convolution without bias halves the image in
+    the encoder, and comes after a doubling in the decoder. Half-precision weights are kept in float32. Images lie in
+    [0, 1] inside, in [-1, 1] outside.
 
     Parameters
     ----------
@@ -143,12 +143,6 @@ def taesd_from_safetensors(
         For files that are absent, damaged or of another layout.
     LatentPriorError
         For images whose sides are no multiples of 8, or of another number of channels.
-
-    Notes
-    -----
-    The layers follow from the names and shapes of the tensors: a residual block has ``i.conv``; a convolution without
-    bias halves the image in the encoder, and comes after a doubling in the decoder. Half-precision weights are kept
-    in float32. Images lie in [0, 1] inside, in [-1, 1] outside.
     """
     channels, height, width = image_shape
     if height % DOWNSAMPLING or width % DOWNSAMPLING or min(height, width) < DOWNSAMPLING:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,45 +21,16 @@ from .recipe import Recipe, read_recipe
 
 __all__ = ["image_size", "load_model", "new_model", "save_model"]
 
-
-class SavedDistribution(Protocol):
-    """A torch Distribution that is written into the folder of a model whose prior stands on it."""
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration (JSON) and tensors."""
-
-    @classmethod
-    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Distribution:
-        """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
-
-
-DISTRIBUTIONS: Mapping[str, type[SavedDistribution]] = MappingProxyType({"two-stage-vae": TwoStageDistribution})
-"""Distributions that a model's prior may stand on and be saved with, by the name in ``config.json``."""
 PART = "distribution"
-"""Where ``config.json`` describes such a distribution; its tensors have names that begin so."""
+"""Key of the Distribution that a rival's prior stands on, in ``config.json``; its tensors have names that begin so."""
+TWO_STAGE = "two-stage-vae"
+"""Name of the only such Distribution, :class:`TwoStageDistribution`, in ``config.json``."""
 
 
 def new_model(
     recipe: Recipe, image_shape: tuple[int, int, int], *, seed: int = 0, device: torch.device | str | None = None
 ) -> LatentVariableModel:
-    """Return an untrained model whose prior is N(0, I).
-
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe that describes its networks and sigma.
-    image_shape : tuple of int
-        Shape (C, H, W) of its images.
-    seed : int
-        Seed of its weights.
-    device : torch.device or str, optional
-        Where it is put; by default the CPU.
-
-    Raises
-    ------
-    LatentPriorError
-        Where the recipe's network makes no such images.
-    """
+    """Return an untrained model whose prior is N(0, I), or raise where the recipe's network makes no such images."""
     network = recipe.network
     try:
         spec = network_spec(network.family, network.latent_dim, network.width, image_shape)
@@ -73,47 +43,23 @@ def new_model(
 
 
 def save_model(model: LatentVariableModel, folder: Path) -> None:
-    """Write the model, and with it the Distribution that its prior stands on, where it is one of a rival's.
+    """Write the model, and with it the Distribution that its prior stands on, where it is a rival's.
 
     Both are one file of tensors and one of JSON, so that a model is never read with the networks of another run.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model to write.
-    folder : Path
-        Where it is written.
-
-    Raises
-    ------
-    CheckpointError
-        Where the folder cannot be written.
     """
     document, tensors = model.state()
     base = model.prior.base
-    distribution: Any = base.distribution if isinstance(base, DistributionBase) else None
-    for name, kind in DISTRIBUTIONS.items():
-        if type(distribution) is kind:
-            config, networks = distribution.state()
-            document[PART] = {"name": name, **config}
-            tensors |= {f"{PART}.{key}": value for key, value in networks.items()}
+    if isinstance(base, DistributionBase) and isinstance(base.distribution, TwoStageDistribution):
+        config, networks = base.distribution.state()
+        document[PART] = {"name": TWO_STAGE, **config}
+        tensors |= {f"{PART}.{key}": value for key, value in networks.items()}
     save_state(folder, model.kind, document, tensors)
 
 
 def load_model(folder: Path, device: torch.device | str | None = None) -> LatentVariableModel:
     """Load a model from the folder that ``latentprior train --out`` wrote, or from the ``model`` in it.
 
-    Parameters
-    ----------
-    folder : Path
-        The folder.
-    device : torch.device or str, optional
-        Where the model is put; by default the CPU.
-
-    Raises
-    ------
-    CheckpointError
-        For anything absent, damaged or foreign.
+    It raises :class:`CheckpointError` for anything absent, damaged or foreign.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the one that `latentprior train --out` wrote")
@@ -129,18 +75,12 @@ def load_model(folder: Path, device: torch.device | str | None = None) -> Latent
 def _saved_distribution(config: Any, tensors: Mapping[str, Tensor], folder: Path) -> Distribution | None:
     if config is None:
         return None
-    if not isinstance(config, Mapping) or config.get("name") not in list(DISTRIBUTIONS):
+    if not isinstance(config, Mapping) or config.get("name") != TWO_STAGE:
         raise CheckpointError(f"{folder}: its prior stands on a distribution that is not known here")
-    return DISTRIBUTIONS[config["name"]].from_state(config, tensors)
+    return TwoStageDistribution.from_state(config, tensors)
 
 
 def image_size(folder: Path) -> int | None:
-    """Side that the images of a training run were resized to, or None.
-
-    Parameters
-    ----------
-    folder : Path
-        The folder that ``latentprior train --out`` wrote.
-    """
+    """Side that the images of a training run were resized to, or None; ``folder`` is what ``--out`` named."""
     recipe = folder / "config.yaml"
     return read_recipe(recipe).image_size if recipe.is_file() else None

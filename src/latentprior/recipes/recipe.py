@@ -52,17 +52,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Decoder and encoder: arguments of :func:`~latentprior.models.networks.network_spec`.
-
-    Parameters
-    ----------
-    family : str
-        Name of the network family.
-    latent_dim : int, optional
-        Coordinates of a latent; None takes the family's own number.
-    width : int, optional
-        Channels, or units, that the layers' sizes are multiples of; None takes the family's own number.
-    """
+    """Decoder and encoder: arguments of :func:`latentprior.models.networks.network_spec`, None the family's own."""
 
     family: str = "mlp"
     latent_dim: int | None = None
@@ -71,22 +61,9 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How the prior of a two-phase run is learned: options of :func:`latentprior.fit`.
+    """How the prior of a two-phase or alternating run is learned: options of :func:`latentprior.fit`.
 
-    Parameters
-    ----------
-    base : str
-        Name of the base density: ``normal``, ``gmm``, ``gmm:K``, ``gmm-lowrank``, ``copula`` or ``flow``.
-    max_stages : int
-        Most stages of the ladder.
-    time_budget : float, optional
-        Seconds for the prior; those of the autoencoder do not count.
-    validation : float
-        Share of the latents that is held out.
-    whitening : str, optional
-        How latents are standardised; None takes the base's own kind.
-    settings : StageSettings
-        Settings of a stage's learning.
+    The ``time_budget`` counts seconds of the prior, not those of the autoencoder.
     """
 
     base: str = "gmm"
@@ -112,44 +89,25 @@ class FitConfig:
 class Recipe:
     """Everything that decides a training run but images, seed and device.
 
-    Parameters
-    ----------
-    method : str
-        ``joint`` is :func:`~latentprior.training.joint.train`; ``two-phase`` is
-        :func:`~latentprior.training.two_phase.train_two_phase`; ``alternating`` is
-        :func:`~latentprior.training.alternating.train_alternating`; any other of ``METHODS`` is a rival of
-        :mod:`latentprior.baselines`.
-    network : NetworkConfig
-        The networks.
-    sigma : float
-        Standard deviation of a pixel around the decoder's mean.
-    encoder : bool, optional
-        Whether the model has an encoder. None gives one to those methods that begin with an autoencoder. SRI and LEBM
-        leave it out.
-    image_size : int, optional
-        Side, in pixels, of the centre square that images are cut and resized to; None keeps their size.
-    joint : TrainingConfig
-        Settings of joint and alternating learning.
-    autoencoder : AutoencoderConfig
-        Settings of the autoencoder that two-phase and alternating learning begin with.
-    fit : FitConfig
-        Settings of the prior of two-phase and alternating learning.
-    rivals : mapping
-        By method, options of the rivals' own configurations at this recipe's scale.
-    rival : mapping
-        Options of the rival that ``method`` names; they come before those in ``rivals``.
+    ``method`` is ``joint`` (:func:`latentprior.train`), ``two-phase`` (:func:`latentprior.train_two_phase`),
+    ``alternating`` (:func:`latentprior.train_alternating`), or a rival of :mod:`latentprior.baselines`.
     """
 
     method: Method = "joint"
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sigma: float = 0.3
+    """Standard deviation of a pixel around the decoder's mean."""
     encoder: bool | None = True
+    """Whether the model has one. None gives one to those methods that begin with an autoencoder."""
     image_size: int | None = None
+    """Side, in pixels, of the centre square that images are cut and resized to; None keeps their size."""
     joint: TrainingConfig = field(default_factory=TrainingConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     rivals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By method, options of the rivals' own configurations at this recipe's scale."""
     rival: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the rival that ``method`` names; they come before those in ``rivals``."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for numbers that no image or density can have, and for unknown rivals."""
@@ -187,13 +145,7 @@ def _config_of(method: str) -> type[Any]:
 
 
 def rival(method: str) -> Callable[..., LatentVariableModel]:
-    """Return the training function of a rival.
-
-    Parameters
-    ----------
-    method : str
-        The name that recipes give it.
-    """
+    """Return the training function of a rival by the name that recipes give it."""
     return RIVALS[{"gmm": "latent_gmm", "flow": "latent_flow"}.get(method, method.replace("-", "_"))]
 
 
@@ -213,14 +165,7 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def recipe_for(image_shape: Sequence[int] = (), *, several: bool = False) -> str:
-    """Name of the recipe at ``cpu`` scale for images of a shape.
-
-    Parameters
-    ----------
-    image_shape : sequence of int
-        Shape (C, H, W) of one image.
-    several : bool
-        Whether several processes learn together, for which only joint learning serves.
+    """Name of the recipe at ``cpu`` scale for images (C, H, W), or for ``several`` processes, which only learn jointly.
 
     Examples
     --------
@@ -233,15 +178,7 @@ def recipe_for(image_shape: Sequence[int] = (), *, several: bool = False) -> str
 def read_recipe(source: str | Path) -> Recipe:
     """Read a recipe by its name in :func:`recipe_names`, or from a YAML file (extra ``images``).
 
-    Parameters
-    ----------
-    source : str or Path
-        The name, or the path of a file. A file leaves out what keeps its default.
-
-    Raises
-    ------
-    LatentPriorError
-        For a file that is absent or no YAML, an unknown key, or a value of another type; the error names it.
+    A file leaves out what keeps its default. It raises :class:`LatentPriorError`, which names the wrong key or value.
     """
     name = str(source)
     if name in recipe_names():
@@ -264,19 +201,9 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 def changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Return the recipe with other settings.
+    """Return the recipe with other settings, texts ``key=value`` with keys as in ``joint.steps`` and values as in YAML.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe, which stays as it is.
-    settings : sequence of str
-        Texts ``key=value``, keys as in ``joint.steps``, values as in YAML.
-
-    Raises
-    ------
-    LatentPriorError
-        For a text of another form, an unknown key, or a value of another type.
+    It raises :class:`LatentPriorError` for a text of another form, an unknown key, or a value of another type.
 
     Examples
     --------
@@ -299,33 +226,15 @@ def changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return every setting of a recipe as YAML that :func:`read_recipe` takes.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe.
-    """
+    """Return every setting of a recipe as YAML that :func:`read_recipe` takes."""
     text: str = _module().safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
     return text
 
 
 def filled(kind: type[T], document: Any, where: str = "") -> T:
-    """Make a dataclass of a mapping, its own defaults where keys are absent.
+    """Make a dataclass of a mapping, its own defaults where keys are absent; ``where`` names the mapping in errors.
 
-    Parameters
-    ----------
-    kind : type
-        The dataclass.
-    document : mapping
-        Values by field name; a mapping for a field that is a dataclass itself.
-    where : str
-        Where the mapping stands in the whole document, for error messages.
-
-    Raises
-    ------
-    LatentPriorError
-        For an unknown key, with the nearest known one, and for a value of another type.
+    It raises :class:`LatentPriorError` for an unknown key, with the nearest known one, and for a value of another type.
     """
     if not isinstance(document, Mapping):
         raise LatentPriorError(f"{where or 'a recipe'}: give a mapping of settings, got {_short(document)}")

@@ -1,8 +1,7 @@
 """Autoencoders from elsewhere as one thing: an encoder and a decoder that speak images in [-1, 1]."""
 
 from .autoencoder import Autoencoder
-from .callables import from_callables
-from .foreign import from_any, from_diffusers, from_pythae
+from .foreign import from_any, from_callables, from_diffusers, from_pythae
 from .halves import AdaptedDecoder, AdaptedEncoder
 
 __all__ = [

@@ -21,16 +21,7 @@ LEAST_DEVIATION = 1e-6
 class Autoencoder:
     """An encoder and a decoder network over the same latents; ``LatentVariableModel`` takes them as they are.
 
-    Parameters
-    ----------
-    encoder : AdaptedEncoder
-        Images ``(n, *image_shape)`` in [-1, 1] to ``(mean, scale)``, each ``(n, *event_shape)``, or to means.
-    decoder : AdaptedDecoder
-        Latents ``(n, *event_shape)`` to images ``(n, *image_shape)`` in [-1, 1].
-    event_shape : torch.Size
-        Shape of one latent.
-    image_shape : torch.Size
-        Shape (C, H, W) of one image.
+    Images ``(n, *image_shape)`` lie in [-1, 1]; latents are ``(n, *event_shape)``.
     """
 
     encoder: AdaptedEncoder
@@ -39,44 +30,20 @@ class Autoencoder:
     image_shape: torch.Size
 
     def encode(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Posterior means and standard deviations, or means alone where no scale is known; ``(n, *event_shape)``.
-
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(n, *image_shape)`` in [-1, 1].
-        """
+        """Posterior means and standard deviations, or means alone where no scale is known; ``(n, *event_shape)``."""
         return self.encoder(x)  # type: ignore[no-any-return]
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images ``(n, *image_shape)`` in [-1, 1]; differentiable.
-
-        Parameters
-        ----------
-        z : Tensor
-            Latents ``(n, *event_shape)``.
-        """
+        """Images ``(n, *image_shape)`` in [-1, 1]; differentiable."""
         return self.decoder(z)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def standardised(self, images: Tensor, *, batch_size: int = 64) -> Autoencoder:
-        r"""The same autoencoder with latents of mean 0 and variance 1 over ``images``.
+        r"""The same autoencoder with latents of mean 0 and variance 1 over ``images``, two or more.
 
         Moments are those of the aggregate posterior, :math:`\mathrm{var}(m) + \mathbb E[s^2]`: one pair for each
         channel of spatial latents, and one for each coordinate of flat ones. A coordinate that never varies is only
-        shifted. The weights are shared with this autoencoder.
-
-        Parameters
-        ----------
-        images : Tensor
-            Two images or more, ``(n, *image_shape)`` in [-1, 1].
-        batch_size : int
-            Images that are encoded at a time.
-
-        Raises
-        ------
-        InvalidImagesError
-            For images of another shape, or fewer than two.
+        shifted. The weights are shared with this autoencoder. Other images raise :class:`InvalidImagesError`.
         """
         if not isinstance(images, Tensor) or images.shape[1:] != self.image_shape or len(images) < 2:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -113,23 +80,9 @@ def joined(
     event_shape: Sequence[int] | None = None,
     image_shape: Sequence[int] | None = None,
 ) -> Autoencoder:
-    """Join two halves that fit each other; the shape that is not given is found by trying.
+    """Join two halves, in ``eval`` mode, and find the shape that is not given by trying.
 
-    Parameters
-    ----------
-    encoder : AdaptedEncoder
-        The half that encodes; it is put in ``eval`` mode.
-    decoder : AdaptedDecoder
-        The half that decodes; it is put in ``eval`` mode.
-    event_shape : sequence of int, optional
-        Shape of one latent.
-    image_shape : sequence of int, optional
-        Shape (C, H, W) of one image; it counts where there is no ``event_shape``.
-
-    Raises
-    ------
-    LatentPriorError
-        Where the two do not fit each other or the shape.
+    It raises :class:`LatentPriorError` where the two do not fit each other or the shape.
     """
     encoder.eval()
     decoder.eval()

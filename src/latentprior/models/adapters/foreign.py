@@ -1,19 +1,58 @@
-"""Autoencoders of diffusers and pythae, and the adapter that suits what is given."""
+"""Autoencoders of diffusers and pythae, those that are two callables, and the adapter that suits what is given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import LatentPriorError
 from .autoencoder import Autoencoder, joined
-from .callables import from_callables, from_methods
-from .halves import AdaptedDecoder, AdaptedEncoder, Range, call_itself, weight_of
+from .halves import AdaptedDecoder, AdaptedEncoder, Range, weight_of
 
-__all__ = ["from_any", "from_diffusers", "from_pythae"]
+__all__ = ["from_any", "from_callables", "from_diffusers", "from_pythae"]
+
+
+def from_callables(
+    encode: Callable[[Tensor], Any],
+    decode: Callable[[Tensor], Any],
+    *,
+    event_shape: Sequence[int],
+    image_range: Range = (-1.0, 1.0),
+) -> Autoencoder:
+    """An autoencoder from two callables; give modules rather than their methods, so that ``.to(device)`` moves them.
+
+    Both callables are tried once; modules are put in ``eval`` mode.
+
+    Parameters
+    ----------
+    encode : callable
+        Images ``(n, C, H, W)`` in ``image_range`` to a tensor, to ``(mean, standard deviation)`` (not a log
+        variance), or to a :class:`torch.distributions.Distribution`.
+    decode : callable
+        Latents ``(n, *event_shape)`` to a tensor of images in ``image_range``.
+    event_shape : sequence of int
+        Shape of one latent.
+    image_range : tuple of float
+        Least and most value of a pixel, as the two callables have it.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the two do not fit each other or ``event_shape``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> flat, square = torch.nn.Flatten(), torch.nn.Unflatten(1, (1, 2, 2))
+    >>> from_callables(flat, square, event_shape=(4,), image_range=(0, 1)).image_shape
+    torch.Size([1, 2, 2])
+    """
+    halves = AdaptedEncoder(encode, image_range), AdaptedDecoder(decode, image_range)
+    return joined(*halves, event_shape=event_shape)
 
 
 def from_diffusers(vae: Any, *, image_shape: Sequence[int] | None = None) -> Autoencoder:
@@ -46,7 +85,7 @@ def from_diffusers(vae: Any, *, image_shape: Sequence[int] | None = None) -> Aut
             )
         height, width = (size, size) if isinstance(size, int) else size
         image_shape = (_setting(vae, "in_channels") or 3, height, width)
-    plain = from_methods(vae, (-1.0, 1.0), image_shape=image_shape)
+    plain = _from_methods(vae, (-1.0, 1.0), image_shape=image_shape)
     return plain._rescaled(*_stored_moments(vae, plain.event_shape))
 
 
@@ -68,9 +107,7 @@ def from_pythae(model: Any, *, image_range: Range = (0.0, 1.0)) -> Autoencoder:
     """
     if not (callable(getattr(model, "encoder", None)) and callable(getattr(model, "decoder", None))):
         raise LatentPriorError(f"{type(model).__name__} has no encoder and decoder: give a pythae autoencoder")
-    encoder = AdaptedEncoder(model.encoder, call_itself, image_range)
-    decoder = AdaptedDecoder(model.decoder, call_itself, image_range)
-    return joined(encoder, decoder, event_shape=(int(model.latent_dim),))
+    return from_callables(model.encoder, model.decoder, event_shape=(int(model.latent_dim),), image_range=image_range)
 
 
 def from_any(
@@ -107,13 +144,29 @@ def from_any(
     if callable(getattr(obj, "encode", None)) and callable(getattr(obj, "decode", None)):
         if _setting(obj, "latent_channels") is not None or _setting(obj, "scaling_factor") is not None:
             return from_diffusers(obj, image_shape=image_shape)
-        return from_methods(obj, bounds, event_shape=_needed(event_shape))
+        return _from_methods(obj, bounds, event_shape=_needed(event_shape))
     if all(hasattr(obj, name) for name in ("encoder", "decoder", "latent_dim")):
         return from_pythae(obj, image_range=image_range or (0.0, 1.0))
     raise LatentPriorError(
         f"{type(obj).__name__} is no autoencoder known here: give a diffusers or pythae model, an object with "
         "encode and decode, or a pair (encode, decode) with event_shape"
     )
+
+
+def _from_methods(obj: Any, image_range: Range, **shape: Sequence[int]) -> Autoencoder:
+    """An autoencoder from the ``encode`` and ``decode`` methods of one object."""
+    encoder = AdaptedEncoder(_without(obj, "decoder", "post_quant_conv", "quantize"), image_range, "encode")
+    decoder = AdaptedDecoder(_without(obj, "encoder", "quant_conv"), image_range, "decode")
+    return joined(encoder, decoder, **shape)
+
+
+def _without(obj: Any, *names: str) -> Any:
+    """Return a view of a module that lacks some children, so that encoder and decoder own no weight in common."""
+    if not isinstance(obj, nn.Module):
+        return obj
+    view = copy.copy(obj)
+    view._modules = {name: child for name, child in obj._modules.items() if name not in names}
+    return view
 
 
 def _needed(event_shape: Sequence[int] | None) -> Sequence[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -11,42 +10,25 @@ from torch import Tensor, nn
 
 from ...errors import LatentPriorError
 
-__all__ = ["AdaptedDecoder", "AdaptedEncoder", "Range", "call_itself", "rescaled", "weight_of"]
+__all__ = ["AdaptedDecoder", "AdaptedEncoder", "Range", "rescaled", "weight_of"]
 
 Range = tuple[float, float]
 
 
 class Half(nn.Module):
-    """One half of a foreign autoencoder: its part, how to call it, and the affine map of its latents.
-
-    Parameters
-    ----------
-    part : object
-        The foreign network.
-    call : callable
-        Calls ``part`` on a tensor.
-    image_range : tuple of float
-        Least and most value of a pixel, as the part has it.
-
-    Raises
-    ------
-    LatentPriorError
-        For an ``image_range`` that is no finite interval.
-    """
+    """One half of a foreign autoencoder: its part, the method that is called, and the affine map of its latents."""
 
     shift: Tensor
     factor: Tensor
     latent_shape: torch.Size
     image_shape: torch.Size
 
-    def __init__(self, part: Any, call: Callable[[Any, Tensor], Any], image_range: Range) -> None:
+    def __init__(self, part: Any, image_range: Range, method: str = "__call__") -> None:
         super().__init__()
         low, high = image_range
         if not -math.inf < low < high < math.inf:
             raise LatentPriorError(f"image_range {image_range} must be (low, high), finite, low < high")
-        self.part = part
-        self.call = call
-        self.image_range = (float(low), float(high))
+        self.part, self.method, self.image_range = part, method, (float(low), float(high))
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("factor", torch.ones(()))
 
@@ -58,41 +40,20 @@ class Half(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def run(self, inputs: Tensor) -> Any:
-        """Call the foreign part in its own floating type.
-
-        Parameters
-        ----------
-        inputs : Tensor
-            Images or latents, as the part takes them.
-        """
+        """Call the foreign part in its own floating type."""
         like = weight_of(self.part)
-        return self.call(self.part, inputs if like is None else inputs.to(like.dtype))
+        return getattr(self.part, self.method)(inputs if like is None else inputs.to(like.dtype))
 
 
 class AdaptedEncoder(Half):
     r"""A foreign encoder: images ``(n, C, H, W)`` in [-1, 1] to means, or to means and standard deviations.
 
-    :math:`m' = (m - \text{shift}) \cdot \text{factor}` and :math:`s' = s \, |\text{factor}|`, each
-    ``(n, *latent_shape)``.
-
-    Parameters
-    ----------
-    part : object
-        The foreign encoder.
-    call : callable
-        Calls ``part`` on a tensor of images.
-    image_range : tuple of float
-        Least and most value of a pixel, as the encoder takes it.
+    :math:`m' = (m - \text{shift}) \cdot \text{factor}` and :math:`s' = s \, |\text{factor}|`,
+    each ``(n, *latent_shape)``.
     """
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Map images to ``(mean, scale)``, or to means where no scale is known.
-
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(n, C, H, W)`` in [-1, 1].
-        """
+        """Map images in [-1, 1] to ``(mean, scale)``, or to means where no scale is known."""
         low, high = self.image_range
         mean, scale = _posterior(self.run(x * ((high - low) / 2) + (high + low) / 2))
         mean = (mean.to(x.dtype) - self.shift.to(x.dtype)) * self.factor.to(x.dtype)
@@ -103,25 +64,10 @@ class AdaptedDecoder(Half):
     r"""A foreign decoder: latents ``(n, *latent_shape)`` to images ``(n, C, H, W)``, clamped to [-1, 1].
 
     :math:`z'` is decoded at :math:`z' / \text{factor} + \text{shift}`; differentiable in the latents.
-
-    Parameters
-    ----------
-    part : object
-        The foreign decoder.
-    call : callable
-        Calls ``part`` on a tensor of latents.
-    image_range : tuple of float
-        Least and most value of a pixel, as the decoder makes it.
     """
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map latents to images in [-1, 1].
-
-        Parameters
-        ----------
-        z : Tensor
-            Latents ``(n, *latent_shape)``.
-        """
+        """Map latents to images in [-1, 1]."""
         low, high = self.image_range
         x = _image(self.run(z / self.factor.to(z.dtype) + self.shift.to(z.dtype))).to(z.dtype)
         return ((x - (high + low) / 2) / ((high - low) / 2)).clamp(-1, 1)
@@ -131,42 +77,15 @@ H = TypeVar("H", bound=Half)
 
 
 def rescaled(half: H, shift: Tensor, factor: Tensor) -> H:
-    """Return the same part under another affine map of its latents.
-
-    Parameters
-    ----------
-    half : Half
-        The half to change; it stays as it is.
-    shift, factor : Tensor
-        The new map, which broadcasts over latents.
-    """
-    other = type(half)(half.part, half.call, half.image_range)
+    """Return the same part under another affine map of its latents."""
+    other = type(half)(half.part, half.image_range, half.method)
     other.shift, other.factor = shift, factor
     other.latent_shape, other.image_shape = half.latent_shape, half.image_shape
     return other.train(half.training)
 
 
-def call_itself(part: Any, inputs: Tensor) -> Any:
-    """Call a part as it is.
-
-    Parameters
-    ----------
-    part : callable
-        The foreign network.
-    inputs : Tensor
-        Images or latents.
-    """
-    return part(inputs)
-
-
 def weight_of(part: Any) -> Tensor | None:
-    """Return a floating weight of a module, whose type and device are the module's; None where there is none.
-
-    Parameters
-    ----------
-    part : object
-        A module, or a method of one.
-    """
+    """Return a floating weight of a module, or of a method's module, for its type and device, if it has one."""
     module = part if isinstance(part, nn.Module) else getattr(part, "__self__", None)
     if not isinstance(module, nn.Module):
         return None
