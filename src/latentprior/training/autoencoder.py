@@ -47,11 +47,10 @@ def train_autoencoder(
 ) -> LatentVariableModel:
     r"""Learn the decoder and the encoder of a model; its prior is left as it is.
 
-    The kind ``"vae"`` ascends
-    :math:`\mathbb E_{q(z \mid x)} \log\mathcal N(x; g(z), \sigma^2 I) - KL(q(z \mid x)\,\|\,N(0, I))`. Its
-    :math:`\sigma^2` stands at its optimum, the mean squared error (Rybkin, Daniilidis and Levine 2021, eq. 6), unless
-    it is kept fixed. The kind ``"ae"`` descends
-    :math:`\|x - g(e(x) + s\,\epsilon)\|^2 + \lambda \|e(x)\|^2 / 2` (Ghosh et al. 2020, eq. 8, with noise).
+    The kind ``"vae"`` ascends :math:`\mathbb E_{q(z \mid x)} \log\mathcal N(x; g(z), \sigma^2 I) - KL(q(z \mid
+    x)\,\|\,N(0, I))`. Its :math:`\sigma^2` stands at its optimum, the mean squared error (Rybkin, Daniilidis and Levine
+    2021, eq. 6), unless it is kept fixed. The kind ``"ae"`` descends :math:`\|x - g(e(x) + s\,\epsilon)\|^2 + \lambda
+    \|e(x)\|^2 / 2` (Ghosh et al. 2020, eq. 8, with noise).
 
     Parameters
     ----------
@@ -118,19 +117,7 @@ def _learn(run: Run, learner: AutoencoderLearner) -> None:
 
 
 class AutoencoderLearner:
-    """A decoder and an encoder as they learn; all draws are functions of the seed and the step.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model, with an encoder.
-    images : Images
-        What it learns from.
-    config : AutoencoderConfig
-        The settings.
-    seed : int
-        Seed of all random draws.
-    """
+    """A decoder and an encoder as they learn; all draws are functions of the seed and the step."""
 
     def __init__(self, model: LatentVariableModel, images: Images, config: AutoencoderConfig, seed: int) -> None:
         if model.encoder is None:
@@ -156,18 +143,7 @@ class AutoencoderLearner:
         return f"step {self.step}"
 
     def update(self) -> dict[str, float]:
-        """Take one step.
-
-        Returns
-        -------
-        dict
-            The losses: ``"reconstruction"`` a pixel, and ``"divergence"`` in nats an image.
-
-        Raises
-        ------
-        LearningDivergedError
-            When the loss is not finite.
-        """
+        """Take one step; return the losses: reconstruction a pixel, divergence in nats an image."""
         config, step = self.config, self.step
         rows = epoch_rows(len(self.images), step * config.batch_size, config.batch_size, self._order)
         x = self.images.batch(rows, device=self.model.device).to(self.model.prior.dtype)
@@ -179,7 +155,7 @@ class AutoencoderLearner:
         return losses
 
     def _loss(self, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch, and its parts for people; learned sigma follows the squared error."""
+        """Return the loss of a batch, and its parts for people; learned sigma follows the squared error."""
         config, model, step = self.config, self.model, self.step
         draws = derived_generator(model.device, self.seed, "autoencoder", step)
         out = self.encoder(x)
@@ -217,15 +193,7 @@ class AutoencoderLearner:
         return document | own, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The second part of the state.
-        """
+        """Stand where :meth:`state` was called."""
         self.networks.restore(document, tensors)
         self.step, self.error = int(document["step"]), float(document["error"])
         self.pace, self.model.sigma = float(document["pace"]), float(document["sigma"])

@@ -24,13 +24,7 @@ LEAST_SIGMA = 1e-3
 
 
 class DecoderLearner:
-    """The decoder and the encoder, as they learn from posterior draws.
-
-    Parameters
-    ----------
-    task : JointTask
-        What the parts of joint learning share.
-    """
+    """The decoder and the encoder, as they learn from posterior draws."""
 
     def __init__(self, task: JointTask) -> None:
         self.task = task
@@ -44,24 +38,9 @@ class DecoderLearner:
         """Moving average of the squared error a pixel."""
 
     def update(self, x: Tensor, posterior: Tensor) -> dict[str, float]:
-        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8), and teach the encoder.
+        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8) at posterior draws ``(b, d)``, and teach the encoder.
 
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(b, C, H, W)``.
-        posterior : Tensor
-            Their posterior draws, standardised, ``(b, d)``.
-
-        Returns
-        -------
-        dict
-            The losses by name.
-
-        Raises
-        ------
-        LearningDivergedError
-            When the loss is not finite.
+        Returns the losses by name; raises :class:`LearningDivergedError` when their sum is not finite.
         """
         task, model = self.task, self.task.model
         squared = (task.decode(posterior) - x).square().flatten(1).sum(1)
@@ -83,22 +62,10 @@ class DecoderLearner:
         return losses
 
     def encoder_loss(self, x: Tensor, posterior: Tensor) -> Tensor:
-        r"""Return minus :math:`\log q(z^+ \mid x)`, or, if chains are preconditioned, minus the evidence lower bound.
+        r"""Return minus :math:`\log q(z^+ \mid x)`, or, if chains are preconditioned, minus the lower bound (nats).
 
         A diagonal q that follows the draws of a correlated posterior is as wide as its marginals. Draws of it then lie
         off the posterior, and so do chains in its scales. The bound makes q as narrow as the conditionals.
-
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(b, C, H, W)``.
-        posterior : Tensor
-            Their posterior draws, standardised, ``(b, d)``.
-
-        Returns
-        -------
-        Tensor
-            A scalar in nats an image.
         """
         task, model = self.task, self.task.model
         assert model.encoder is not None
@@ -125,14 +92,6 @@ class DecoderLearner:
         return document | {"error": self.error, "sigma": self.task.model.sigma}, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The tensors of the state.
-        """
+        """Stand where :meth:`state` was called."""
         self.networks.restore(document, tensors)
         self.error, self.task.model.sigma = float(document["error"]), float(document["sigma"])

@@ -131,37 +131,12 @@ def _tell(run: Run, learner: JointLearner, kind: Kind, losses: Mapping[str, floa
 
 
 def joint_run(learner: JointLearner, folder: str | Path | None, callbacks: Iterable[Callback]) -> Run:
-    """Return the run of a joint learner.
-
-    Parameters
-    ----------
-    learner : JointLearner
-        What learns.
-    folder : str, Path or None
-        Where its state is saved.
-    callbacks : iterable of callables
-        They receive every event.
-
-    Returns
-    -------
-    Run
-        A run of the kind ``"training"``.
-    """
+    """Return the run of a joint learner, of the kind ``"training"``."""
     return Run(folder, "training", learner.identity, callbacks, learner.task.processes.rank)
 
 
 def start(run: Run, learner: JointLearner, *, resume: bool) -> None:
-    """Let the learner stand where its run was saved, if it is to be resumed.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    learner : JointLearner
-        What learns.
-    resume : bool
-        Whether to read the folder.
-    """
+    """Let the learner stand where its run was saved, if it is to be resumed."""
     saved = run.load() if resume else None
     if saved is not None:
         with run.restoring():
@@ -170,14 +145,6 @@ def start(run: Run, learner: JointLearner, *, resume: bool) -> None:
 
 
 def save(run: Run, learner: JointLearner) -> None:
-    """Save everything that the next step depends on; the other processes wait for the first one.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    learner : JointLearner
-        What learns.
-    """
+    """Save everything that the next step depends on; the other processes wait for the first one."""
     run.save(*keep_snapshot(run, learner))
     learner.task.processes.wait()

@@ -20,18 +20,9 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainedNetwork:
-    """A network that is being learned, its optimiser and the moving average of its weights.
+    """A network that is being learned, its optimiser (Adam or AdamW) and the moving average of its weights.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The network.
-    optimizer : torch.optim.Adam or torch.optim.AdamW
-        The optimiser of its parameters.
-    decay : float
-        Decay of the moving average, from 0 to 1.
-    count : int
-        Number of updates that the first weights stand for in the average: 0 where they are random.
+    ``count`` is the number of updates that the first weights stand for in the average: 0 where they are random.
     """
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, decay: float, count: int = 0) -> None:
@@ -39,17 +30,7 @@ class TrainedNetwork:
         self.average = MovingAverage(module, decay, count)
 
     def descend(self, loss: Tensor, rate: float, processes: Processes = ALONE) -> None:
-        """Take one step down the gradient of a loss, and take the new weights into the average.
-
-        Parameters
-        ----------
-        loss : Tensor
-            A scalar.
-        rate : float
-            Learning rate of this step.
-        processes : Processes
-            Those that take the step together, each with a loss of its own: gradients are averaged over them.
-        """
+        """Take one step down the gradient of a loss, averaged over the processes, and update the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -75,20 +56,7 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The second part of the state.
-
-        Raises
-        ------
-        KeyError, RuntimeError
-            For the state of another network.
-        """
+        """Stand where :meth:`state` was called; raises KeyError or RuntimeError for another network."""
         self.average.count = int(document["averaged"])
         for name, buffer in self.module.named_buffers():
             buffer.copy_(tensors[f"buffer.{name}"])
@@ -106,20 +74,5 @@ class TrainedNetwork:
 
 
 def cosine_rate(rate: float, step: int, steps: int) -> float:
-    r"""Return the learning rate of a step on a cosine schedule, :math:`\frac r2 (1 + \cos(\pi t / T))`.
-
-    Parameters
-    ----------
-    rate : float
-        The rate r of the first step.
-    step : int
-        Number t of steps that have been taken.
-    steps : int
-        Number T of all steps.
-
-    Returns
-    -------
-    float
-        The rate; it falls to zero.
-    """
+    r"""Return the rate of step t of T on a cosine that falls to zero, :math:`\frac r2 (1 + \cos(\pi t / T))`."""
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
