@@ -17,7 +17,7 @@ from .events import Event
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "WorkBar", "note", "tidy_warnings", "work_bar"]
+__all__ = ["Progress", "note", "tidy_warnings", "work_bar"]
 
 BAR_WIDTH_CHARACTERS = 24
 REFRESHES_PER_SECOND = 4
@@ -54,7 +54,7 @@ class _Line:
         # On a narrow terminal the remark is cut, and not the numbers before it.
         rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns += [rich.TextColumn("{task.fields[remark]}", markup=False, table_column=rest)]
-        self.name = name
+        self.name, self._begun = name, False
         self._rich = rich.Progress(
             *columns,
             console=console,
@@ -76,13 +76,18 @@ class _Line:
     def show(self, **changes: Any) -> None:
         self._rich.update(self._task, **changes)
 
-    def advance(self, amount: int) -> None:
+    def show_complete(self) -> None:
+        self.show(total=self._rich.tasks[0].completed or None)
+
+    def update(self, amount: int) -> None:
+        """Count more of the work as done."""
         self._rich.advance(self._task, amount)
 
-    def end_here(self) -> None:
-        """Show the work as complete, although it took fewer steps than it might have taken."""
-        completed = self._rich.tasks[0].completed
-        self.show(total=completed or None)
+    def begin(self, part: str) -> None:
+        """Show which part of the work begins now, and count the part before it as done."""
+        self.update(int(self._begun))
+        self._begun = True
+        self.show(description=f"{self.name}: {part}")
 
     def close(self) -> None:
         self._close()
@@ -135,7 +140,8 @@ class Progress:
             self._open("log normaliser")
         elif event.kind == "learned":
             if self._line is not None:
-                self._line.end_here()
+                # It may have taken fewer steps than it might have taken.
+                self._line.show_complete()
             self.close()
         elif event.kind == "end":
             self._leave_stage_out()
@@ -173,32 +179,15 @@ class Progress:
             self._line.show(remark="adds nothing, left out")
 
 
-class WorkBar:
-    """A piece of work that :func:`work_bar` shows."""
-
-    def __init__(self, task: str, line: _Line) -> None:
-        self._task, self._line, self._begun = task, line, False
-
-    def update(self, amount: int) -> None:
-        """Count more of the work as done."""
-        self._line.advance(amount)
-
-    def begin(self, part: str) -> None:
-        """Show which part of the work begins now, and count the part before it as done."""
-        self._line.advance(int(self._begun))
-        self._begun = True
-        self._line.show(description=f"{self._task}: {part}")
-
-
 @contextlib.contextmanager
-def work_bar(task: str, total: int = 0, *, shown: bool = True, console: Console | None = None) -> Iterator[WorkBar]:
+def work_bar(task: str, total: int = 0, *, shown: bool = True, console: Console | None = None) -> Iterator[_Line]:
     """Show how far a piece of work is, on a line that disappears when the work is done.
 
     ``total`` counts rows or parts; 0 draws a clock. The line is drawn where :class:`Progress` draws.
     """
     line = _Line(console, task, total, stays=False, shown=shown)
     try:
-        yield WorkBar(task, line)
+        yield line
     finally:
         line.close()
 

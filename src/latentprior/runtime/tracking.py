@@ -101,14 +101,13 @@ def tracked(tracker: Tracker, *, every: int = 10) -> Callback:
         gains = {"gain": event.gain, "gain_stderr": event.gain_stderr}
         stage = f"stage-{event.stage}" if event.losses else f"prior-stage-{event.stage}"
         if event.kind == "learned":
-            _write(tracker, "ladder", event.stage, gains)
+            curve, step, values = "ladder", event.stage, gains
         elif event.kind == "evaluate":
-            _write(tracker, stage, event.step, {**event.losses, **gains})
+            curve, step, values = stage, event.step, {**event.losses, **gains}
         elif event.losses and event.step % every == 0:
-            _write(tracker, stage if event.kind == "step" else event.kind, event.step, event.losses)
+            curve, step, values = stage if event.kind == "step" else event.kind, event.step, {**event.losses}
+        else:
+            return
+        tracker.scalars(step, {f"{curve}/{name}": value for name, value in values.items()})
 
     return write
-
-
-def _write(tracker: Tracker, curve: str, step: int, values: Mapping[str, float]) -> None:
-    tracker.scalars(step, {f"{curve}/{name}": value for name, value in values.items()})

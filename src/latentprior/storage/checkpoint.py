@@ -13,7 +13,7 @@ import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ __all__ = [
     "read_config",
     "save_state",
     "tensors_under",
+    "whole_file",
     "write_whole",
 ]
 
@@ -172,14 +173,15 @@ def check_lengths(path: Path) -> None:
                 raise
 
 
-def write_whole(path: Path, blob: bytes) -> None:
-    """Write a file beside its place, sync and rename it: whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside its place; it is flushed to disk and renamed when it is whole, and removed otherwise."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # A killed process of the same number may have left this file, and a link of this name must not be followed.
         partial.unlink(missing_ok=True)
         with open(partial, "xb") as file:
-            file.write(blob)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -195,6 +197,12 @@ def write_whole(path: Path, blob: bytes) -> None:
             os.close(handle)
 
 
+def write_whole(path: Path, blob: bytes) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(blob)
+
+
 def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     """Read ``config.json``; raise :class:`CheckpointError` unless it is whole and of this kind and version."""
     path = Path(folder) / "config.json"
@@ -203,15 +211,13 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(CONFIG_LIMIT + 1)
-        if len(text) > CONFIG_LIMIT:
-            raise CheckpointError(f"{path}: too large to be a configuration")
-        config = json.loads(text.decode())
-        if not _is_shallow(config):
-            raise CheckpointError(f"{path}: nested too deeply to be a configuration")
-    except CheckpointError:
-        raise
+        config = json.loads(text.decode()) if len(text) <= CONFIG_LIMIT else None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: damaged or unreadable ({type(error).__name__})") from None
+    if len(text) > CONFIG_LIMIT:
+        raise CheckpointError(f"{path}: too large to be a configuration")
+    if not _is_shallow(config):
+        raise CheckpointError(f"{path}: nested too deeply to be a configuration")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not written by latentprior")
     if config.get("kind") != kind:

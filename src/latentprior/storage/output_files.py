@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LatentPriorError
-from .checkpoint import check_lengths, write_whole
+from .checkpoint import check_lengths, whole_file, write_whole
 from .pictures import picture, picture_grid, pillow, png
 
 __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
@@ -66,18 +66,9 @@ def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
         raise LatentPriorError(
             f"--out {path}: needs {size / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free; ask for less"
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    try:
-        partial.unlink(missing_ok=True)
-        with open(partial, "xb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        yield file
 
 
 def check_images_out(out: Path, n: int) -> None:

@@ -19,20 +19,16 @@ from ..runtime.events import Callback
 from ..runtime.run import Run, State
 from ..runtime.seeding import derived_generator
 from .config import AutoencoderConfig
-from .resumable import epoch_rows, images_identity, keep_snapshot, learn_with_one_retry
-from .trained_network import TrainedNetwork, cosine_rate
+from .resumable import epoch_rows, images_identity, keep_snapshot, learn_with_one_retry, start
+from .trained_network import TrainedNetwork, cosine_rate, sigma_of, warmed_up_decay
 
-__all__ = ["AutoencoderConfig", "train_autoencoder"]
+__all__ = ["train_autoencoder"]
 
 SAVE_STEPS = 250
 SAVE_SECONDS = 20.0
 """The state is saved after so many steps, or so many seconds if the steps take longer."""
 ERROR_DECAY = 0.99
 """Decay of the moving average of the squared error: it spans 100 steps."""
-WARM_UP_UPDATES = 9
-"""At step i the decay is at most i / (i + 9): the error of untrained networks would otherwise stay in sigma for
-hundreds of steps."""
-LEAST_SIGMA = 1e-3
 
 
 def train_autoencoder(
@@ -47,10 +43,11 @@ def train_autoencoder(
 ) -> LatentVariableModel:
     r"""Learn the decoder and the encoder of a model; its prior is left as it is.
 
-    The kind ``"vae"`` ascends :math:`\mathbb E_{q(z \mid x)} \log\mathcal N(x; g(z), \sigma^2 I) - KL(q(z \mid
-    x)\,\|\,N(0, I))`. Its :math:`\sigma^2` stands at its optimum, the mean squared error (Rybkin, Daniilidis and Levine
-    2021, eq. 6), unless it is kept fixed. The kind ``"ae"`` descends :math:`\|x - g(e(x) + s\,\epsilon)\|^2 + \lambda
-    \|e(x)\|^2 / 2` (Ghosh et al. 2020, eq. 8, with noise).
+    The kind ``"vae"`` ascends
+    :math:`\mathbb E_{q(z \mid x)} \log\mathcal N(x; g(z), \sigma^2 I) - KL(q(z \mid x)\,\|\,N(0, I))`. Its
+    :math:`\sigma^2` stands at its optimum, the mean squared error (Rybkin, Daniilidis and Levine 2021, eq. 6), unless
+    it is kept fixed. The kind ``"ae"`` descends
+    :math:`\|x - g(e(x) + s\,\epsilon)\|^2 + \lambda \|e(x)\|^2 / 2` (Ghosh et al. 2020, eq. 8, with noise).
 
     Parameters
     ----------
@@ -92,11 +89,7 @@ def train_autoencoder(
     learner = AutoencoderLearner(model, images, config or AutoencoderConfig(), seed)
     run = Run(checkpoint_dir, "autoencoder", learner.identity, callbacks)
     with run.lock():
-        saved = run.load() if resume else None
-        if saved is not None:
-            with run.restoring():
-                learner.restore(*saved)
-        keep_snapshot(run, learner)
+        start(run, learner, resume=resume)
         learn_with_one_retry(run, learner, lambda: _learn(run, learner))
     learner.finish()
     return model
@@ -166,13 +159,14 @@ class AutoencoderLearner:
         z = mean + (scale if config.kind == "vae" else config.noise) * noise
         squared = (model.decoder(z.reshape(len(x), *model.event_shape)) - x).square().flatten(1).sum(1).mean()
         reconstruction = float(squared.detach()) / x[0].numel()
-        decay = min(ERROR_DECAY, step / (step + WARM_UP_UPDATES))
+        # Without the warm-up, the error of untrained networks would stay in sigma for hundreds of steps.
+        decay = warmed_up_decay(ERROR_DECAY, step)
         self.error = decay * self.error + (1 - decay) * reconstruction
         if config.kind == "ae":
             penalty = 0.5 * mean.square().flatten(1).sum(1).mean()
             return squared + config.latent_penalty * penalty, {"reconstruction": reconstruction}
         if config.learn_sigma:
-            model.sigma = max(LEAST_SIGMA, math.sqrt(self.error))
+            model.sigma = sigma_of(self.error)
         divergence = (0.5 * (mean.square() + scale.square() - 1) - scale.log()).flatten(1).sum(1).mean()
         losses = {"reconstruction": reconstruction, "divergence": float(divergence.detach())}
         return squared / (2 * model.sigma**2) + divergence, losses
@@ -184,7 +178,7 @@ class AutoencoderLearner:
         """Give the networks their averaged weights."""
         self.networks.finish()
         if self.config.kind == "ae":
-            self.model.sigma = max(LEAST_SIGMA, math.sqrt(self.error))
+            self.model.sigma = sigma_of(self.error)
 
     def state(self) -> State:
         """Return what :meth:`restore` needs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +13,12 @@ from ..errors import LatentPriorError
 from ..models.inference import log_gaussian
 from ..runtime.run import State
 from .joint_task import JointTask
-from .trained_network import TrainedNetwork
+from .trained_network import TrainedNetwork, sigma_of
 
 __all__ = ["DecoderLearner"]
 
 NEW_ERROR_SHARE = 0.01
 """Share of the newest step in the average of the squared error that learned sigma follows: it spans 100 steps."""
-LEAST_SIGMA = 1e-3
 
 
 class DecoderLearner:
@@ -51,7 +49,7 @@ class DecoderLearner:
         if task.config.learn_sigma:
             task.processes.average([error])
             self.error = (1 - NEW_ERROR_SHARE) * self.error + NEW_ERROR_SHARE * float(error)
-            model.sigma = max(LEAST_SIGMA, math.sqrt(self.error))
+            model.sigma = sigma_of(self.error)
         if model.encoder is not None:
             encoder_loss = self.encoder_loss(x, posterior)
             loss = loss + encoder_loss

@@ -112,24 +112,12 @@ class JointLearner:
 
     def state(self) -> State:
         """Return what :meth:`restore` needs."""
-        prior, prior_tensors = self.task.model.prior.state()
-        decoder, decoder_tensors = self.decoder.state()
-        ratio, ratio_tensors = self.ratio.state()
-        document = {
-            "prior": prior,
-            "task": self.task.state(),
-            "decoder": decoder,
-            "ratio": ratio,
-            "arrived": self.arrived,
-        }
-        parts = {
-            "prior": prior_tensors,
-            "decoder": decoder_tensors,
-            "ratio": ratio_tensors,
-            "posterior-chains": self.posterior.state(),
-            "prior-chains": self.prior.state(),
-        }
-        return document, {f"{part}.{name}": value for part, own in parts.items() for name, value in own.items()}
+        parts = {"prior": self.task.model.prior.state(), "decoder": self.decoder.state(), "ratio": self.ratio.state()}
+        document: dict[str, Any] = {name: own for name, (own, _) in parts.items()}
+        document |= {"task": self.task.state(), "arrived": self.arrived}
+        tensors = {name: own for name, (_, own) in parts.items()}
+        tensors |= {"posterior-chains": self.posterior.state(), "prior-chains": self.prior.state()}
+        return document, {f"{part}.{name}": value for part, own in tensors.items() for name, value in own.items()}
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Stand where :meth:`state` was called."""

@@ -14,7 +14,7 @@ from ..data.images import Images
 from ..errors import LearningDivergedError, LearningRetriedWarning, warn
 from ..runtime.run import Run, State
 
-__all__ = ["Learner", "epoch_rows", "images_identity", "keep_snapshot", "learn_with_one_retry", "phase_folder"]
+__all__ = ["Learner", "epoch_rows", "images_identity", "keep_snapshot", "learn_with_one_retry", "phase_folder", "start"]
 
 RETRY_PACE = 0.25
 """Factor on learning rates and step sizes after learning has diverged."""
@@ -53,6 +53,15 @@ def learn_with_one_retry(run: Run, learner: Learner, learn: Callable[[], None]) 
             learner.pace = RETRY_PACE
             message = f"{error}; gone back to {learner.place}, to learn on at a quarter of its rates and step sizes"
             warn(message, LearningRetriedWarning)
+
+
+def start(run: Run, learner: Learner, *, resume: bool) -> None:
+    """Let the learner stand where its run was saved, if it is to be resumed."""
+    saved = run.load() if resume else None
+    if saved is not None:
+        with run.restoring():
+            learner.restore(*saved)
+    keep_snapshot(run, learner)
 
 
 def keep_snapshot(run: Run, learner: Learner) -> State:

@@ -18,7 +18,7 @@ from .autoencoder import train_autoencoder
 from .config import AutoencoderConfig
 from .resumable import phase_folder
 
-__all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
+__all__ = ["aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
 
 
 def aggregate_posterior(
@@ -37,8 +37,8 @@ def aggregate_posterior(
     The source ``"encoder"`` gives the encoder's posteriors, drawn afresh at every use; ``"means"`` its means, with
     normal noise of the standard deviation ``noise`` on them; ``"posterior"`` draws of
     :meth:`~latentprior.LatentVariableModel.infer`, which takes the ``options``. Of m > 1 ``draws`` the latents are the
-    mean :math:`\bar z` and, drawn afresh at every use, normal noise of their own scale :math:`\sqrt{\sum_j (z_j - \bar
-    z)^2 / m}`, which gives the mixture of all images the right second moments.
+    mean :math:`\bar z` and, drawn afresh at every use, normal noise of their own scale
+    :math:`\sqrt{\sum_j (z_j - \bar z)^2 / m}`, which gives the mixture of all images the right second moments.
     """
     if source not in ("encoder", "means", "posterior"):
         raise LatentPriorError(f"unknown source {source!r}: choose encoder, means or posterior")
