@@ -89,7 +89,7 @@ def test_parts_of_unlike_work_are_counted(console):
     with work_bar("report", 4, console=console) as bar:
         for name in ("reading", "samples", "planes"):
             bar.begin(name)
-            bar._line._rich.refresh()
+            bar._rich.refresh()
     assert re.search(r"report: reading +0/4 ", console.file.getvalue())
     assert re.search(r"report: planes ━+ +2/4 ", console.file.getvalue())
     # It disappears when the work is done.
@@ -116,7 +116,7 @@ def test_rows_are_counted_unless_nothing_is_to_be_shown(console):
 def test_work_without_parts_shows_a_clock_that_goes_on(console, clock):
     with work_bar("opening [/prior]", console=console) as bar:
         clock.now = 2.3
-        bar._line._rich.refresh()
+        bar._rich.refresh()
     assert "opening [/prior] 0:00:00" in console.file.getvalue()
     assert "opening [/prior] 0:00:02" in console.file.getvalue()
 

@@ -26,8 +26,7 @@ class Event:
         - ``"base"``: the base density is about to be fitted; ``message`` names it.
         - ``"stage"``: a stage of :func:`~latentprior.fit` begins; ``message`` names the source of its particles.
         - ``"step"``: one step of a stage has been taken.
-        - ``"evaluate"``: the held-out gain of the stage was measured, and the state was saved if there is a
-          ``checkpoint_dir``.
+        - ``"evaluate"``: the held-out gain was measured, and the state was saved if there is a ``checkpoint_dir``.
         - ``"learned"``: the stage has joined the ladder.
         - ``"settle"``: one step of the decoder alone, after the last stage, has been taken.
         - ``"autoencoder"``: one step of the decoder and the encoder, before there is a prior, has been taken.
@@ -36,14 +35,10 @@ class Event:
         - ``"end"``: learning has ended; ``stage`` counts the stages of the ladder, ``message`` says why it ended.
     stage : int
         Index of the stage that the event is about, from 0.
-    step : int
-        Number of steps that have been taken in this part of the run.
-    steps : int
-        Number of steps that this part of the run takes at most.
-    gain : float
-        Held-out gain of the stage, in nats; NaN before it was measured.
-    gain_stderr : float
-        Standard error of ``gain``, in nats.
+    step, steps : int
+        Number of steps that this part of the run has taken, and takes at most.
+    gain, gain_stderr : float
+        Held-out gain of the stage and its standard error, in nats; NaN before they were measured.
     seconds : float
         Seconds since the run began, with those of earlier calls that it resumed.
     message : str

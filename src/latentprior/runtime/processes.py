@@ -31,17 +31,7 @@ LONGEST_WAIT = timedelta(hours=2)
 
 
 class Processes(Protocol):
-    """The processes that learn together; every method must be called in all of them at the same point.
-
-    Parameters
-    ----------
-    rank : int
-        Number of this process, from 0.
-    count : int
-        Number of processes.
-    device : torch.device
-        Where this process computes.
-    """
+    """The processes that learn together; every method must be called in all of them at the same point."""
 
     rank: int
     count: int
@@ -53,86 +43,30 @@ class Processes(Protocol):
         return (self.rank,) if self.count > 1 else ()
 
     def share(self, total: int) -> int:
-        """Return how much of some work each process takes: equal parts, rounded up.
-
-        Parameters
-        ----------
-        total : int
-            All the work.
-
-        Returns
-        -------
-        int
-            The share of one process.
-        """
+        """Return how much of some work each process takes: equal parts, rounded up."""
         return -(-total // self.count)
 
     def stripe(self, rows: Tensor) -> Tensor:
-        """Return the rows of this process, out of rows that every process has.
-
-        Parameters
-        ----------
-        rows : Tensor
-            Rows ``(n, ...)``, the same in every process.
-
-        Returns
-        -------
-        Tensor
-            Every ``count``-th row; all rows where there are fewer rows than processes.
-        """
+        """Return every ``count``-th of the rows ``(n, ...)``, or all where there are fewer rows than processes."""
         return rows[self.rank :: self.count] if len(rows) >= self.count else rows
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the processes, in place.
-
-        Parameters
-        ----------
-        tensors : sequence of Tensor
-            The tensors; all processes pass the same shapes in the same order.
-        """
+        """Replace every tensor by its mean over the processes, in place; the shapes are the same in all of them."""
 
     @abstractmethod
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes.
-
-        Parameters
-        ----------
-        value : object
-            Any value that can be pickled; its tensors must be on the CPU.
-
-        Returns
-        -------
-        list
-            One value for each process, in the order of their ranks.
-        """
+        """Return a value of every process, in the order of ranks; it can be pickled, with tensors on the CPU."""
 
     @abstractmethod
     def first(self, value: T) -> T:
-        """Return the value of the first process, so that all act on one decision.
-
-        Parameters
-        ----------
-        value : object
-            Any value that can be pickled; its tensors must be on the CPU.
-
-        Returns
-        -------
-        object
-            The value of the process of rank 0.
-        """
+        """Return the value of the first process, so that all act on one decision; it is as for :meth:`gather`."""
 
     def wait(self) -> None:
         """Return when every process has called this."""
 
 
 class SingleProcess(Processes):
-    """One process that learns alone.
-
-    Parameters
-    ----------
-    device : torch.device or str, optional
-        Where it computes; by default the CPU.
-    """
+    """One process that learns alone, by default on the CPU."""
 
     rank, count = 0, 1
 
@@ -149,23 +83,11 @@ class SingleProcess(Processes):
         """
 
     def gather(self, value: T) -> list[T]:
-        """Return a list of the one value.
-
-        Parameters
-        ----------
-        value : object
-            Any value that can be pickled; its tensors must be on the CPU.
-        """
+        """Return a list of the one value."""
         return [value]
 
     def first(self, value: T) -> T:
-        """Return the value.
-
-        Parameters
-        ----------
-        value : object
-            Any value that can be pickled; its tensors must be on the CPU.
-        """
+        """Return the value."""
         return value
 
     def wait(self) -> None:
@@ -178,20 +100,8 @@ ALONE = SingleProcess()
 class AccelerateProcesses(Processes):
     """The processes that ``accelerate launch`` or ``torchrun`` has started (extra ``distributed``).
 
-    Every method raises :class:`~latentprior.errors.ProcessLostError` when another process has ended: the run can then
-    be resumed.
-
-    Parameters
-    ----------
-    device : torch.device or str, optional
-        ``"cpu"`` to leave GPUs unused; otherwise accelerate chooses one for each process.
-
-    Raises
-    ------
-    MissingExtraError
-        Without accelerate.
-    LatentPriorError
-        Where accelerate has joined fewer processes than the launcher has started.
+    The device ``"cpu"`` leaves GPUs unused; otherwise accelerate chooses one for each process. Every method raises
+    :class:`~latentprior.errors.ProcessLostError` when another process has ended: the run can then be resumed.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -210,13 +120,7 @@ class AccelerateProcesses(Processes):
         self.device = torch.device(self._state.device)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the processes, in place, by one message for all of them.
-
-        Parameters
-        ----------
-        tensors : sequence of Tensor
-            The tensors; all processes pass the same shapes in the same order.
-        """
+        """Replace every tensor by its mean over the processes, by one message for all of them."""
         from accelerate.utils import reduce
 
         # Half precision would lose small gradients in the sum.
@@ -228,18 +132,7 @@ class AccelerateProcesses(Processes):
             tensor.detach().copy_(part.view_as(tensor))
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes.
-
-        Parameters
-        ----------
-        value : object
-            Any value that can be pickled; its tensors must be on the CPU.
-
-        Returns
-        -------
-        list
-            One value for each process, in the order of their ranks.
-        """
+        """Return the values of all processes, in the order of their ranks."""
         from accelerate.utils import gather_object
 
         with _naming_lost_processes():
@@ -247,18 +140,7 @@ class AccelerateProcesses(Processes):
         return values
 
     def first(self, value: T) -> T:
-        """Return the value of the first process; what the others pass is ignored.
-
-        Parameters
-        ----------
-        value : object
-            Any value that can be pickled; its tensors must be on the CPU.
-
-        Returns
-        -------
-        object
-            The value of the process of rank 0.
-        """
+        """Return the value of the first process; what the others pass is ignored."""
         from accelerate.utils import broadcast_object_list
 
         with _naming_lost_processes():
@@ -283,18 +165,7 @@ def _naming_lost_processes() -> Iterator[None]:
 
 
 def launched_processes(device: torch.device | str | None = None) -> Processes:
-    """Return the processes of the launcher that has started this one (``WORLD_SIZE`` above 1), or this one alone.
-
-    Parameters
-    ----------
-    device : torch.device or str, optional
-        Where this process is to compute.
-
-    Returns
-    -------
-    Processes
-        The processes that learn together.
-    """
+    """Return the processes of the launcher that has started this one (``WORLD_SIZE`` above 1), or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         return AccelerateProcesses(device)
     return SingleProcess(device)
@@ -302,13 +173,7 @@ def launched_processes(device: torch.device | str | None = None) -> Processes:
 
 @contextlib.contextmanager
 def in_unison(processes: Processes) -> Iterator[None]:
-    """Return a context at whose end an error of this package in one process is raised in all of them.
-
-    Parameters
-    ----------
-    processes : Processes
-        The processes.
-    """
+    """Return a context at whose end an error of this package in one process is raised in all of them."""
     error: LatentPriorError | None = None
     try:
         yield
@@ -324,22 +189,7 @@ def in_unison(processes: Processes) -> Iterator[None]:
 
 
 def agreed(processes: Processes, value: float, device: torch.device) -> float:
-    """Return the mean of a number over all processes, so that all decide by the same number.
-
-    Parameters
-    ----------
-    processes : Processes
-        The processes.
-    value : float
-        The number of this process.
-    device : torch.device
-        Where the processes exchange numbers.
-
-    Returns
-    -------
-    float
-        The mean.
-    """
+    """Return the mean of a number over all processes, so that all decide by the same number."""
     if processes.count == 1:
         return value
     mean = torch.tensor([value], dtype=torch.float64, device=device)
@@ -348,20 +198,7 @@ def agreed(processes: Processes, value: float, device: torch.device) -> float:
 
 
 def joined(processes: Processes, rows: Tensor) -> Tensor:
-    """Return the rows of every process.
-
-    Parameters
-    ----------
-    processes : Processes
-        The processes.
-    rows : Tensor
-        The rows of this process, ``(n, ...)``.
-
-    Returns
-    -------
-    Tensor
-        All rows, in the order of the ranks, on the device of ``rows``.
-    """
+    """Return the rows ``(n, ...)`` of every process, in the order of the ranks, on the device of ``rows``."""
     if processes.count == 1:
         return rows
     return torch.cat(processes.gather(rows.detach().cpu())).to(rows.device)

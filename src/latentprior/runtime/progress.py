@@ -17,7 +17,7 @@ from .events import Event
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "WorkBar", "note", "tidy_warnings", "work_bar"]
+__all__ = ["Progress", "note", "tidy_warnings", "work_bar"]
 
 BAR_WIDTH_CHARACTERS = 24
 REFRESHES_PER_SECOND = 4
@@ -54,7 +54,7 @@ class _Line:
         # On a narrow terminal the remark is cut, and not the numbers before it.
         rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns += [rich.TextColumn("{task.fields[remark]}", markup=False, table_column=rest)]
-        self.name = name
+        self.name, self._begun = name, False
         self._rich = rich.Progress(
             *columns,
             console=console,
@@ -76,13 +76,18 @@ class _Line:
     def show(self, **changes: Any) -> None:
         self._rich.update(self._task, **changes)
 
-    def advance(self, amount: int) -> None:
+    def show_complete(self) -> None:
+        self.show(total=self._rich.tasks[0].completed or None)
+
+    def update(self, amount: int) -> None:
+        """Count more of the work as done."""
         self._rich.advance(self._task, amount)
 
-    def end_here(self) -> None:
-        """Show the work as complete, although it took fewer steps than it might have taken."""
-        completed = self._rich.tasks[0].completed
-        self.show(total=completed or None)
+    def begin(self, part: str) -> None:
+        """Show which part of the work begins now, and count the part before it as done."""
+        self.update(int(self._begun))
+        self._begun = True
+        self.show(description=f"{self.name}: {part}")
 
     def close(self) -> None:
         self._close()
@@ -92,18 +97,14 @@ class Progress:
     """A callback that draws one line for each part of a run: its bar or clock, its losses and its held-out gain.
 
     A part is the base density, the autoencoder, a stage of the ladder, the settling of the decoder, or the log
-    normaliser. Lines are drawn on standard error, and only if that is a terminal or the output of a notebook's cell
-    (a notebook also needs the package ipywidgets).
+    normaliser. Lines are drawn on standard error, and only if that is a terminal or the output of a notebook's cell (a
+    notebook also needs the package ipywidgets). Use it as a context, or call :meth:`close`, so that the last line is
+    left in order when a run ends by an exception. One object serves several runs one after the other.
 
     Parameters
     ----------
     console : rich.console.Console, optional
         Another place to draw on.
-
-    Notes
-    -----
-    Use it as a context, or call :meth:`close`, so that the last line is left in order when the run ends by an
-    exception. One object serves all parts of a run, and several runs one after the other.
 
     Examples
     --------
@@ -130,13 +131,7 @@ class Progress:
         self.close()
 
     def __call__(self, event: Event) -> None:
-        """Show one event.
-
-        Parameters
-        ----------
-        event : Event
-            What a function that learns tells its callbacks.
-        """
+        """Show one event."""
         self.begun = True
         if event.kind == "base":
             self._open(f"base {event.message}")
@@ -145,7 +140,8 @@ class Progress:
             self._open("log normaliser")
         elif event.kind == "learned":
             if self._line is not None:
-                self._line.end_here()
+                # It may have taken fewer steps than it might have taken.
+                self._line.show_complete()
             self.close()
         elif event.kind == "end":
             self._leave_stage_out()
@@ -183,92 +179,27 @@ class Progress:
             self._line.show(remark="adds nothing, left out")
 
 
-class WorkBar:
-    """A piece of work that :func:`work_bar` shows.
-
-    Parameters
-    ----------
-    task : str
-        What is being done.
-    line : object
-        The line that shows it.
-    """
-
-    def __init__(self, task: str, line: _Line) -> None:
-        self._task, self._line, self._begun = task, line, False
-
-    def update(self, amount: int) -> None:
-        """Count more of the work as done.
-
-        Parameters
-        ----------
-        amount : int
-            How much was done since the last call.
-        """
-        self._line.advance(amount)
-
-    def begin(self, part: str) -> None:
-        """Show which part of the work begins now, and count the part before it as done.
-
-        Parameters
-        ----------
-        part : str
-            Name of the part.
-        """
-        self._line.advance(int(self._begun))
-        self._begun = True
-        self._line.show(description=f"{self._task}: {part}")
-
-
 @contextlib.contextmanager
-def work_bar(task: str, total: int = 0, *, shown: bool = True, console: Console | None = None) -> Iterator[WorkBar]:
+def work_bar(task: str, total: int = 0, *, shown: bool = True, console: Console | None = None) -> Iterator[_Line]:
     """Show how far a piece of work is, on a line that disappears when the work is done.
 
-    Parameters
-    ----------
-    task : str
-        What is being done.
-    total : int
-        How many rows, or parts, there are to do. Where there is nothing to count, 0: a clock runs beside the task.
-    shown : bool
-        Whether anything is drawn.
-    console : rich.console.Console, optional
-        Where to draw. By default standard error, if it is a terminal or the output of a notebook's cell.
-
-    Yields
-    ------
-    WorkBar
-        The object that counts: call its ``update`` with numbers of rows, or its ``begin`` with the names of parts.
+    ``total`` counts rows or parts; 0 draws a clock. The line is drawn where :class:`Progress` draws.
     """
     line = _Line(console, task, total, stays=False, shown=shown)
     try:
-        yield WorkBar(task, line)
+        yield line
     finally:
         line.close()
 
 
 def note(kind: str, message: str) -> None:
-    """Write ``kind: message`` to standard error on one line, above any line of progress that is being drawn.
-
-    Parameters
-    ----------
-    kind : str
-        Such as ``"warning"``.
-    message : str
-        Any text; line breaks in it become spaces.
-    """
+    """Write ``kind: message`` to standard error as one line, above any line of progress that is being drawn."""
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def tidy_warnings(quiet: bool = False) -> Iterator[None]:
-    """Within this context every warning is one line on standard error, ``warning: ...``.
-
-    Parameters
-    ----------
-    quiet : bool
-        Whether nothing is written at all.
-    """
+    """Within this context every warning is one line on standard error, ``warning: ...``, or none if ``quiet``."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if not quiet:

@@ -22,20 +22,10 @@ State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Run:
-    """One call of a function that learns; a later call can continue it from its folder.
+    """One call of a function that learns; a later call of the same kind and identity can continue it from its folder.
 
-    Parameters
-    ----------
-    folder : str, Path or None
-        Where the state is saved; None saves nothing.
-    kind : str
-        What is saved there, such as ``"fit"``. It is part of the names of the files.
-    identity : str
-        A digest of everything that decides the outcome. Only a run of the same identity continues another.
-    callbacks : iterable of callables
-        They receive every :class:`~latentprior.Event`.
-    rank : int
-        Rank of this process in a run of several. Only the first one, of rank 0, saves and calls the callbacks.
+    The identity is a digest of everything that decides the outcome. Of several processes only that of rank 0 saves and
+    calls the callbacks.
     """
 
     def __init__(
@@ -54,13 +44,7 @@ class Run:
         self._snapshot: State | None = None
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that keeps the folder to this run.
-
-        Raises
-        ------
-        CheckpointError
-            When the context is entered while another run holds the folder, or where it cannot be written.
-        """
+        """Return a context that keeps the folder to this run; it raises what :func:`locked` raises."""
         return locked(self.folder if self.rank == 0 else None)
 
     def seconds(self) -> float:
@@ -78,50 +62,21 @@ class Run:
         losses: Mapping[str, float] | None = None,
         model: Any = None,
     ) -> None:
-        """Send an event to every callback.
-
-        Parameters
-        ----------
-        kind, stage, step, steps, message, losses, model
-            As in :class:`~latentprior.Event`.
-        gain : pair of float
-            The held-out gain and its standard error, in nats.
-        """
+        """Send an :class:`~latentprior.Event` to every callback; ``gain`` is a pair with its standard error."""
         event = Event(kind, stage, step, steps, *gain, self.seconds(), message, losses or {}, model)
         for callback in self.callbacks:
             callback(event)
 
     def save(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the state to the folder, if there is one, so that a kill at any moment leaves the old or the new one.
-
-        Parameters
-        ----------
-        document : mapping
-            The part of the state that JSON can hold.
-        tensors : mapping of str to Tensor
-            The other part of the state.
-
-        Raises
-        ------
-        CheckpointError
-            Where the folder cannot be written.
-        """
+        """Write the state to the folder, if there is one, so that a kill leaves the old or the new one."""
         if self.folder is not None and self.rank == 0:
             head = {"identity": self.identity, "seconds": self.seconds()}
             save_state(self.folder, self.kind, {**head, **document}, tensors)
 
     def load(self) -> State | None:
-        """Read the state that the folder holds.
+        """Read the state that :meth:`save` wrote; None where nothing was saved yet.
 
-        Returns
-        -------
-        (dict, dict) or None
-            The document and the tensors that :meth:`save` was given; None where nothing was saved yet.
-
-        Raises
-        ------
-        CheckpointError
-            Without a folder, for the folder of another run, and for a damaged one.
+        Raises :class:`CheckpointError` without a folder, for the folder of another run, and for a damaged one.
         """
         if self.folder is None:
             raise CheckpointError("resume=True needs the checkpoint_dir of the run to go on with")
@@ -140,10 +95,7 @@ class Run:
     def restoring(self) -> Iterator[None]:
         """Return a context for code that rebuilds objects from what :meth:`load` has returned.
 
-        Raises
-        ------
-        CheckpointError
-            At the end of the context, where the state described no such objects.
+        It raises :class:`CheckpointError` where the state described no such objects.
         """
         try:
             yield
@@ -153,25 +105,11 @@ class Run:
             ) from None
 
     def snapshot(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keep a copy of the state in memory.
-
-        Parameters
-        ----------
-        document : mapping
-            The part of the state that JSON can hold.
-        tensors : mapping of str to Tensor
-            The other part of the state.
-        """
+        """Keep a copy of the state in memory."""
         self._snapshot = dict(document), {name: value.detach().clone() for name, value in tensors.items()}
 
     def go_back(self) -> State:
-        """Return the last state that :meth:`snapshot` has kept, and forget it.
-
-        Returns
-        -------
-        (dict, dict)
-            The document and the tensors.
-        """
+        """Return the last state that :meth:`snapshot` has kept, and forget it."""
         assert self._snapshot is not None, "there is no snapshot to go back to"
         state, self._snapshot = self._snapshot, None
         return state

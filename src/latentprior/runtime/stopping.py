@@ -11,15 +11,7 @@ __all__ = ["StopSignals", "Stopped"]
 
 
 class Stopped(BaseException):
-    """Somebody asked the run to end.
-
-    Parameters
-    ----------
-    message : str
-        What became of the state of the run.
-    resumable : bool
-        Whether the state is on disk, so that the run can be resumed.
-    """
+    """Somebody asked the run to end; ``resumable`` tells whether its state is on disk."""
 
     def __init__(self, message: str = "nothing was saved", *, resumable: bool = False) -> None:
         super().__init__(message)
@@ -52,12 +44,6 @@ class StopSignals:
         raise Stopped
 
     def check(self, event: object) -> None:
-        """Raise :class:`Stopped` if a signal has arrived.
-
-        Parameters
-        ----------
-        event : object
-            The event of a callback; it is not read.
-        """
+        """Raise :class:`Stopped` if a signal has arrived."""
         if self.asked:
             raise Stopped

@@ -20,28 +20,10 @@ class Tracker(Protocol):
     """An object that records a run; anything with these three methods serves."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers.
-
-        Parameters
-        ----------
-        step : int
-            The step, in the part of the run that the names begin with.
-        values : mapping of str to float
-            Numbers by name, such as ``stage-0/ratio``.
-        """
+        """Record numbers by name, such as ``stage-0/ratio``, at a step of the part that the names begin with."""
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Record images.
-
-        Parameters
-        ----------
-        step : int
-            The step.
-        name : str
-            What the images are.
-        x : Tensor
-            Images ``(n, C, H, W)`` in [-1, 1].
-        """
+        """Record images ``(n, C, H, W)`` in [-1, 1]."""
 
     def close(self) -> None:
         """Write what was not written yet, and end."""
@@ -50,17 +32,7 @@ class Tracker(Protocol):
 class JSONLinesTracker:
     """A tracker that appends one JSON object a line to a file, such as ``{"step": 10, "stage-0/ratio": 1.2}``.
 
-    Numbers that are not finite become null. Images are left out.
-
-    Parameters
-    ----------
-    file : str or Path
-        The file; folders above it are made.
-
-    Raises
-    ------
-    LatentPriorError
-        Where the file cannot be written.
+    Numbers that are not finite become null. Raises :class:`LatentPriorError` where the file cannot be written.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -72,30 +44,12 @@ class JSONLinesTracker:
             raise LatentPriorError(f"{file}: cannot write the log there ({error.strerror})") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line.
-
-        Parameters
-        ----------
-        step : int
-            The step, in the part of the run that the names begin with.
-        values : mapping of str to float
-            Numbers by name, such as ``stage-0/ratio``.
-        """
+        """Append one line."""
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Do nothing: lines are for numbers.
-
-        Parameters
-        ----------
-        step : int
-            The step.
-        name : str
-            What the images are.
-        x : Tensor
-            Images ``(n, C, H, W)`` in [-1, 1].
-        """
+        """Do nothing: lines are for numbers."""
 
     def close(self) -> None:
         """Close the file, if it is open."""
@@ -105,17 +59,7 @@ class JSONLinesTracker:
 class TensorBoardTracker:
     """A tracker that writes event files for TensorBoard (extra ``tracking``).
 
-    Parameters
-    ----------
-    folder : str or Path
-        Where the files go.
-
-    Raises
-    ------
-    MissingExtraError
-        Without tensorboard.
-    LatentPriorError
-        Where the folder cannot be written.
+    Raises :class:`LatentPriorError` where the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -129,30 +73,12 @@ class TensorBoardTracker:
             raise LatentPriorError(f"{folder}: cannot write the log there ({error.strerror})") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve.
-
-        Parameters
-        ----------
-        step : int
-            The step, in the part of the run that the names begin with.
-        values : mapping of str to float
-            Numbers by name, such as ``stage-0/ratio``.
-        """
+        """Add a point to each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Add a grid of images.
-
-        Parameters
-        ----------
-        step : int
-            The step.
-        name : str
-            What the images are.
-        x : Tensor
-            Images ``(n, C, H, W)`` in [-1, 1].
-        """
+        """Add a grid of images."""
         self._writer.add_images(name, x.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, step)
 
     def close(self) -> None:
@@ -161,30 +87,12 @@ class TensorBoardTracker:
 
 
 def tracked(tracker: Tracker, *, every: int = 10) -> Callback:
-    """Return a callback that writes the curves of a run to a tracker.
+    """Return a callback that writes the curves of a run to a tracker: all gains (nats), and losses at some steps.
 
-    Parameters
-    ----------
-    tracker : Tracker
-        Where the curves go.
-    every : int
-        Losses are written at every step that this number divides. Gains are written at every evaluation.
-
-    Returns
-    -------
-    callable
-        A callback for :func:`latentprior.fit`, :func:`latentprior.train` and every other function that learns.
-
-    Raises
-    ------
-    LatentPriorError
-        For an ``every`` below 1.
-
-    Notes
-    -----
-    Each part of a run has curves of its own over its own steps, so that a resumed run continues them at the right
-    place: ``autoencoder``, ``stage-K`` and ``settle`` while a decoder is learned, ``prior-stage-K`` in
-    :func:`latentprior.fit`, and ``ladder``, the gain of each stage that joined. Gains are in nats.
+    Losses are written at every step that ``every`` divides. Each part of a run has curves of its own over its own
+    steps, so that a resumed run continues them at the right place: ``autoencoder``, ``stage-K`` and ``settle`` while a
+    decoder is learned, ``prior-stage-K`` in :func:`latentprior.fit`, and ``ladder``, the gain of each stage that
+    joined.
     """
     if every < 1:
         raise LatentPriorError(f"every must be 1 or more, got {every}")
@@ -193,14 +101,13 @@ def tracked(tracker: Tracker, *, every: int = 10) -> Callback:
         gains = {"gain": event.gain, "gain_stderr": event.gain_stderr}
         stage = f"stage-{event.stage}" if event.losses else f"prior-stage-{event.stage}"
         if event.kind == "learned":
-            _write(tracker, "ladder", event.stage, gains)
+            curve, step, values = "ladder", event.stage, gains
         elif event.kind == "evaluate":
-            _write(tracker, stage, event.step, {**event.losses, **gains})
+            curve, step, values = stage, event.step, {**event.losses, **gains}
         elif event.losses and event.step % every == 0:
-            _write(tracker, stage if event.kind == "step" else event.kind, event.step, event.losses)
+            curve, step, values = stage if event.kind == "step" else event.kind, event.step, {**event.losses}
+        else:
+            return
+        tracker.scalars(step, {f"{curve}/{name}": value for name, value in values.items()})
 
     return write
-
-
-def _write(tracker: Tracker, curve: str, step: int, values: Mapping[str, float]) -> None:
-    tracker.scalars(step, {f"{curve}/{name}": value for name, value in values.items()})

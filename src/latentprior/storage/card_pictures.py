@@ -17,11 +17,8 @@ __all__ = ["samples_png"]
 def samples_png(draws: Mapping[str, Tensor]) -> bytes | None:
     """Draw a PNG with a panel for each named set; return None without matplotlib (extra ``report``).
 
-    Parameters
-    ----------
-    draws : mapping
-        Images ``(n, C, H, W)`` in [-1, 1], which become grids, or rows ``(n, d)``, which become a scatter on the two
-        principal axes of the last set, or a histogram if d is 1.
+    Images ``(n, C, H, W)`` in [-1, 1] become grids; rows ``(n, d)`` become a scatter on the two principal axes of the
+    last set, or a histogram if d is 1.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

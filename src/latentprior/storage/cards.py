@@ -50,11 +50,11 @@ def model_card(
     ----------
     prior_or_model : LatentPrior or LatentVariableModel
         What the card describes.
-    name : str, default "my-prior"
+    name : str
         Title of the card, and the folder, or ``"user/name"``, from which its lines of Python load.
     license : str, optional
         Identifier in the front matter, for example ``"apache-2.0"``.
-    check : bool, default True
+    check : bool
         Whether to integrate the density from an independent one (:meth:`LatentPrior.check_normalizer`), which takes
         seconds.
     picture : str, optional

@@ -13,7 +13,7 @@ import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ __all__ = [
     "read_config",
     "save_state",
     "tensors_under",
+    "whole_file",
     "write_whole",
 ]
 
@@ -58,24 +59,8 @@ UNREADABLE = (*UNFIT, OSError, EOFError, SyntaxError, zipfile.BadZipFile, tokeni
 def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write ``config.json`` and ``KIND-<digest>.safetensors`` so that a kill at any moment leaves old or new.
 
-    The JSON names the tensor file and is renamed into place last: that is the commit. Each file is written beside
-    its place, flushed to disk and renamed.
-
-    Parameters
-    ----------
-    folder : str or Path
-        It is made if need be.
-    kind : str
-        What is saved, for example ``"prior"``; only a reader that asks for this kind accepts the folder.
-    config : mapping
-        What can be written as JSON, nested 64 deep at most, without numbers that are not finite.
-    tensors : mapping
-        Tensors by name.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder cannot be written, or the configuration is not JSON.
+    The JSON names the tensor file and is renamed into place last: that is the commit. Raises :class:`CheckpointError`
+    if the folder cannot be written, or the configuration is not JSON (finite numbers, nested 64 deep at most).
     """
     folder = Path(folder)
     # Copies: tensors of one storage, as tied weights are, would be refused.
@@ -134,17 +119,8 @@ def _checksum(document: Mapping[str, Any]) -> str:
 def locked(folder: str | Path | None) -> Iterator[None]:
     """Keep a folder to one run; the system releases it when the process ends, however it ends.
 
-    Nothing is locked on file systems that have no locks.
-
-    Parameters
-    ----------
-    folder : str or Path, optional
-        The folder; it is made if need be, and removed again if the run leaves it empty. None locks nothing.
-
-    Raises
-    ------
-    CheckpointError
-        If another run holds the folder, or if it cannot be written.
+    The folder is made if need be, and removed again if the run leaves it empty. None, and file systems without locks,
+    lock nothing. Raises :class:`CheckpointError` if another run holds the folder, or if it cannot be written.
     """
     if folder is None:
         yield
@@ -197,14 +173,15 @@ def check_lengths(path: Path) -> None:
                 raise
 
 
-def write_whole(path: Path, blob: bytes) -> None:
-    """Write a file beside its place, sync and rename it: whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside its place; it is flushed to disk and renamed when it is whole, and removed otherwise."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # A killed process of the same number may have left this file, and a link of this name must not be followed.
         partial.unlink(missing_ok=True)
         with open(partial, "xb") as file:
-            file.write(blob)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -220,6 +197,12 @@ def write_whole(path: Path, blob: bytes) -> None:
             os.close(handle)
 
 
+def write_whole(path: Path, blob: bytes) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(blob)
+
+
 def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     """Read ``config.json``; raise :class:`CheckpointError` unless it is whole and of this kind and version."""
     path = Path(folder) / "config.json"
@@ -228,15 +211,13 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(CONFIG_LIMIT + 1)
-        if len(text) > CONFIG_LIMIT:
-            raise CheckpointError(f"{path}: too large to be a configuration")
-        config = json.loads(text.decode())
-        if not _is_shallow(config):
-            raise CheckpointError(f"{path}: nested too deeply to be a configuration")
-    except CheckpointError:
-        raise
+        config = json.loads(text.decode()) if len(text) <= CONFIG_LIMIT else None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: damaged or unreadable ({type(error).__name__})") from None
+    if len(text) > CONFIG_LIMIT:
+        raise CheckpointError(f"{path}: too large to be a configuration")
+    if not _is_shallow(config):
+        raise CheckpointError(f"{path}: nested too deeply to be a configuration")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not written by latentprior")
     if config.get("kind") != kind:
@@ -257,26 +238,9 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
 
 
 def load_state(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what :func:`save_state` wrote, after checking kind, version and the tensors' digest.
+    """Read what :func:`save_state` wrote, after checking kind, version and digest. Nothing is ever executed.
 
-    Nothing is ever executed.
-
-    Parameters
-    ----------
-    folder : str or Path
-        The folder that was saved.
-    kind : str
-        What it must hold.
-
-    Returns
-    -------
-    tuple
-        The configuration, and the tensors by name.
-
-    Raises
-    ------
-    CheckpointError
-        If anything is absent, damaged or foreign.
+    Raises :class:`CheckpointError` if anything is absent, damaged or foreign.
     """
     absent: set[str] = set()
     while True:
@@ -306,7 +270,7 @@ def load_state(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
 
 
 def tensors_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those tensors whose names begin with ``prefix``, by the rest of their names."""
+    """Return the tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -31,14 +31,8 @@ def find_folder(
     """Return the folder ``source``, or the snapshot of ``"user/name"`` on the hub if there is no such folder.
 
     Only ``config.json`` and ``KIND-<digest>.safetensors`` of a snapshot are downloaded, whatever else it holds. The
-    options are those of :meth:`latentprior.LatentPrior.from_pretrained`.
-
-    Raises
-    ------
-    CheckpointError
-        If ``source`` is neither a folder nor a repository on the hub.
-    MissingExtraError
-        If ``source`` is no folder and the extra is not installed.
+    options are those of :meth:`latentprior.LatentPrior.from_pretrained`. Raises :class:`CheckpointError` where
+    ``source`` is neither a folder nor a repository on the hub.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -86,9 +80,8 @@ def push_folder(
     """Commit what ``write`` puts into a folder to a repository on the hub, and return huggingface_hub's ``CommitInfo``.
 
     There is one commit, which also deletes the tensor files of this kind that it replaces: a reader gets old or new.
-
-    ``write(folder, name, is_new)`` fills the folder; it gets the full name of the repository, and whether that has no
-    card yet. The other parameters, and what is raised, are those of :meth:`Shareable.push_to_hub`.
+    ``write(folder, name, is_new)`` gets the full name of the repository, and whether that has no card yet. The other
+    options, and what is raised, are those of :meth:`Shareable.push_to_hub`.
     """
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

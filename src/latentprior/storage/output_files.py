@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LatentPriorError
-from .checkpoint import check_lengths, write_whole
+from .checkpoint import check_lengths, whole_file, write_whole
 from .pictures import picture, picture_grid, pillow, png
 
 __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
@@ -30,14 +30,7 @@ ROOM = 160
 def check_folder(folder: Path, name: str = "", inside: str = "") -> None:
     """Raise :class:`LatentPriorError` now, not after hours of work, if a folder cannot be written.
 
-    Parameters
-    ----------
-    folder : Path
-        It is made if need be.
-    name : str, optional
-        A file, or a folder, that will be written in it.
-    inside : str, optional
-        The longest name in ``name``, if that is a folder.
+    ``name`` is a file or a folder that will be written in it, ``inside`` the longest name in such a folder.
     """
     # The longest name that is given to a file on its way.
     probe = folder / f".{name}.{os.getpid()}.partial"
@@ -66,37 +59,16 @@ def check_file(path: Path) -> None:
 def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[BinaryIO]:
     """Open a file for the rows of a ``.npy``; it is renamed into place when it is whole, and removed otherwise.
 
-    Parameters
-    ----------
-    path : Path
-        The ``.npy`` file.
-    shape : tuple of int
-        Shape of the whole array.
-    dtype : str
-        Its type in numpy's notation, such as ``"<f4"``.
-
-    Raises
-    ------
-    LatentPriorError
-        If the file system has no room for all of it.
+    Raises :class:`LatentPriorError` if the file system has no room for all of it.
     """
     size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
     if size > free:
         raise LatentPriorError(
             f"--out {path}: needs {size / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free; ask for less"
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    try:
-        partial.unlink(missing_ok=True)
-        with open(partial, "xb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        yield file
 
 
 def check_images_out(out: Path, n: int) -> None:
@@ -129,17 +101,8 @@ def images_out(
 ) -> Iterator[Callable[[Tensor], None]]:
     """Give a function that takes images ``(b, C, H, W)`` in [-1, 1] block by block; all appear on disk, or none.
 
-    Parameters
-    ----------
-    out : Path
-        A ``.npy`` for float32 ``(n, C, H, W)`` in [-1, 1], which :func:`latentprior.read_images` reads; a ``.png`` for
-        one grid; otherwise a folder for ``00000.png`` and so on.
-    n : int
-        Number of images in all blocks together.
-    shape : sequence of int
-        Shape ``(C, H, W)`` of an image.
-    columns : int, optional
-        Images in a row of a grid; by default as many as make it about square.
+    ``out`` is a ``.npy`` for float32 ``(n, C, H, W)`` in [-1, 1], which :func:`latentprior.read_images` reads; a
+    ``.png`` for one grid of so many ``columns``; otherwise a folder for ``00000.png`` and so on.
     """
     if out.suffix == ".npy":
         with array_file(out, (n, *shape), "<f4") as file:

@@ -28,19 +28,10 @@ def pillow() -> Any:
 
 
 def image_grid(x: Tensor, *, columns: int | None = None, gap: int = 2, transparent: bool = False) -> Image:
-    """Place images side by side, row by row.
+    """Place images ``(n, C, H, W)`` in [-1, 1] side by side, row by row; by default the grid is about square.
 
-    Parameters
-    ----------
-    x : Tensor
-        Images ``(n, C, H, W)`` in [-1, 1]. With fewer than three channels the first is drawn in grey, with more the
-        first three in colour.
-    columns : int, optional
-        Images in a row; by default as many as make the grid about square.
-    gap : int, default 2
-        Pixels between two images.
-    transparent : bool, default False
-        Whether gaps and places without an image are transparent, and the picture RGBA; otherwise they are white.
+    With fewer than three channels the first is drawn in grey, with more the first three in colour. Gaps (in pixels) and
+    places without an image are white, or transparent in an RGBA picture.
     """
     n, c, h, w = x.shape
     columns = columns or math.ceil(math.sqrt(n))

@@ -35,7 +35,7 @@ class Shareable(ABC):
         ----------
         folder : str or Path
             It is made if need be.
-        card : bool or str, default False
+        card : bool or str
             True also writes a ``README.md``, the model card of :func:`latentprior.model_card` (extra ``hub``; its check
             of the normaliser takes seconds), with a picture of samples where matplotlib is installed (extra
             ``report``). A text is written as it is.
@@ -77,7 +77,7 @@ class Shareable(ABC):
             Branch, by default ``main``; it is created if need be.
         commit_message : str, optional
             By default ``"Upload prior with latentprior"``, or ``model``.
-        create_pr : bool, default False
+        create_pr : bool
             Whether to open a pull request instead of committing.
         card : bool or str, optional
             None writes a card where the repository has none, so that one edited there stays. True writes it anew, a

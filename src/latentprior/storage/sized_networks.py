@@ -22,24 +22,10 @@ def blank(kind: Callable[..., nn.Module], *sizes: Any, **options: Any) -> Any:
 def built_for(
     weights: Mapping[str, Tensor], build: Callable[[], Network], *, ignored: str | tuple[str, ...] = ()
 ) -> Network:
-    """Build a network whose state has the names and shapes of ``weights``.
+    """Build a network whose state has the names and shapes of ``weights``, but for names that begin with ``ignored``.
 
-    It is first built without memory: a damaged or hostile specification of a kilobyte could otherwise ask for all
-    that the machine has.
-
-    Parameters
-    ----------
-    weights : mapping
-        Tensors by name.
-    build : callable
-        Makes the network.
-    ignored : str or tuple of str, optional
-        Beginnings of names in the network that ``weights`` need not have.
-
-    Raises
-    ------
-    ValueError
-        If names or shapes differ.
+    It is first built without memory: a damaged or hostile specification of a kilobyte could otherwise ask for all that
+    the machine has. Raises ValueError if names or shapes differ.
     """
     with torch.device("meta"):
         sketch = build().state_dict()

@@ -40,9 +40,9 @@ def train_under_prior(
 ) -> LatentVariableModel:
     r"""Learn the decoder under the prior that the model has, then the prior of that decoder.
 
-    :func:`~latentprior.train` moves decoder and encoder along posterior samples
-    :math:`z^+ \sim p_\theta(x \mid z)\,p_K(z)` of the ladder that is there. The posteriors thereby move away from the
-    ladder, so that :func:`~latentprior.fit` learns another one on draws of them.
+    :func:`~latentprior.train` moves decoder and encoder along posterior samples :math:`z^+ \sim p_\theta(x \mid
+    z)\,p_K(z)` of the ladder that is there. The posteriors thereby move away from the ladder, so that
+    :func:`~latentprior.fit` learns another one on draws of them.
 
     Parameters
     ----------
@@ -117,16 +117,8 @@ def train_alternating(
         Settings of the autoencoder.
     config : TrainingConfig, optional
         Settings of the decoder under the prior.
-    draws : int
-        Number of posterior draws for each image that the last prior is learned on.
-    seed : int
-        Seed of all random draws.
-    checkpoint_dir : str or Path, optional
-        Folder in which each part saves its state, in a folder of its own.
-    resume : bool
-        Whether to go on in the part that was stopped, if the folder holds one.
-    callbacks : iterable of callables
-        They receive every :class:`~latentprior.Event` of all parts. What they raise ends the run.
+    draws, seed, checkpoint_dir, resume, callbacks
+        As in :func:`~latentprior.train_under_prior`.
     **fit_options
         Options of :func:`~latentprior.fit`; they go to both fits, each with a time budget of its own.
 

@@ -19,20 +19,16 @@ from ..runtime.events import Callback
 from ..runtime.run import Run, State
 from ..runtime.seeding import derived_generator
 from .config import AutoencoderConfig
-from .resumable import epoch_rows, images_identity, keep_snapshot, learn_with_one_retry
-from .trained_network import TrainedNetwork, cosine_rate
+from .resumable import epoch_rows, images_identity, keep_snapshot, learn_with_one_retry, start
+from .trained_network import TrainedNetwork, cosine_rate, sigma_of, warmed_up_decay
 
-__all__ = ["AutoencoderConfig", "train_autoencoder"]
+__all__ = ["train_autoencoder"]
 
 SAVE_STEPS = 250
 SAVE_SECONDS = 20.0
 """The state is saved after so many steps, or so many seconds if the steps take longer."""
 ERROR_DECAY = 0.99
 """Decay of the moving average of the squared error: it spans 100 steps."""
-WARM_UP_UPDATES = 9
-"""At step i the decay is at most i / (i + 9): the error of untrained networks would otherwise stay in sigma for
-hundreds of steps."""
-LEAST_SIGMA = 1e-3
 
 
 def train_autoencoder(
@@ -93,11 +89,7 @@ def train_autoencoder(
     learner = AutoencoderLearner(model, images, config or AutoencoderConfig(), seed)
     run = Run(checkpoint_dir, "autoencoder", learner.identity, callbacks)
     with run.lock():
-        saved = run.load() if resume else None
-        if saved is not None:
-            with run.restoring():
-                learner.restore(*saved)
-        keep_snapshot(run, learner)
+        start(run, learner, resume=resume)
         learn_with_one_retry(run, learner, lambda: _learn(run, learner))
     learner.finish()
     return model
@@ -118,19 +110,7 @@ def _learn(run: Run, learner: AutoencoderLearner) -> None:
 
 
 class AutoencoderLearner:
-    """A decoder and an encoder as they learn; all draws are functions of the seed and the step.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model, with an encoder.
-    images : Images
-        What it learns from.
-    config : AutoencoderConfig
-        The settings.
-    seed : int
-        Seed of all random draws.
-    """
+    """A decoder and an encoder as they learn; all draws are functions of the seed and the step."""
 
     def __init__(self, model: LatentVariableModel, images: Images, config: AutoencoderConfig, seed: int) -> None:
         if model.encoder is None:
@@ -156,18 +136,7 @@ class AutoencoderLearner:
         return f"step {self.step}"
 
     def update(self) -> dict[str, float]:
-        """Take one step.
-
-        Returns
-        -------
-        dict
-            The losses: ``"reconstruction"`` a pixel, and ``"divergence"`` in nats an image.
-
-        Raises
-        ------
-        LearningDivergedError
-            When the loss is not finite.
-        """
+        """Take one step; return the losses: reconstruction a pixel, divergence in nats an image."""
         config, step = self.config, self.step
         rows = epoch_rows(len(self.images), step * config.batch_size, config.batch_size, self._order)
         x = self.images.batch(rows, device=self.model.device).to(self.model.prior.dtype)
@@ -179,7 +148,7 @@ class AutoencoderLearner:
         return losses
 
     def _loss(self, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch, and its parts for people; learned sigma follows the squared error."""
+        """Return the loss of a batch, and its parts for people; learned sigma follows the squared error."""
         config, model, step = self.config, self.model, self.step
         draws = derived_generator(model.device, self.seed, "autoencoder", step)
         out = self.encoder(x)
@@ -190,13 +159,14 @@ class AutoencoderLearner:
         z = mean + (scale if config.kind == "vae" else config.noise) * noise
         squared = (model.decoder(z.reshape(len(x), *model.event_shape)) - x).square().flatten(1).sum(1).mean()
         reconstruction = float(squared.detach()) / x[0].numel()
-        decay = min(ERROR_DECAY, step / (step + WARM_UP_UPDATES))
+        # Without the warm-up, the error of untrained networks would stay in sigma for hundreds of steps.
+        decay = warmed_up_decay(ERROR_DECAY, step)
         self.error = decay * self.error + (1 - decay) * reconstruction
         if config.kind == "ae":
             penalty = 0.5 * mean.square().flatten(1).sum(1).mean()
             return squared + config.latent_penalty * penalty, {"reconstruction": reconstruction}
         if config.learn_sigma:
-            model.sigma = max(LEAST_SIGMA, math.sqrt(self.error))
+            model.sigma = sigma_of(self.error)
         divergence = (0.5 * (mean.square() + scale.square() - 1) - scale.log()).flatten(1).sum(1).mean()
         losses = {"reconstruction": reconstruction, "divergence": float(divergence.detach())}
         return squared / (2 * model.sigma**2) + divergence, losses
@@ -208,7 +178,7 @@ class AutoencoderLearner:
         """Give the networks their averaged weights."""
         self.networks.finish()
         if self.config.kind == "ae":
-            self.model.sigma = max(LEAST_SIGMA, math.sqrt(self.error))
+            self.model.sigma = sigma_of(self.error)
 
     def state(self) -> State:
         """Return what :meth:`restore` needs."""
@@ -217,15 +187,7 @@ class AutoencoderLearner:
         return document | own, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The second part of the state.
-        """
+        """Stand where :meth:`state` was called."""
         self.networks.restore(document, tensors)
         self.step, self.error = int(document["step"]), float(document["error"])
         self.pace, self.model.sigma = float(document["pace"]), float(document["sigma"])

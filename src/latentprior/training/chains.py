@@ -20,13 +20,7 @@ LEAST_POOL_ROWS = 1024
 
 
 class PosteriorChains:
-    r"""Short runs of Langevin dynamics that draw latents of images from their posteriors (eq. 5).
-
-    Parameters
-    ----------
-    task : JointTask
-        What the parts of joint learning share.
-    """
+    """Short runs of Langevin dynamics that draw latents of images from their posteriors (eq. 5)."""
 
     def __init__(self, task: JointTask) -> None:
         self.task = task
@@ -36,26 +30,10 @@ class PosteriorChains:
             self.latents = task.model.prior.base.sample(len(task.images), task.draws("latents")).cpu()
 
     def sample(self, x: Tensor, index: Tensor | None = None, use: str = "posterior") -> Tensor:
-        r"""Return draws of :math:`p_\theta(z \mid x) \propto p_\theta(x \mid z)\,p_k(z)`.
+        r"""Return draws of :math:`p_\theta(z \mid x) \propto p_\theta(x \mid z)\,p_k(z)`, standardised, ``(b, d)``.
 
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(b, C, H, W)``.
-        index : Tensor, optional
-            Indices ``(b,)`` of the images, for chains that persist.
-        use : str
-            What the draws are for; each use has random numbers of its own.
-
-        Returns
-        -------
-        Tensor
-            Standardised latents ``(b, d)``.
-
-        Raises
-        ------
-        LearningDivergedError
-            When chains have run away.
+        ``index`` holds the indices of the images, for chains that persist. Each ``use`` has random numbers of its own.
+        Raises :class:`LearningDivergedError` when chains have run away.
         """
         task, config = self.task, self.task.config
         draws = task.draws_of_step(use)
@@ -79,13 +57,7 @@ class PosteriorChains:
         return u
 
     def sample_held_out(self, use: str = "held-out posterior") -> Tensor:
-        """Return one draw for every held-out image, ``(held_out, d)``.
-
-        Parameters
-        ----------
-        use : str
-            What the draws are for.
-        """
+        """Return one draw for every held-out image, ``(held_out, d)``."""
         # Each part has draws of its own: with shared starts the rows would depend on one another, and the standard
         # error of the gain would be too small.
         parts = enumerate(self.task.held_out_images().split(self.task.config.batch_size))
@@ -96,25 +68,13 @@ class PosteriorChains:
         return {} if self.latents is None else {"latents": self.latents}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        tensors : mapping of str to Tensor
-            The tensors of the state.
-        """
+        """Stand where :meth:`state` was called."""
         if self.latents is not None:
             self.latents = tensors["latents"].clone()
 
 
 class PriorChains:
-    r"""Draws of the ladder so far, :math:`p_k`, to contrast those of the posterior with.
-
-    Parameters
-    ----------
-    task : JointTask
-        What the parts of joint learning share.
-    """
+    """Draws of the ladder so far, :math:`p_k`, to contrast those of the posterior with."""
 
     def __init__(self, task: JointTask) -> None:
         self.task = task
@@ -128,22 +88,9 @@ class PriorChains:
         """Fresh particles that were not used yet, ``(n, d)``."""
 
     def sample(self, n: int) -> Tensor:
-        r"""Return draws of :math:`p_k`: exact ones of the base while there is no stage.
+        """Return draws ``(n, d)`` of :math:`p_k`, standardised: exact ones of the base while there is no stage.
 
-        Parameters
-        ----------
-        n : int
-            Number of draws.
-
-        Returns
-        -------
-        Tensor
-            Standardised latents ``(n, d)``.
-
-        Raises
-        ------
-        LearningDivergedError
-            When chains have run away.
+        Raises :class:`LearningDivergedError` when chains have run away.
         """
         task, config, ladder = self.task, self.task.config, self.task.ladder
         draws = task.draws_of_step("prior")
@@ -160,7 +107,7 @@ class PriorChains:
         return u
 
     def _particles(self, n: int) -> Tensor:
-        """Rows of a pool of fresh particles, each used once."""
+        """Return rows of a pool of fresh particles, each used once."""
         if len(self.pool) < n:
             draws = self.task.draws_of_step("particles")
             rows = max(POOL_BATCHES * n, LEAST_POOL_ROWS)
@@ -176,13 +123,7 @@ class PriorChains:
         return tensors | ({"pool": self.pool} if len(self.pool) else {})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called, in the first process.
-
-        Parameters
-        ----------
-        tensors : mapping of str to Tensor
-            The tensors of the state.
-        """
+        """Stand where :meth:`state` was called, in the first process."""
         self.restart()
         # The chains are those of the first process. Another one would use the same particles twice.
         if self.task.processes.rank == 0:

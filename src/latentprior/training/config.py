@@ -44,23 +44,17 @@ class TrainingConfig:
     prior_sampler : str
         How the ladder is sampled: ``"langevin"`` (short runs from the base, as in the paper), ``"persistent"`` (chains
         that are kept between steps) or ``"particles"`` (the ladder's fresh particles).
-    prior_steps : int
-        Number of steps of a prior chain.
-    prior_step_size : float
-        Step size of prior chains, in standardised coordinates.
-    ratio_width : int
-        Number of units in a hidden layer of a log ratio.
-    ratio_depth : int
-        Number of hidden layers of a log ratio.
+    prior_steps, prior_step_size : int, float
+        Number of steps of a prior chain, and their size in standardised coordinates.
+    ratio_width, ratio_depth : int
+        Number of units in a hidden layer of a log ratio, and of hidden layers.
     bound : float
         Largest absolute value of a log ratio, in nats.
     learn_sigma : bool
         Whether sigma, the noise of the pixels, follows the root of the mean squared error at posterior samples, where
         the likelihood is highest.
-    learning_rate : float
-        Learning rate of the decoder and the encoder (Adam with betas 0.5 and 0.999).
-    ratio_learning_rate : float
-        Learning rate of the log ratios (Adam with betas 0.5 and 0.999).
+    learning_rate, ratio_learning_rate : float
+        Learning rates of the decoder with the encoder, and of the log ratios (Adam with betas 0.5 and 0.999).
     decay : float
         Factor on both learning rates in every epoch, from 0 to 1.
     average : float
@@ -103,7 +97,6 @@ class TrainingConfig:
     held_out: int = 500
 
     def __post_init__(self) -> None:
-        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
         counts = ("steps", "batch_size", "posterior_steps", "prior_steps", "ratio_width", "evaluate_every", "patience")
         for name in counts:
             if getattr(self, name) < 1:
@@ -128,22 +121,7 @@ class TrainingConfig:
             raise LatentPriorError("precondition takes its scales from the encoder: set posterior_start to 'encoder'")
 
     def check(self, images: int, *, encoder: bool = True, processes: int = 1) -> None:
-        """Check that these settings can learn from what there is.
-
-        Parameters
-        ----------
-        images : int
-            Number of images.
-        encoder : bool
-            Whether the model has an encoder.
-        processes : int
-            Number of processes that share a batch.
-
-        Raises
-        ------
-        LatentPriorError
-            For too few images, a missing encoder, or a batch that the processes cannot share.
-        """
+        """Raise :class:`LatentPriorError` where these settings cannot learn from so many images."""
         if images < self.held_out + 2:
             raise LatentPriorError(
                 f"{images} images are too few beside {self.held_out} held out: lower held_out, or bring more"
@@ -200,7 +178,6 @@ class AutoencoderConfig:
     average: float = 0.999
 
     def __post_init__(self) -> None:
-        """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
         if self.kind not in ("vae", "ae"):
             raise LatentPriorError(f"unknown kind {self.kind!r}: choose vae or ae")
         if min(self.steps, self.batch_size) < 1 or self.noise < 0 or self.latent_penalty < 0:

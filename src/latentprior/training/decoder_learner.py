@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,23 +13,16 @@ from ..errors import LatentPriorError
 from ..models.inference import log_gaussian
 from ..runtime.run import State
 from .joint_task import JointTask
-from .trained_network import TrainedNetwork
+from .trained_network import TrainedNetwork, sigma_of
 
 __all__ = ["DecoderLearner"]
 
 NEW_ERROR_SHARE = 0.01
 """Share of the newest step in the average of the squared error that learned sigma follows: it spans 100 steps."""
-LEAST_SIGMA = 1e-3
 
 
 class DecoderLearner:
-    """The decoder and the encoder, as they learn from posterior draws.
-
-    Parameters
-    ----------
-    task : JointTask
-        What the parts of joint learning share.
-    """
+    """The decoder and the encoder, as they learn from posterior draws."""
 
     def __init__(self, task: JointTask) -> None:
         self.task = task
@@ -44,24 +36,9 @@ class DecoderLearner:
         """Moving average of the squared error a pixel."""
 
     def update(self, x: Tensor, posterior: Tensor) -> dict[str, float]:
-        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8), and teach the encoder.
+        r"""Ascend :math:`\log p_\theta(x \mid z^+)` (eq. 8) at posterior draws ``(b, d)``, and teach the encoder.
 
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(b, C, H, W)``.
-        posterior : Tensor
-            Their posterior draws, standardised, ``(b, d)``.
-
-        Returns
-        -------
-        dict
-            The losses by name.
-
-        Raises
-        ------
-        LearningDivergedError
-            When the loss is not finite.
+        Returns the losses by name; raises :class:`LearningDivergedError` when their sum is not finite.
         """
         task, model = self.task, self.task.model
         squared = (task.decode(posterior) - x).square().flatten(1).sum(1)
@@ -72,7 +49,7 @@ class DecoderLearner:
         if task.config.learn_sigma:
             task.processes.average([error])
             self.error = (1 - NEW_ERROR_SHARE) * self.error + NEW_ERROR_SHARE * float(error)
-            model.sigma = max(LEAST_SIGMA, math.sqrt(self.error))
+            model.sigma = sigma_of(self.error)
         if model.encoder is not None:
             encoder_loss = self.encoder_loss(x, posterior)
             loss = loss + encoder_loss
@@ -83,22 +60,10 @@ class DecoderLearner:
         return losses
 
     def encoder_loss(self, x: Tensor, posterior: Tensor) -> Tensor:
-        r"""Return minus :math:`\log q(z^+ \mid x)`, or, if chains are preconditioned, minus the evidence lower bound.
+        r"""Return minus :math:`\log q(z^+ \mid x)`, or, if chains are preconditioned, minus the lower bound (nats).
 
         A diagonal q that follows the draws of a correlated posterior is as wide as its marginals. Draws of it then lie
         off the posterior, and so do chains in its scales. The bound makes q as narrow as the conditionals.
-
-        Parameters
-        ----------
-        x : Tensor
-            Images ``(b, C, H, W)``.
-        posterior : Tensor
-            Their posterior draws, standardised, ``(b, d)``.
-
-        Returns
-        -------
-        Tensor
-            A scalar in nats an image.
         """
         task, model = self.task, self.task.model
         assert model.encoder is not None
@@ -125,14 +90,6 @@ class DecoderLearner:
         return document | {"error": self.error, "sigma": self.task.model.sigma}, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The tensors of the state.
-        """
+        """Stand where :meth:`state` was called."""
         self.networks.restore(document, tensors)
         self.error, self.task.model.sigma = float(document["error"]), float(document["sigma"])

@@ -12,9 +12,9 @@ from ..runtime.processes import Processes, SingleProcess
 from ..runtime.run import Run
 from .config import TrainingConfig
 from .joint_learner import JointLearner
-from .resumable import keep_snapshot, learn_with_one_retry
+from .resumable import keep_snapshot, learn_with_one_retry, start
 
-__all__ = ["TrainingConfig", "joint_run", "save", "start", "train"]
+__all__ = ["joint_run", "save", "start", "train"]
 
 
 def train(
@@ -131,53 +131,11 @@ def _tell(run: Run, learner: JointLearner, kind: Kind, losses: Mapping[str, floa
 
 
 def joint_run(learner: JointLearner, folder: str | Path | None, callbacks: Iterable[Callback]) -> Run:
-    """Return the run of a joint learner.
-
-    Parameters
-    ----------
-    learner : JointLearner
-        What learns.
-    folder : str, Path or None
-        Where its state is saved.
-    callbacks : iterable of callables
-        They receive every event.
-
-    Returns
-    -------
-    Run
-        A run of the kind ``"training"``.
-    """
+    """Return the run of a joint learner, of the kind ``"training"``."""
     return Run(folder, "training", learner.identity, callbacks, learner.task.processes.rank)
 
 
-def start(run: Run, learner: JointLearner, *, resume: bool) -> None:
-    """Let the learner stand where its run was saved, if it is to be resumed.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    learner : JointLearner
-        What learns.
-    resume : bool
-        Whether to read the folder.
-    """
-    saved = run.load() if resume else None
-    if saved is not None:
-        with run.restoring():
-            learner.restore(*saved)
-    keep_snapshot(run, learner)
-
-
 def save(run: Run, learner: JointLearner) -> None:
-    """Save everything that the next step depends on; the other processes wait for the first one.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    learner : JointLearner
-        What learns.
-    """
+    """Save everything that the next step depends on; the other processes wait for the first one."""
     run.save(*keep_snapshot(run, learner))
     learner.task.processes.wait()

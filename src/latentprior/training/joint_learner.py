@@ -33,21 +33,7 @@ NORMALIZER_PARTICLES = 8192
 
 
 class JointLearner:
-    """A decoder and its ladder that learn together: two kinds of chains, and a learner for each network.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model that learns.
-    images : Images
-        What it learns from.
-    config : TrainingConfig
-        The settings.
-    seed : int
-        Seed of all random draws.
-    processes : Processes
-        Those that learn one model together.
-    """
+    """A decoder and its ladder that learn together: two kinds of chains, and a learner for each network."""
 
     def __init__(
         self, model: LatentVariableModel, images: Images, config: TrainingConfig, seed: int, processes: Processes
@@ -91,14 +77,10 @@ class JointLearner:
         self.ratio.measure(posterior, self.task.ladder.fresh_particles(len(posterior), draws).position)
 
     def next_stage(self) -> Stage | None:
-        """Multiply the ladder by the learned ratio, and begin the next stage.
+        """Multiply the ladder by the learned ratio, and begin the next stage; fresh particles give its normaliser.
 
-        Returns
-        -------
-        Stage or None
-            The stage, whose log normaliser comes from particles that trained nothing. With the adaptive switch None,
-            if its held-out gain is not above zero by two standard errors or it does not raise the held-out log
-            density enough: the stage is left out, and the ladder has arrived.
+        With the adaptive switch the stage is left out if its held-out gain is not above zero by two standard errors or
+        it does not raise the held-out log density enough: the ladder has then arrived, and the result is None.
         """
         task = self.task
         if task.step % task.config.evaluate_every:
@@ -130,35 +112,15 @@ class JointLearner:
 
     def state(self) -> State:
         """Return what :meth:`restore` needs."""
-        prior, prior_tensors = self.task.model.prior.state()
-        decoder, decoder_tensors = self.decoder.state()
-        ratio, ratio_tensors = self.ratio.state()
-        document = {
-            "prior": prior,
-            "task": self.task.state(),
-            "decoder": decoder,
-            "ratio": ratio,
-            "arrived": self.arrived,
-        }
-        parts = {
-            "prior": prior_tensors,
-            "decoder": decoder_tensors,
-            "ratio": ratio_tensors,
-            "posterior-chains": self.posterior.state(),
-            "prior-chains": self.prior.state(),
-        }
-        return document, {f"{part}.{name}": value for part, own in parts.items() for name, value in own.items()}
+        parts = {"prior": self.task.model.prior.state(), "decoder": self.decoder.state(), "ratio": self.ratio.state()}
+        document: dict[str, Any] = {name: own for name, (own, _) in parts.items()}
+        document |= {"task": self.task.state(), "arrived": self.arrived}
+        tensors = {name: own for name, (_, own) in parts.items()}
+        tensors |= {"posterior-chains": self.posterior.state(), "prior-chains": self.prior.state()}
+        return document, {f"{part}.{name}": value for part, own in tensors.items() for name, value in own.items()}
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The second part of the state.
-        """
+        """Stand where :meth:`state` was called."""
         model = self.task.model
         given = model.prior.base.distribution if isinstance(model.prior.base, DistributionBase) else None
         saved = tensors_under(tensors, "prior.")

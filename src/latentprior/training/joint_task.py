@@ -30,19 +30,6 @@ class JointTask:
     """What the parts of joint learning share: model, images, settings, processes, and the numbers of steps so far.
 
     Every random draw is a function of the seed, its use and these numbers.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model that learns.
-    images : Images
-        What it learns from. After a shuffle the first ``config.held_out`` of them are held out.
-    config : TrainingConfig
-        The settings.
-    seed : int
-        Seed of all random draws.
-    processes : Processes
-        Those that learn one model together.
     """
 
     def __init__(
@@ -73,35 +60,11 @@ class JointTask:
         return self.model.prior.ladder
 
     def draws(self, *keys: int | str, cpu: bool = False) -> torch.Generator:
-        """Return the generator of one use.
-
-        Parameters
-        ----------
-        *keys : int or str
-            What the draws are for.
-        cpu : bool
-            Whether to draw on the CPU, and not on the device of the model.
-
-        Returns
-        -------
-        torch.Generator
-            The same generator for the same keys.
-        """
+        """Return the generator of one use, on the device of the model or on the CPU."""
         return derived_generator(torch.device("cpu") if cpu else self.device, self.seed, "train", *keys)
 
     def draws_of_step(self, use: str) -> torch.Generator:
-        """Return the generator of one use in the current step; each process has another one.
-
-        Parameters
-        ----------
-        use : str
-            What the draws are for.
-
-        Returns
-        -------
-        torch.Generator
-            The same generator in the same step.
-        """
+        """Return the generator of one use in the current step; each process has another one."""
         return self.draws(use, self.updates, self.processes.rank)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -116,110 +79,35 @@ class JointTask:
         return self._read(self.held_out_rows)
 
     def decode(self, u: Tensor) -> Tensor:
-        """Return the images of latents.
-
-        Parameters
-        ----------
-        u : Tensor
-            Standardised latents ``(n, d)``.
-
-        Returns
-        -------
-        Tensor
-            Images ``(n, C, H, W)``.
-        """
+        """Return the images ``(n, C, H, W)`` of standardised latents ``(n, d)``."""
         prior = self.model.prior
         x: Tensor = self.model.decoder(prior.whitening.unwhiten(u).reshape(len(u), *self.model.event_shape))
         return x
 
     def log_prior(self, u: Tensor) -> Tensor:
-        r"""Return :math:`\log p_k` of latents, up to a constant.
-
-        Parameters
-        ----------
-        u : Tensor
-            Standardised latents ``(n, d)``.
-
-        Returns
-        -------
-        Tensor
-            Log densities ``(n,)``, nats.
-        """
+        r"""Return :math:`\log p_k` of standardised latents ``(n, d)``, nats, up to a constant."""
         return self.ladder.base.log_prob(u) + self.ladder.log_potential(u)
 
     def rate(self, rate: float) -> float:
-        """Return a learning rate as it is in the current epoch.
-
-        Parameters
-        ----------
-        rate : float
-            The rate of the first epoch.
-
-        Returns
-        -------
-        float
-            The rate, which falls from epoch to epoch.
-        """
+        """Return a learning rate of the first epoch as it is in the current one."""
         epochs = self.updates * self.config.batch_size // len(self.train_rows)
         return self.pace * rate * self.config.decay**epochs
 
     def finite(self, loss: Tensor, name: str) -> float:
-        """Return the number of a loss, after a check.
-
-        Parameters
-        ----------
-        loss : Tensor
-            A scalar.
-        name : str
-            What the loss is of.
-
-        Returns
-        -------
-        float
-            The loss of this process.
-
-        Raises
-        ------
-        LearningDivergedError
-            Where the loss of any process is not finite.
-        """
+        """Return the number of a loss; raise :class:`LearningDivergedError` where that of any process is not finite."""
         value = float(loss.detach())
         if not math.isfinite(agreed(self.processes, value, self.device)):
             raise self.diverged(f"the {name}'s loss is not finite")
         return value
 
     def check_near(self, u: Tensor, name: str) -> None:
-        """Check that chains have stayed where latents are.
-
-        Parameters
-        ----------
-        u : Tensor
-            Where the chains stand, standardised, ``(n, d)``.
-        name : str
-            What the chains are of.
-
-        Raises
-        ------
-        LearningDivergedError
-            Where more than one chain in a hundred has run away.
-        """
+        """Raise :class:`LearningDivergedError` where more than one chain ``(n, d)`` in a hundred has run away."""
         gone = float((~(u.detach().abs() < FARTHEST_STANDARDISED)).any(1).float().mean())
         if agreed(self.processes, gone, self.device) > MOST_RUNAWAY_SHARE:
             raise self.diverged(f"{gone:.0%} of the {name} chains have run away")
 
     def diverged(self, what: str) -> LearningDivergedError:
-        """Return the error that says what has diverged, where, and how to mend it.
-
-        Parameters
-        ----------
-        what : str
-            What has happened.
-
-        Returns
-        -------
-        LearningDivergedError
-            The error, to be raised.
-        """
+        """Return the error that says what has diverged, where, and how to mend it."""
         return LearningDivergedError(
             f"stage {self.stage}: {what} at step {self.step}; lower learning_rate, posterior_step_size or "
             "prior_step_size, or look for extreme images"
@@ -230,13 +118,7 @@ class JointTask:
         return {"step": self.step, "updates": self.updates, "settled": self.settled, "pace": self.pace}
 
     def restore(self, document: Mapping[str, Any]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The state.
-        """
+        """Stand where :meth:`state` was called."""
         self.step, self.updates = int(document["step"]), int(document["updates"])
         self.settled, self.pace = int(document["settled"]), float(document["pace"])
 

@@ -21,13 +21,7 @@ UNKNOWN = Gain(math.nan, math.nan)
 
 
 class RatioLearner:
-    r"""The log ratio :math:`f_k` of one stage, as it learns, with its held-out gain.
-
-    Parameters
-    ----------
-    task : JointTask
-        What the parts of joint learning share.
-    """
+    """The log ratio :math:`f_k` of one stage, as it learns, with its held-out gain."""
 
     def __init__(self, task: JointTask) -> None:
         self.task = task
@@ -66,55 +60,21 @@ class RatioLearner:
         return self.waited >= config.patience or step >= config.steps
 
     def update(self, posterior: Tensor, prior: Tensor) -> dict[str, float]:
-        """Descend the logistic loss of the stage between posterior and prior draws (eq. 6).
-
-        Parameters
-        ----------
-        posterior : Tensor
-            Standardised latents ``(b, d)``.
-        prior : Tensor
-            Standardised latents ``(b, d)``.
-
-        Returns
-        -------
-        dict
-            The loss, in nats.
-
-        Raises
-        ------
-        LearningDivergedError
-            When the loss is not finite.
-        """
+        """Descend the logistic loss of the stage, in nats, between posterior and prior draws ``(b, d)`` (eq. 6)."""
         # Eq. 6.
         loss = logistic_loss(self.ratio(posterior), self.ratio(prior))
         self.descend(loss)
         return {"ratio": self.task.finite(loss, "ratio")}
 
     def descend(self, loss: Tensor) -> None:
-        """Take one step down a loss of the ratio.
-
-        Parameters
-        ----------
-        loss : Tensor
-            A scalar.
-        """
+        """Take one step down a loss of the ratio."""
         self.network.descend(loss, self.task.rate(self.task.config.ratio_learning_rate), self.task.processes)
 
     @torch.no_grad()
     def measure(self, posterior: Tensor, prior: Tensor) -> None:
-        """Measure the gain of the averaged weights, in nats, on rows that trained nothing.
+        """Measure the gain (nats) of the averaged weights on held-out posterior draws and fresh particles ``(n, d)``.
 
-        Parameters
-        ----------
-        posterior : Tensor
-            Posterior draws of held-out images, standardised, ``(n, d)``.
-        prior : Tensor
-            Fresh particles of the ladder, ``(n, d)``.
-
-        Raises
-        ------
-        LearningDivergedError
-            When the gain is not finite.
+        Raises :class:`LearningDivergedError` when the gain is not finite.
         """
         f = [torch.func.functional_call(self.ratio, self.network.average.weights, (z,)) for z in (posterior, prior)]
         measured = torch.tensor(gain(f[0], f[1]), device=self.task.device)
@@ -142,15 +102,7 @@ class RatioLearner:
         return document | known | {"waited": self.waited}, tensors
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The tensors of the state.
-        """
+        """Stand where :meth:`state` was called."""
         self.network.restore(document, tensors)
         self.gain = UNKNOWN if document["gain"] is None else Gain(*map(float, document["gain"]))
         self.best_gain = -math.inf if document["best_gain"] is None else float(document["best_gain"])

@@ -14,7 +14,7 @@ from ..data.images import Images
 from ..errors import LearningDivergedError, LearningRetriedWarning, warn
 from ..runtime.run import Run, State
 
-__all__ = ["Learner", "epoch_rows", "images_identity", "keep_snapshot", "learn_with_one_retry", "phase_folder"]
+__all__ = ["Learner", "epoch_rows", "images_identity", "keep_snapshot", "learn_with_one_retry", "phase_folder", "start"]
 
 RETRY_PACE = 0.25
 """Factor on learning rates and step sizes after learning has diverged."""
@@ -34,38 +34,13 @@ class Learner(Protocol):
         """Return what :meth:`restore` needs."""
 
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The tensors of the state.
-        """
+        """Stand where :meth:`state` was called."""
 
 
 def learn_with_one_retry(run: Run, learner: Learner, learn: Callable[[], None]) -> None:
     """Learn; where that diverges, go back to the last snapshot of the run and learn on more slowly, once.
 
-    Parameters
-    ----------
-    run : Run
-        The run, which keeps snapshots.
-    learner : Learner
-        What learns.
-    learn : callable
-        Goes on from where the learner stands to the end.
-
-    Raises
-    ------
-    LearningDivergedError
-        When learning diverges a second time.
-
-    Warns
-    -----
-    LearningRetriedWarning
-        When learning diverges for the first time.
+    ``learn`` goes on from where the learner stands to the end. Going back warns with :class:`LearningRetriedWarning`.
     """
     while True:
         try:
@@ -80,21 +55,17 @@ def learn_with_one_retry(run: Run, learner: Learner, learn: Callable[[], None]) 
             warn(message, LearningRetriedWarning)
 
 
+def start(run: Run, learner: Learner, *, resume: bool) -> None:
+    """Let the learner stand where its run was saved, if it is to be resumed."""
+    saved = run.load() if resume else None
+    if saved is not None:
+        with run.restoring():
+            learner.restore(*saved)
+    keep_snapshot(run, learner)
+
+
 def keep_snapshot(run: Run, learner: Learner) -> State:
-    """Return the state of the learner, and keep it in memory if learning may still go back once.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    learner : Learner
-        What learns.
-
-    Returns
-    -------
-    (dict, dict)
-        The document and the tensors of the state.
-    """
+    """Return the state of the learner, and keep it in memory if learning may still go back once."""
     state = learner.state()
     if learner.pace == 1:
         run.snapshot(*state)
@@ -102,20 +73,7 @@ def keep_snapshot(run: Run, learner: Learner) -> State:
 
 
 def images_identity(settings: object, images: Images) -> str:
-    """Return a digest of settings and of a sample of the images.
-
-    Parameters
-    ----------
-    settings : object
-        Anything whose ``repr`` tells the settings apart.
-    images : Images
-        The images; at most 64 of them are read.
-
-    Returns
-    -------
-    str
-        Hexadecimal digits.
-    """
+    """Return a digest of what the ``repr`` of the settings tells apart, and of 64 images at most."""
     digest = hashlib.sha256(repr((settings, len(images), images.shape)).encode())
     sample = torch.linspace(0, len(images) - 1, min(64, len(images))).long()
     digest.update(images.batch(sample).numpy().tobytes())
@@ -123,23 +81,9 @@ def images_identity(settings: object, images: Images) -> str:
 
 
 def epoch_rows(n: int, first: int, size: int, order: Callable[[int], torch.Generator]) -> Tensor:
-    """Return the next rows of endless epochs; an epoch holds every row once, in an order of its own.
+    """Return the indices of the next ``size`` rows of endless epochs, of which ``first`` were taken before.
 
-    Parameters
-    ----------
-    n : int
-        Number of rows in an epoch.
-    first : int
-        Number of rows that were taken before.
-    size : int
-        Number of rows to take.
-    order : callable
-        Gives the generator that shuffles an epoch, from the epoch's number.
-
-    Returns
-    -------
-    Tensor
-        Indices ``(size,)`` from 0 to n - 1.
+    An epoch holds each of the ``n`` rows once, in the order that the generator ``order(epoch)`` draws.
     """
     places = torch.arange(first, first + size)
     epochs = torch.unique(places // n).tolist()
@@ -147,18 +91,5 @@ def epoch_rows(n: int, first: int, size: int, order: Callable[[int], torch.Gener
 
 
 def phase_folder(folder: str | Path | None, phase: str) -> Path | None:
-    """Return where a phase of a longer run saves its state.
-
-    Parameters
-    ----------
-    folder : str, Path or None
-        The folder of the whole run; None saves nothing.
-    phase : str
-        Name of the phase.
-
-    Returns
-    -------
-    Path or None
-        A folder in ``folder``, or None.
-    """
+    """Return where a phase of a longer run saves its state; None saves nothing."""
     return None if folder is None else Path(folder) / phase

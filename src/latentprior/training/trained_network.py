@@ -9,47 +9,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.moving_average import MovingAverage
 from ..runtime.processes import ALONE, Processes
 from ..runtime.run import State
 
-__all__ = ["TrainedNetwork", "cosine_rate"]
+__all__ = ["MovingAverage", "TrainedNetwork", "cosine_rate", "sigma_of", "warmed_up_decay"]
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 """What torch's Adam and AdamW remember of a parameter."""
+WARM_UP_UPDATES = 9
+LEAST_SIGMA = 1e-3
+
+
+class MovingAverage:
+    r"""The moving average of the weights of a network, :math:`\bar w_i = d_i\,\bar w_{i-1} + (1 - d_i)\,w_i`.
+
+    It begins with the weights of the network, which stand for ``count`` updates: 0 where they are random.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float, count: int = 0) -> None:
+        self.decay, self.count = decay, count
+        self.weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """Take the weights of the network into the average."""
+        self.count += 1
+        decay = warmed_up_decay(self.decay, self.count)
+        for name, parameter in module.named_parameters():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: torch.nn.Module) -> None:
+        """Replace the weights of the network by their average."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.weights[name])
 
 
 class TrainedNetwork:
-    """A network that is being learned, its optimiser and the moving average of its weights.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The network.
-    optimizer : torch.optim.Adam or torch.optim.AdamW
-        The optimiser of its parameters.
-    decay : float
-        Decay of the moving average, from 0 to 1.
-    count : int
-        Number of updates that the first weights stand for in the average: 0 where they are random.
-    """
+    """A network that is being learned, its optimiser (Adam or AdamW) and the moving average of its weights."""
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, decay: float, count: int = 0) -> None:
         self.module, self.optimizer = module, optimizer
         self.average = MovingAverage(module, decay, count)
 
     def descend(self, loss: Tensor, rate: float, processes: Processes = ALONE) -> None:
-        """Take one step down the gradient of a loss, and take the new weights into the average.
-
-        Parameters
-        ----------
-        loss : Tensor
-            A scalar.
-        rate : float
-            Learning rate of this step.
-        processes : Processes
-            Those that take the step together, each with a loss of its own: gradients are averaged over them.
-        """
+        """Take one step down the gradient of a loss, averaged over the processes, and update the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -75,20 +79,7 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def restore(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Stand where :meth:`state` was called.
-
-        Parameters
-        ----------
-        document : mapping
-            The first part of the state.
-        tensors : mapping of str to Tensor
-            The second part of the state.
-
-        Raises
-        ------
-        KeyError, RuntimeError
-            For the state of another network.
-        """
+        """Stand where :meth:`state` was called; raises KeyError or RuntimeError for another network."""
         self.average.count = int(document["averaged"])
         for name, buffer in self.module.named_buffers():
             buffer.copy_(tensors[f"buffer.{name}"])
@@ -106,20 +97,18 @@ class TrainedNetwork:
 
 
 def cosine_rate(rate: float, step: int, steps: int) -> float:
-    r"""Return the learning rate of a step on a cosine schedule, :math:`\frac r2 (1 + \cos(\pi t / T))`.
-
-    Parameters
-    ----------
-    rate : float
-        The rate r of the first step.
-    step : int
-        Number t of steps that have been taken.
-    steps : int
-        Number T of all steps.
-
-    Returns
-    -------
-    float
-        The rate; it falls to zero.
-    """
+    r"""Return the rate of step t of T on a cosine that falls to zero, :math:`\frac r2 (1 + \cos(\pi t / T))`."""
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def warmed_up_decay(decay: float, updates: int) -> float:
+    r"""Return :math:`d_i = \min(d, i / (i + 9))`, so that an average forgets what it began with.
+
+    It then spans a tenth of the i updates so far.
+    """
+    return min(decay, updates / (updates + WARM_UP_UPDATES))
+
+
+def sigma_of(error: float) -> float:
+    """Return the sigma at which the likelihood of pixels with this mean squared error is highest."""
+    return max(LEAST_SIGMA, math.sqrt(error))

@@ -18,7 +18,7 @@ from .autoencoder import train_autoencoder
 from .config import AutoencoderConfig
 from .resumable import phase_folder
 
-__all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
+__all__ = ["aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
 
 
 def aggregate_posterior(
@@ -32,40 +32,13 @@ def aggregate_posterior(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Latents:
-    r"""Return the latents of images, for a prior to be learned on.
+    r"""Return the latents of images, one row an image, for a prior to be learned on.
 
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model.
-    images : Images
-        The images.
-    source : str
-        Where the latents come from. ``"encoder"``: the encoder's posteriors, drawn afresh at every use. ``"means"``:
-        the encoder's means, with ``noise`` on them. ``"posterior"``: draws of
-        :meth:`~latentprior.LatentVariableModel.infer`.
-    noise : float
-        ``"means"``: standard deviation of the noise.
-    draws : int
-        ``"posterior"``: number m of draws for each image. Of more than one, the latents are the mean
-        :math:`\bar z` and, drawn afresh at every use, normal noise of their own scale
-        :math:`\sqrt{\sum_j (z_j - \bar z)^2 / m}`, which gives the mixture of all images the right second moments.
-    batch_size : int
-        Number of images that are encoded at a time.
-    generator : torch.Generator, optional
-        Random numbers of ``"posterior"``.
-    **options
-        ``"posterior"``: options of :meth:`~latentprior.LatentVariableModel.infer`.
-
-    Returns
-    -------
-    Latents
-        One row for each image.
-
-    Raises
-    ------
-    LatentPriorError
-        For an unknown ``source``, or ``draws`` below 1.
+    The source ``"encoder"`` gives the encoder's posteriors, drawn afresh at every use; ``"means"`` its means, with
+    normal noise of the standard deviation ``noise`` on them; ``"posterior"`` draws of
+    :meth:`~latentprior.LatentVariableModel.infer`, which takes the ``options``. Of m > 1 ``draws`` the latents are the
+    mean :math:`\bar z` and, drawn afresh at every use, normal noise of their own scale
+    :math:`\sqrt{\sum_j (z_j - \bar z)^2 / m}`, which gives the mixture of all images the right second moments.
     """
     if source not in ("encoder", "means", "posterior"):
         raise LatentPriorError(f"unknown source {source!r}: choose encoder, means or posterior")
@@ -99,7 +72,7 @@ def train_two_phase(
     callbacks: Iterable[Callback] = (),
     **fit_options: Any,
 ) -> LatentVariableModel:
-    """Learn an autoencoder, then the prior of its latents: two functions of this package in one call.
+    """Learn an autoencoder, then the prior of its latents.
 
     The first is :func:`~latentprior.train_autoencoder`, the second :func:`~latentprior.fit` on the aggregate posterior,
     with fresh draws.
@@ -158,25 +131,10 @@ def train_two_phase(
 def refit_prior(
     model: LatentVariableModel, latents: Latents, *, seed: int = 0, **fit_options: Any
 ) -> LatentVariableModel:
-    """Learn another prior for a model, whose networks stay as they are.
+    """Learn another prior for a model, whose networks stay as they are, and return the model.
 
-    Joint learning can end with it: a last ladder on posterior draws of the finished decoder, from a mixture.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model; its prior is replaced.
-    latents : Latents
-        Latents of the model's images, such as :func:`aggregate_posterior` gives.
-    seed : int
-        Seed of all random draws.
-    **fit_options
-        Options of :func:`~latentprior.fit`.
-
-    Returns
-    -------
-    LatentVariableModel
-        ``model``.
+    Joint learning can end with it: a last ladder on posterior draws of the finished decoder, from a mixture. The
+    latents are those of the model's images, such as :func:`aggregate_posterior` gives.
     """
     model.prior = fit(latents, seed=seed, device=model.device, **fit_options)
     return model

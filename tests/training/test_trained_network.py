@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentprior.runtime.moving_average import MovingAverage
+from latentprior.training.trained_network import MovingAverage
 
 
 @pytest.mark.parametrize("count", [0, 1])
