@@ -33,12 +33,7 @@ from _features import network_named, real_features
 from _results import FOLDER, join_results
 from latentprior import baselines
 from latentprior.data.images import Images
-from latentprior.evaluation.metrics import (
-    features,
-    frechet_distance,
-    kernel_distance,
-    mean_squared_error,
-)
+from latentprior.evaluation.metrics import features, frechet_distance, kernel_distance, mean_squared_error
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.seeding import derived_generator

@@ -30,12 +30,7 @@ from _results import read_results, write_results
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
 from latentprior.density.ladder import Ladder, Stage
 from latentprior.density.ratios import build_ratio
-from latentprior.density.sampling import (
-    LogDensity,
-    hmc,
-    langevin,
-    mala,
-)
+from latentprior.density.sampling import LogDensity, hmc, langevin, mala
 from latentprior.evaluation.metrics import two_sample_auc
 
 DIM, WIDTH, DEPTH, STAGES, PARTICLES = 64, 256, 2, 5, 8192

@@ -170,9 +170,8 @@ def _learn(run: Run, learner: JointLearner, config: LEBMConfig) -> None:
     """Go on from where the learner stands to the last step; the networks then have their averaged weights."""
     task, energy = learner.task, learner.ratio.ratio
     # The energy is part of the ladder from the beginning, so that both kinds of chains follow it as it changes.
-    task.model.prior = task.model.prior.with_ladder(
-        task.model.prior.ladder.first(0).extended(Stage(energy, gain=0.0, gain_stderr=0.0))
-    )
+    stage = Stage(energy, gain=0.0, gain_stderr=0.0)
+    task.model.prior = task.model.prior.with_ladder(task.ladder.first(0).extended(stage))
     for step in range(task.updates + 1, config.steps + 1):
         x, index = task.batch()
         posterior, prior = learner.posterior.sample(x, index), learner.prior.sample(len(x))
