@@ -31,8 +31,8 @@ def mutual_section(document: dict[str, Any]) -> list[str]:
         "as they were learned. 'Normalised' has log Z of the whole ladder taken off; it is a lower bound, except for "
         "errors of log Z. The two ends of log Z (from the base, from held-out rows) stand beside it; where they are "
         "far apart, their middle is taken and says little. RMSE is the error of the normalised log ratio under the "
-        "target. The exact log ratio is a quadratic form. Quadratic forms are learned by natural gradients, or by AdamW "
-        "where the table says so. Other work shared the core, so seconds are rough."
+        "target. The exact log ratio is a quadratic form. Quadratic forms are learned by natural gradients, or by "
+        "AdamW where the table says so. Other work shared the core, so seconds are rough."
     )
     return [
         "## Mutual information",

@@ -18,10 +18,11 @@ def shown(figures: Mapping[str, str]) -> list[str]:
         "",
         latents_in_short(),
         "",
-        f"- **Density.** On {f['ladders.ahead']} of {f['ladders.sets']} sets the ladder has a higher held-out log density "
-        "than every rival, at every seed, in half of the flows' time. On pca50 it is behind a masked autoregressive flow at two "
-        f"seeds of three, log Z is known to {f['pca50.log_z_error']} nats only, and trees tell its samples from data "
-        f"(AUC {f['pca50.auc']}). On taef512 no stage was kept, so the figure there is that of the base.",
+        f"- **Density.** On {f['ladders.ahead']} of {f['ladders.sets']} sets the ladder has a higher held-out log "
+        "density than every rival, at every seed, in half of the flows' time. On pca50 it is behind a masked "
+        f"autoregressive flow at two seeds of three, log Z is known to {f['pca50.log_z_error']} nats only, and trees "
+        f"tell its samples from data (AUC {f['pca50.auc']}). On taef512 no stage was kept, so the figure there is that "
+        "of the base.",
         f"- **Stages.** Of {f['ladders']} ladders {f['ladders.one_stage']} have one ratio and {f['ladders.no_stage']} "
         "have none. No ladder here has two.",
         f"- **Samples.** On {f['frechet.behind']} of the {f['frechet.sets']} sets that decode to images another "

@@ -52,19 +52,25 @@ nitpick_ignore_regex = [
         r"(Tensor|Array|NDArray|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|ClassVar|NamedTuple)",
     ),
     (r"py:.*", r"(nn|constraints)\..*"),
-    (r"py:.*", r"latentprior\.(runtime\.processes\.T|density\.bases\.mixture_base\.B)"),
+    # Types of internals, in signatures of internals.
+    (r"py:class", r"latentprior\.\w+\..*"),
     (r"py:.*", r"(Distribution|Dataset|TextIO|Kind|Rows|Range|Method|Score|FitCallback|Callback|optional|Self)"),
 ]
 
 
-def link_to_top_level(app: Any, env: Any, node: Any, contnode: Any) -> Any:
-    """Link a name that stands bare, or under the module that defines it, to its entry under ``latentprior``."""
-    target = node.get("reftarget", "")
-    objects = env.domains["py"].objects
-    name = f"latentprior.{target.rpartition('.')[2] if target.startswith('latentprior.') else target}"
-    if node.get("refdomain") != "py" or name not in objects:
+def link_to_entry(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """Link a name that stands bare, or under the module that defines it, to the one entry that ends with it."""
+    if node.get("refdomain") != "py":
         return None
-    return make_refnode(app.builder, node["refdoc"], objects[name].docname, objects[name].node_id, contnode)
+    objects, target = env.domains["py"].objects, node.get("reftarget", "")
+    ending = "." + (target.rpartition(".")[2] if target.startswith("latentprior.") else target)
+    names = [name for name, entry in objects.items() if name.endswith(ending) and not entry.aliased]
+    # Names of the package itself come first.
+    names = [name for name in names if name == f"latentprior{ending}"] or names
+    if len(names) != 1:
+        return None
+    entry = objects[names[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode)
 
 
 def keep_attribute_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -77,4 +83,4 @@ def setup(app: Any) -> None:
     """Connect the functions above to Sphinx."""
     # Napoleon's own handler has the priority 500.
     app.connect("autodoc-process-docstring", keep_attribute_text, priority=400)
-    app.connect("missing-reference", link_to_top_level)
+    app.connect("missing-reference", link_to_entry)
