@@ -23,8 +23,9 @@ def shown(figures: Mapping[str, str]) -> list[str]:
         f"autoregressive flow at two seeds of three, log Z is known to {f['pca50.log_z_error']} nats only, and trees "
         f"tell its samples from data (AUC {f['pca50.auc']}). On taef512 no stage was kept, so the figure there is that "
         "of the base.",
-        f"- **Stages.** Of {f['ladders']} ladders {f['ladders.one_stage']} have one ratio and {f['ladders.no_stage']} "
-        "have none. No ladder here has two.",
+        f"- **Stages.** Of the {f['ladders']} ladders of this table {f['ladders.one_stage']} have one ratio and "
+        f"{f['ladders.no_stage']} have none. Ladders from N(0, I) have two to four in the tables below, and those of "
+        "CIFAR-10's images, by an older learner, have up to two.",
         f"- **Samples.** On {f['frechet.behind']} of the {f['frechet.sets']} sets that decode to images another "
         "method's samples come nearer to test images in Fréchet distance. The nearest of all are draws around "
         f"training rows (VampPrior, kernels), whose log density is {f['cifar128.copies.lag']} nats and more below the "
