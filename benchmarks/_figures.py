@@ -44,6 +44,9 @@ def _ladders() -> Iterator[tuple[str, str]]:
     yield "ladders.one_stage", str(stages.count(1))
     yield "ladders.no_stage", str(stages.count(0))
     yield "ladders.most_stages", str(max(stages))
+    budget = next(iter(_runs("latents_mnist16").values()))["ladder"]["budget"]
+    yield "budget.rival", f"{budget} s"
+    yield "budget.ladder", f"{budget // 2} s"
     for name, (rival, runs) in best_rivals().items():
         leads = [run["ladder"]["log_prob"] - run[rival]["log_prob"] for run in runs.values()]
         yield f"{name}.lead", ranged(leads, ".1f")
