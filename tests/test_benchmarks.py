@@ -139,5 +139,12 @@ def test_a_changed_figure_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         markdown.fill_figures(text, {})
 
 
+def test_every_figure_that_has_a_name_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    quoted = {name for page in PAGES for name in MARKED.findall(page.read_text(encoding="utf-8"))}
+    quoted |= set(re.findall(r"f\['([^']+)'\]", (BENCHMARKS / "_summary_section.py").read_text(encoding="utf-8")))
+    assert set(importlib.import_module("_figures").figures()) == quoted
+
+
 def test_there_are_marked_figures_in_the_readme() -> None:
     assert len(MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8"))) >= 5
