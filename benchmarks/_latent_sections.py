@@ -66,13 +66,13 @@ HEADLINE = ("N(0,I)", "GMM", "flow (NSF)", "flow (MAF)", "NCE, one ratio", "ladd
 
 def _documents(record: str = "latents") -> list[tuple[str, dict[str, Any], Runs]]:
     """Name, document and runs by seed of every set that was measured."""
-    found = []
+    documents = []
     for name in SETS:
         document = read_results(f"{record}_{name}")
         if document is None:
             continue
-        found.append((name, document, document["seeds"]))
-    return found
+        documents.append((name, document, document["seeds"]))
+    return documents
 
 
 def _methods(runs: Runs) -> list[str]:

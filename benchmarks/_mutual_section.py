@@ -55,7 +55,7 @@ def _tried(runs: list[dict[str, Any]]) -> list[str]:
             f"normalised {run['normalised']:.1f}, log Z's ends {ends}"
         )
     return (
-        [f"Before the present attempts others were tried, at one seed: {'; '.join(attempts)}.", ""] if attempts else []
+        [f"Before the present settings others were tried, at one seed: {'; '.join(attempts)}.", ""] if attempts else []
     )
 
 

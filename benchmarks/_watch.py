@@ -30,7 +30,7 @@ class Watched(NamedTuple):
 
 def watched(command: list[str]) -> Watched:
     """Run a command that prints little and read its memory fifty times a second; raise where it fails."""
-    begun = time.monotonic()
+    start = time.monotonic()
     peaks = {"RssAnon": 0.0, "VmHWM": 0.0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -41,4 +41,4 @@ def watched(command: list[str]) -> Watched:
         out, said = (stream.read() if stream else "" for stream in (process.stdout, process.stderr))
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}: {said}")
-    return Watched(time.monotonic() - begun, peaks["RssAnon"], peaks["VmHWM"], out)
+    return Watched(time.monotonic() - start, peaks["RssAnon"], peaks["VmHWM"], out)

@@ -71,9 +71,9 @@ class Ablation:
         """A ladder on the VAE's posteriors, and how every stage of it moved the figures."""
         model = self.bench.shared()
         latents = aggregate_posterior(model, self.bench.images)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         prior = lp.fit(latents, base=base, seed=self.bench.seed, **options)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start_time
         before, points = model.prior, []
         for k in range(len(prior.stages) + 1):
             model.prior = prior.replaced(prior.stages[:k])
@@ -112,9 +112,9 @@ class Ablation:
         for name, changes in JOINT.items():
             config = replace(joint_config(bench.scale), **changes)
             config = replace(config, settle_steps=(4 - config.stages) * config.steps)
-            begun = time.monotonic()
+            start_time = time.monotonic()
             model = lp.train(bench.fresh(), bench.images, config, seed=bench.seed)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - start_time
             x = bench.x[:MAP_IMAGES]
             figures[name] = {
                 "frechet": self.frechet(model, name),

@@ -84,13 +84,13 @@ def split(path: Path, seed: int) -> Split:
 def measure(method: str, rows: Split, seed: int) -> dict[str, float]:
     """Learn, score the test rows, compare with their labels."""
     train, test, odd = rows
-    begun = time.monotonic()
+    start = time.monotonic()
     detector = METHODS[method](seed).fit(train)
     score = detector.decision_function(test)
     return {
         "AUCROC": 100 * float(roc_auc_score(odd, score)),
         "AUCPR": 100 * float(average_precision_score(odd, score)),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -104,8 +104,8 @@ def main() -> None:
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
     warnings.simplefilter("ignore")
-    found = names()
-    for name in call.sets or found:
+    paths = names()
+    for name in call.sets or paths:
         for seed in call.seeds:
             rows: Split | None = None
             for method in call.methods:
@@ -113,7 +113,7 @@ def main() -> None:
                 runs = sets.setdefault(name, {}).setdefault(method, {})
                 if str(seed) in runs and not call.again:
                     continue
-                rows = rows or split(found[name], seed)
+                rows = rows or split(paths[name], seed)
                 runs[str(seed)] = measure(method, rows, seed)
                 print(name, seed, method, runs[str(seed)], flush=True)
                 figures = {

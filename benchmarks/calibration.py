@@ -99,7 +99,7 @@ class _Exact:
 def measure(target: targets.Target, options: dict[str, Any], seed: int) -> dict[str, Any]:
     """One interval and the truth."""
     generator = torch.Generator().manual_seed(50_000 + seed)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         z = target.sample((ROWS,), generator).float()
@@ -115,7 +115,7 @@ def measure(target: targets.Target, options: dict[str, Any], seed: int) -> dict[
         "stages": len(prior.stages),
         "covered": abs(stated.value - truth.value) <= 2 * stated.stderr,
         "bracket_warning": any(issubclass(w.category, lp.NormalizerBracketWarning) for w in caught),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - start_time,
     }
 
 

@@ -71,11 +71,11 @@ def measure(dim: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
     target = CorrelatedGaussian(dim, math.sqrt(-math.expm1(-4 * DIMS[dim] / dim)))
     generator = torch.Generator().manual_seed(1000 + seed)
     z, test = target.sample((ROWS,), generator).float(), target.sample((TEST,), generator).float()
-    begun = time.monotonic()
+    start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prior = lp.fit(z, seed=seed, **options)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     product = -0.5 * (test.double().square() + math.log(2 * math.pi)).sum(1)
     normalised = prior.log_prob(test).double() - product
     inside = log_mean_exp(prior.log_prob(test).double() - target.log_prob(test.double()))
@@ -117,7 +117,7 @@ def main() -> None:
                     continue
                 runs[str(seed)] = measure(dim, options, seed)
                 print(f"d = {dim}, {name}, seed {seed}: {runs[str(seed)]}", flush=True)
-                done = {d: {m: r for m, r in found.items() if r} for d, found in results.items()}
+                done = {d: {m: r for m, r in methods.items() if r} for d, methods in results.items()}
                 settings = {"rows": ROWS, "test": TEST}
                 figures = {"dims": done, "tried": known.get("tried", [])}
                 write_results("mutual_information", figures, threads=call.threads, settings=settings)

@@ -71,18 +71,18 @@ def child(path: str, point: dict[str, Any], threads: int) -> None:
     """Fit once and print figures."""
     torch.set_num_threads(threads)
     settings = lp.StageSettings(**SHORT, batch_size=point["batch_size"], bound=point["bound"])
-    begun, clock = spent(), time.monotonic()
+    start_time, clock = spent(), time.monotonic()
     marks: dict[str, float] = {}
 
     def mark(event: lp.Event) -> None:
         if event.kind in ("stage", "learned", "normalizer", "end"):
-            marks[f"{event.kind} {event.stage}"] = spent() - begun
+            marks[f"{event.kind} {event.stage}"] = spent() - start_time
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prior = lp.fit(path, max_stages=point["stages"], base=point["base"], settings=settings, callbacks=[mark])
     figures = {
-        "core_seconds": spent() - begun,
+        "core_seconds": spent() - start_time,
         "wall_seconds": time.monotonic() - clock,
         "kept": len(prior.stages),
         "steps": [s.diagnostics["steps"] for s in prior.stages],
@@ -123,7 +123,7 @@ def member(path: str, threads: int) -> None:
 
 def in_processes(repeats: int) -> None:
     """Every launch in turn, several times over, so that what else the machine does meets all of them."""
-    found: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
+    launches: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         make(path, SHARED["n"], SHARED["dim"])
@@ -133,10 +133,11 @@ def in_processes(repeats: int) -> None:
                 several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['processes']}"]
                 command = [sys.executable, *([] if alone else several), __file__, "--threads", str(launch["threads"])]
                 ended = subprocess.run([*command, "--member", str(path)], check=True, capture_output=True, text=True)
-                found[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
-                print(launch, found[json.dumps(launch)][-1], flush=True)
+                launches[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
+                print(launch, launches[json.dumps(launch)][-1], flush=True)
     launches = [
-        {**json.loads(launch), **{key: [run[key] for run in runs] for key in runs[0]}} for launch, runs in found.items()
+        {**json.loads(launch), **{key: [run[key] for run in runs] for key in runs[0]}}
+        for launch, runs in launches.items()
     ]
     one, *_, two = (statistics.median(launch["seconds_1000_steps"]) for launch in launches)
     print(f"two processes of one thread: {one / two:.2f} times as fast as one")
@@ -171,9 +172,9 @@ def main() -> None:
                 path = Path(folder) / "rows.npy"
                 make(path, point["n"], point["dim"])
                 command = [sys.executable, __file__, "--threads", str(call.threads)]
-                found = watched([*command, "--child", str(path), json.dumps(point)])
+                process = watched([*command, "--child", str(path), json.dumps(point)])
                 size = path.stat().st_size / 2**20
-            point |= {"file_mib": size, **found.figures(), **json.loads(found.out.splitlines()[-1])}
+            point |= {"file_mib": size, **process.figures(), **json.loads(process.out.splitlines()[-1])}
             sweeps[name].append(point)
             print(name, point, flush=True)
             settings = {**POINT, **SHORT, "imports_mib": imports}

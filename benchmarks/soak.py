@@ -71,11 +71,11 @@ def soak(minutes: float, share: float, every: float, log: Path | None, most: int
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "prior"
         learned(folder)
-        begun, cpu, due = time.monotonic(), time.process_time(), 0.0
+        start, cpu, due = time.monotonic(), time.process_time(), 0.0
         with suppress(KeyboardInterrupt):
             for n in rounds(folder, torch.Generator().manual_seed(1)):
                 rows, count = rows + n, count + 1
-                elapsed = time.monotonic() - begun
+                elapsed = time.monotonic() - start
                 if elapsed >= due:
                     curve.append((elapsed / 60, resident_mib()))
                     due += every
@@ -87,7 +87,7 @@ def soak(minutes: float, share: float, every: float, log: Path | None, most: int
                 # What is owed to the share, paid at once.
                 owed = (time.process_time() - cpu) / share - elapsed
                 time.sleep(min(max(0.0, owed), 60 * minutes))
-        elapsed, used = time.monotonic() - begun, time.process_time() - cpu
+        elapsed, used = time.monotonic() - start, time.process_time() - cpu
     return {
         "minutes": elapsed / 60,
         "cpu_share": used / elapsed,
@@ -118,11 +118,11 @@ def main() -> None:
     call = ask.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
-    found = soak(call.minutes, call.share, call.every, call.log, call.rounds)
-    print(json.dumps(found))
+    figures = soak(call.minutes, call.share, call.every, call.log, call.rounds)
+    print(json.dumps(figures))
     if not call.json:
         settings = {"minutes": call.minutes, "share": call.share, "every": call.every, "dim": DIM}
-        write_results("soak", found, threads=1, settings=settings)
+        write_results("soak", figures, threads=1, settings=settings)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ SETTINGS = {"dim": DIM, "width": WIDTH, "depth": DEPTH, "stages": STAGES, "parti
 
 def seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[list[float]]:
     """Seconds of each call, in turn, ``(rounds, calls)``; a first round is not counted."""
-    found = []
+    rounds = []
     for _ in range(rounds + 1):
-        found.append([])
+        rounds.append([])
         for call in calls:
-            begun = time.process_time()
+            start_time = time.process_time()
             call()
-            found[-1].append(time.process_time() - begun)
-    return found[1:]
+            rounds[-1].append(time.process_time() - start_time)
+    return rounds[1:]
 
 
 def median_seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[float]:
@@ -105,8 +105,8 @@ def engine() -> dict[str, Any]:
     }
     work = [2.0 * 2048**3, *3 * [products(STAGES, PARTICLES)]]
     rates = np.asarray(work) / np.asarray(seconds(*calls.values()))
-    found: dict[str, Any] = {"peak_gflops": float(np.median(rates[:, 0])) / 1e9}
-    found["share"] = {
+    figures: dict[str, Any] = {"peak_gflops": float(np.median(rates[:, 0])) / 1e9}
+    figures["share"] = {
         name: [float(q) for q in np.quantile(rates[:, i] / rates[:, 0], (0.5, 0, 1))]
         for i, name in enumerate(calls)
         if i
@@ -115,13 +115,13 @@ def engine() -> dict[str, Any]:
     densities = [ladder(k).density(k) for k in counts]
     some = u[:2048]
     stages = median_seconds(*(lambda f=f: f(some) for f in densities), rounds=5)  # type: ignore[misc]
-    found["stages"] = dict(zip(counts, stages, strict=True))
+    figures["stages"] = dict(zip(counts, stages, strict=True))
     sizes = (1024, 4096, 16_384, 32_768)
     rows = [torch.randn(n, DIM) for n in sizes]
     two = ladder(2).density(2)
     particles = median_seconds(*(lambda x=x: two(x) for x in rows), rounds=3)  # type: ignore[misc]
-    found["particles"] = dict(zip(sizes, particles, strict=True))
-    return found
+    figures["particles"] = dict(zip(sizes, particles, strict=True))
+    return figures
 
 
 KINDS = {
@@ -134,7 +134,7 @@ KINDS = {
 def profile() -> dict[str, dict[str, float]]:
     """Seconds and shares of time by kind of operation, before (autograd) and after."""
     u, rungs = torch.randn(PARTICLES, DIM), ladder(STAGES)
-    found = {}
+    figures = {}
     for name, density in (("autograd", by_autograd(rungs)), ("engine", rungs.density(STAGES))):
         density(u)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
@@ -142,8 +142,8 @@ def profile() -> dict[str, dict[str, float]]:
         spent = {event.key: float(event.self_cpu_time_total) for event in seen.key_averages()}
         total = sum(spent.values())
         shares = {kind: sum(spent.get(f"aten::{op}", 0.0) for op in ops) / total for kind, ops in KINDS.items()}
-        found[name] = {**shares, "the rest": 1 - sum(shares.values())}
-    return found
+        figures[name] = {**shares, "the rest": 1 - sum(shares.values())}
+    return figures
 
 
 def products_tried() -> dict[str, float]:
@@ -268,16 +268,16 @@ def blackjax_chains(rungs: Ladder, start: Tensor, steps: int, size: float) -> Ca
 
 
 def steps(chains: int = 2048, n: int = 3, size: float = 0.1) -> dict[str, dict[str, float]]:
-    """Updates of one chain a second: median and best of the rounds; chains are begun outside the clock."""
+    """Updates of one chain a second: median and best of the rounds; chains are start_time outside the clock."""
     rungs = ladder(STAGES)
     density, energy = rungs.density(STAGES), Sum(rungs.ratios)
     start = torch.randn(chains, DIM)
     compiled = blackjax_chains(rungs, start, n, size)
 
-    begun, moving = mala.init(start, density, size), hmc.init(start, density, size)
+    start_time, moving = mala.init(start, density, size), hmc.init(start, density, size)
 
     def ours() -> None:
-        state = begun
+        state = start_time
         for _ in range(n):
             state, _ = mala.step(state, density)
 
@@ -330,9 +330,9 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
 
     def chain(run: Callable[[], np.ndarray]) -> dict[str, float]:
         run()
-        begun = time.process_time()
+        start_time = time.process_time()
         positions = run()
-        spent = time.process_time() - begun
+        spent = time.process_time() - start_time
         thinned = torch.from_numpy(positions[len(positions) // 2 :: n // 16].copy()).flatten(0, 1)
         return {"rate": effective(positions) / spent, **quality(thinned)}
 
@@ -343,22 +343,22 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
             kept.append(state.position)
         return torch.stack(kept).numpy()
 
-    found: dict[str, Any] = {"stages": rungs.length, "dim": 16}
-    begun = time.process_time()
+    figures: dict[str, Any] = {"stages": rungs.length, "dim": 16}
+    start_time = time.process_time()
     rows = autograd_loop(prior.log_prob_whitened, prior.base.sample(2048, generator), 60, 0.4)
-    rate = len(rows) / (time.process_time() - begun)
-    found["LEBM's loop, 60 steps of 0.4"] = {"rate": rate, **quality(rows)}
-    found["blackjax MALA"] = chain(blackjax_chains(rungs, start, n, size))
-    found["latentprior MALA"] = chain(ours)
-    begun = time.process_time()
+    rate = len(rows) / (time.process_time() - start_time)
+    figures["LEBM's loop, 60 steps of 0.4"] = {"rate": rate, **quality(rows)}
+    figures["blackjax MALA"] = chain(blackjax_chains(rungs, start, n, size))
+    figures["latentprior MALA"] = chain(ours)
+    start_time = time.process_time()
     fresh = rungs.fresh_particles(2048, generator, draws=pool)
-    spent = time.process_time() - begun
-    found["source"], found["ess"] = fresh.source, fresh.ess
+    spent = time.process_time() - start_time
+    figures["source"], figures["ess"] = fresh.source, fresh.ess
     if fresh.source == "importance":
         # A draw counts for what its weight leaves of it.
         rate = fresh.ess * pool / spent
-        found["latentprior, importance resampling"] = {"rate": rate, **quality(fresh.position)}
-    return found
+        figures["latentprior, importance resampling"] = {"rate": rate, **quality(fresh.position)}
+    return figures
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {

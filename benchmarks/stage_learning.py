@@ -60,9 +60,9 @@ class Bench:
         prior = self.prior
         target = Target(self.latents, torch.arange(len(self.latents)), self.held_out, prior.whitening)
         learner = StageLearner(target, prior.ladder, settings, tuple(prior.event_shape), self.seed)
-        particles, begun = learner.particles(), time.process_time()
+        particles, start = learner.particles(), time.process_time()
         stage = learner.learn(particles)
-        seconds = time.process_time() - begun
+        seconds = time.process_time() - start
 
         @torch.no_grad()
         def ratio(rows: Tensor) -> Tensor:
