@@ -62,7 +62,7 @@ class Rows:
 
 
 class _Learned:
-    """What is learned by gradients: AdamW under a cosine over the seconds given, best validation weights kept."""
+    """A rival that learns by gradients, by AdamW with a cosine rate; the best weights on validation rows stay."""
 
     rate = 2e-3
     name = "rival"
@@ -382,7 +382,7 @@ class ShortRun(_Energy):
         return {"best_at": best_at, "steps": steps, **self.normalizer()}
 
     def short_run(self, n: int) -> Tensor:
-        """Where 60 Langevin steps from N(0, I) end."""
+        """Return the ends of 60 Langevin steps from N(0, I)."""
         start = self.base.sample(n, self.generator)
         return langevin.sample(start, self.ladder.density(1.0), generator=self.generator)
 

@@ -12,7 +12,7 @@ __all__ = ["Watched", "watched"]
 
 
 class Watched(NamedTuple):
-    """What a command took, and what it printed.
+    """Time and memory of a command, and the text that it printed.
 
     ``anonymous_mib`` is the most memory it asked for; ``resident_mib`` adds the pages of files it mapped, which the
     system takes back whenever it needs them.
@@ -24,7 +24,7 @@ class Watched(NamedTuple):
     out: str
 
     def figures(self) -> dict[str, float]:
-        """All but the text."""
+        """Return everything except the text."""
         return {"seconds": self.seconds, "anonymous_mib": self.anonymous_mib, "resident_mib": self.resident_mib}
 
 

@@ -48,7 +48,7 @@ JOINT: dict[str, dict[str, Any]] = {
 
 
 def joint_config(scale: Scale) -> lp.TrainingConfig:
-    """Half the steps of the table's joint runs, all alike: only what is named differs."""
+    """Half the steps of the table's joint runs. All runs are alike except for the named setting."""
     steps = scale.from_normal // 2
     return lp.TrainingConfig(
         stages=3, steps=steps, settle_steps=steps, switch="schedule", posterior_start="encoder", posterior_steps=5,
@@ -57,7 +57,7 @@ def joint_config(scale: Scale) -> lp.TrainingConfig:
 
 
 class Ablation:
-    """One seed: its VAE, and the distances of what is learned on it."""
+    """One seed: its VAE, and the distances of the ladders that are learned on it."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -68,7 +68,7 @@ class Ablation:
         return frechet_distance(self.bench.real, features(self.bench.network, x))
 
     def ladder(self, name: str, base: str, **options: Any) -> dict[str, Any]:
-        """A ladder on the VAE's posteriors, and how every stage of it moved the figures."""
+        """Learn a ladder on the VAE's posteriors, and measure after every stage."""
         model = self.bench.shared()
         latents = aggregate_posterior(model, self.bench.images)
         start_time = time.monotonic()

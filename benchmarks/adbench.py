@@ -6,11 +6,11 @@ Protocol of ADBench (Han et al., NeurIPS 2022): sets below 1,000 rows are drawn 
 10,000 down to 10,000 without; 70% of the rows train, outliers among them and labels unseen, the rest test, split by
 class; columns scaled to [0, 1] by the training rows. Figures are the area under the ROC curve and the average precision
 on test rows, in percent, means over seeds. The published ones (``paper_AUCROC.csv``, ``paper_AUCPR.csv``) are the
-paper's; some of those detectors run here too, on the very same rows, which tells what a difference of splits is worth.
+paper's; some of those detectors run here too, on the very same rows, which shows how much other splits matter.
 
-Half of the paper's sets are read here. The detector's defaults rest on reasons, but variants of its score were
-compared on these labels: RESULTS.md tells which. Runs of single sets and methods join the figures of earlier ones,
-and what is on file is skipped unless ``--again``.
+This reads the half of the paper's sets on which variants of the detector's score were compared by labels (RESULTS.md
+says which). Its ranks are no claim about other sets: on the other half the detector is average. Runs of single sets
+and methods join the figures of earlier runs; figures that are on file are not measured again without ``--again``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Split = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def folder() -> Path:
-    """Where the sets and the published figures lie."""
+    """Return the folder of the sets and of the published figures."""
     return data_folder() / "adbench"
 
 

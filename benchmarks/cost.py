@@ -59,7 +59,7 @@ def lebm(bench: Bench, points: int) -> Curve:
         )
         start = time.monotonic()
         baselines.train_lebm(model, bench.images, config, seed=bench.seed)
-        # A run of part of the steps takes part of the time; what came before is not counted twice.
+        # A run of a part of the steps takes a part of the time, so earlier runs are not counted again.
         curve.spent, curve.resumed = time.monotonic() - start, time.monotonic()
         curve.measure(model, **model.prior.info["sampler"])
     return curve

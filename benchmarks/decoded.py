@@ -59,7 +59,7 @@ def scored(bench: Bench, prior: LatentPrior, name: str) -> tuple[dict[str, Any],
 
 
 def checked(prior: LatentPrior, u: Tensor, generator: torch.Generator) -> list[Any]:
-    """The integral from a mixture fitted to samples ``u``, both ways, a few at a time: pictures are dear."""
+    """Integrate from a mixture fitted to samples ``u``, both ways, a few rows at a time: pictures are expensive."""
     d = u.shape[1]
     size = max(1, min(16, len(u) // (2 * d)))
     kind = GaussianMixtureBase if d < WIDE else LowRankMixtureBase

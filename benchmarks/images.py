@@ -85,7 +85,7 @@ LADDERS = ("ladder, two-phase", "ladder, joint", ON_LONGER)
 
 
 def paper_config(scale: Scale) -> TrainingConfig:
-    """From untrained networks and N(0, I), as the paper, but for the encoder's start and particles."""
+    """Learn from untrained networks and N(0, I) as in the paper, except for the encoder's start and for particles."""
     return TrainingConfig(
         stages=3, steps=scale.from_normal, settle_steps=scale.from_normal, posterior_start="encoder", posterior_steps=5,
         prior_sampler="particles", learning_rate=RATE, ratio_learning_rate=RATE, decay=0.95, evaluate_every=100,
@@ -196,7 +196,7 @@ class Bench:
         self.pictures[name] = x[:64]
         made_features = features(self.network, x)
         some = self.x[:MAP_IMAGES]
-        # The 2-stage prior's density is an average over 64 draws: too slow to climb, and not its paper's inference.
+        # The density of the 2-stage prior is an average over 64 draws. It is too slow to climb, and its paper does not.
         best = None if name == "2-stage VAE" else model.reconstruct(some, method="map", generator=draws)
         if name in LADDERS:
             own = model.reconstruct(self.x, method="map", generator=draws)
@@ -227,7 +227,7 @@ class Bench:
 
     def methods(self) -> dict[str, Callable[[], tuple[LatentVariableModel, float]]]:
         s = self.scale
-        # Their papers' rates, but where a few hundred steps need higher ones.
+        # The rates are those of the papers, except where a few hundred steps need higher ones.
         rates: dict[str, Any] = {"learning_rate": RATE, "decay": 0.95} if s.short_run < HURRIED else {}
         energy: dict[str, Any] = {"energy_learning_rate": 2e-4} if rates else {}
         return {

@@ -19,7 +19,7 @@ from _results import write_results
 
 
 def seconds() -> dict[str, float]:
-    """Of one interpreter: the whole import, PyTorch's part of it, and the processor's time."""
+    """Return the seconds of one interpreter: the whole import, PyTorch's part of it, and the processor's time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-X", "importtime", "-c", "import latentprior"]
     trace = subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -84,7 +84,7 @@ def measure(target: targets.Target, base: str, seed: int) -> dict[str, Any]:
     inside = log_mean_exp(-difference)
     bounded = isinstance(target, targets.BoundedCube)
     if bounded:
-        # The model has mass outside, which exact draws never see: samples say how much.
+        # The model has mass outside, where no exact draw lies. The samples say how much.
         share = float(((samples >= 0) & (samples <= 1)).all(1).double().mean())
         error = inside.value - math.log(share)
         stderr = math.hypot(inside.stderr, math.sqrt((1 - share) / (share * SAMPLES)))

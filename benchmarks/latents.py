@@ -55,7 +55,7 @@ class Bench:
         generator = derived_generator(CPU, seed, "training rows")
         self.train = lp.Latents(latents.train, latents.train_scale)
         self.validation = lp.Latents(latents.validation, latents.validation_scale)
-        # As the ladder's fit does it, from the same stream.
+        # The ladder's fit standardises in the same way, from the same stream.
         self.whitening = Whitening.fit(self.train.blocks(derived_generator(CPU, seed, "whitening"))).float()
         flat = torch.as_tensor(latents.test, dtype=torch.float32).flatten(1)
         self.test = self.whitening.whiten(flat)
@@ -64,7 +64,7 @@ class Bench:
         drawn = self.train.draw(torch.arange(len(self.train))[:: len(self.train) // SAMPLES][:SAMPLES], generator)
         drawn = drawn.float().flatten(1)
         real = None
-        # What a prior is to learn: the training rows' own posteriors.
+        # A prior has to learn the training rows' own posteriors.
         self.floors = {"auc": two_sample_auc(self.whitening.whiten(drawn)[: len(self.test)], self.test, seed=seed).auc}
         if latents.name in DECODERS:
             real, floors = floor_features(latents.name, latents.test)

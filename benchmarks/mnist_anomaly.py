@@ -59,7 +59,7 @@ NOISE = 0.1
 """Standard deviation of the noise on features, in units of their first principal axis."""
 NETWORKS = 2
 COMPONENTS = 160
-"""Of the ladder's base."""
+"""Components of the ladder's base."""
 RIVAL_COMPONENTS = 40
 NEIGHBOURS = 5
 FIRST_ROW = {"features": "ladder on contrastive features", "pixels": "kNN on pixels", "vae": "ladder, -log p(z)"}
@@ -72,7 +72,7 @@ class Scale:
 
     contrastive: ContrastiveConfig
     fit_seconds: float
-    """Of one ladder."""
+    """Time budget of one ladder, in seconds."""
     vae: tuple[int, int]
     """Width and steps."""
     rows: int
@@ -181,7 +181,7 @@ class Run:
 
 
 def facts(*ladders: lp.LatentPrior) -> dict[str, Any]:
-    """What a row says of its ladders."""
+    """Return the facts about ladders that a row has."""
     return {
         "stages": sum(len(ladder.stages) for ladder in ladders),
         "log_prob_stderr": math.hypot(*(ladder.log_prob_stderr for ladder in ladders)),
@@ -209,7 +209,7 @@ def main() -> None:
             run = Run(digit, seed, SCALES[call.scale])
             for part in parts:
                 getattr(run, f"on_{part}")()
-            # Read again: another process may have written other pairs meanwhile.
+            # The file is read again because another process may have written other pairs meanwhile.
             digits = (read_results(record) or {}).get("digits", {})
             seeds = digits.get(str(digit), {})
             seeds[str(seed)] = {**seeds.get(str(seed), {}), **run.rows}

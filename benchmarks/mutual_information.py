@@ -54,7 +54,7 @@ def methods(dim: int) -> dict[str, dict[str, Any]]:
         return {**ladder, "max_stages": waypoints, "settings": settings}
 
     small: dict[str, Any] = {"optimizer": "adamw", "steps": 2000, "batch_size": 512}
-    # Adam moves each of d^2 weights by about the rate, whatever its gradient: a form sums up what grows with d.
+    # Adam moves each of d^2 weights by about the rate, whatever its gradient, so the step of the form grows with d.
     adamw = {**small, "learning_rate": 0.8 / dim, "average": 0.99}
     residual = {**small, "ratio": "residual", "learning_rate": 3e-3, "weight_decay": 0.1, "average": 0.999}
     return {

@@ -39,15 +39,15 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "n": [{"n": n} for n in (10**4, 10**5, 10**6, 10**7)],
     "n x 64": [{"n": 10**7, "dim": 64}],
     "d": [{"dim": d} for d in (2, 8, 32, 128, 512, 1024)],
-    # Bounded tightly and from N(0, I), so that there always is something left to learn.
+    # The bound is tight and the base is N(0, I), so that something is always left to learn.
     "K": [{"stages": k, "base": "normal", "bound": 0.5} for k in (1, 2, 4, 8)],
-    # Fresh particles a pass: 200 steps of a batch.
+    # Fresh particles of a pass, for 200 steps of a batch.
     "particles": [{"batch_size": b, "n": 10**5} for b in (256, 1024, 4096)],
 }
 
 
 SHARED: dict[str, Any] = {"n": 50_000, "dim": 64, "base": "gmm:8", "batch_size": 1024, "width": 256, "steps": 1000}
-"""One stage of the default width on what is about the size of the sets that fits are measured on."""
+"""One stage of the default width, on about as many rows as the sets of latents have."""
 LAUNCHES = [{"processes": 1, "threads": 1}, {"processes": 1, "threads": 2}, {"processes": 2, "threads": 1}]
 
 

@@ -28,7 +28,7 @@ from _results import write_results
 from latentprior.density.samplers import SAMPLERS
 
 ALLOWED_MIB = 16
-"""What rounds of unequal size may leave in the allocator; 120 minutes make some thousand rounds."""
+"""MiB that rounds of unequal size may leave in the allocator; 120 minutes make some thousand rounds."""
 DIM = 8
 
 
@@ -84,7 +84,7 @@ def soak(minutes: float, share: float, every: float, log: Path | None, most: int
                             print(f"{curve[-1][0]:.2f} {curve[-1][1]:.1f} {rows} {count}", file=file)
                 if elapsed >= 60 * minutes or count == most:
                     break
-                # What is owed to the share, paid at once.
+                # Sleep for as long as the share of the processor asks for.
                 owed = (time.process_time() - cpu) / share - elapsed
                 time.sleep(min(max(0.0, owed), 60 * minutes))
         elapsed, used = time.monotonic() - start, time.process_time() - cpu

@@ -194,7 +194,7 @@ def lebm_loop(energy: nn.Module, z: Tensor, steps: int, size: float) -> Tensor:
 
 
 def autograd_loop(log_prob: Callable[[Tensor], Tensor], z: Tensor, steps: int, size: float) -> Tensor:
-    """What most people write: the whole log density by autograd."""
+    """The loop that most people write: the whole log density by autograd."""
     for _ in range(steps):
         z = z.detach().requires_grad_(True)
         (grad,) = torch.autograd.grad(log_prob(z).sum(), z)
@@ -247,7 +247,7 @@ def jax_log_density(rungs: Ladder) -> Callable[[Any], Any]:
 
 
 def blackjax_chains(rungs: Ladder, start: Tensor, steps: int, size: float) -> Callable[[], np.ndarray]:
-    """Compiled MALA of all chains; what is returned runs them and gives every position ``(steps, n, d)``."""
+    """Return compiled MALA of all chains: a function that gives every position ``(steps, n, d)``."""
     import blackjax
     import jax
 
@@ -316,7 +316,7 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
         half = positions[len(positions) // 2 :]
         return float(np.median(np.asarray(blackjax.ess(half, chain_axis=1, sample_axis=0))))
 
-    # Many more base draws than rows are kept: a row resampled twice would tell the samples apart.
+    # There are many more base draws than rows, because a row that is resampled twice would give the samples away.
     pool = 1 << 18
     exact = rungs.fresh_particles(2048, torch.Generator().manual_seed(3), draws=pool).position
     level = prior.log_prob_whitened(exact)
@@ -355,7 +355,7 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
     spent = time.process_time() - start_time
     figures["source"], figures["ess"] = fresh.source, fresh.ess
     if fresh.source == "importance":
-        # A draw counts for what its weight leaves of it.
+        # A draw counts in proportion to its weight.
         rate = fresh.ess * pool / spent
         figures["latentprior, importance resampling"] = {"rate": rate, **quality(fresh.position)}
     return figures

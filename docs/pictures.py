@@ -44,7 +44,7 @@ def ladder() -> plt.Figure:
     z = np.where(draws.random(8000) < 0.7, draws.normal(-1.5, 0.35, 8000), draws.normal(2.0, 0.5, 8000))
     settings = lp.StageSettings(bound=1.5, width=64, steps=1500, mixture_features=False)
     with warnings.catch_warnings():
-        # Of a ladder this short the warnings are the point of the picture.
+        # The ladder is too short on purpose, so its warnings are expected.
         warnings.simplefilter("ignore")
         base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
         prior = lp.fit(z[:, None].astype(np.float32), base=base, max_stages=2, whitening="none", settings=settings)
