@@ -32,8 +32,9 @@ from latentprior.density.ratios import build_ratio
 from latentprior.density.sampling import langevin
 from latentprior.density.whitening import Whitening, identity_whitening
 from latentprior.errors import LearningDivergedError
+from latentprior.fitting.rows import Target
 from latentprior.fitting.settings import StageSettings
-from latentprior.fitting.stage import StageLearner, Target
+from latentprior.fitting.stage import StageLearner
 from latentprior.runtime.seeding import derived_generator
 
 __all__ = ["RIVALS", "Rows"]
@@ -350,7 +351,7 @@ class ShortRun(_Energy):
         spec = StageSettings(bound=1e6, ratio="residual", mixture_features=False).spec((d,))
         self.energy = build_ratio(spec, derived_generator(CPU, draw.seed, "energy"))
         self.base, self.generator = NormalBase(d).float(), derived_generator(CPU, draw.seed, "short run")
-        self.ladder = Ladder(self.base, [self.energy])
+        self.ladder = Ladder(self.base, [Stage(self.energy)])
         parameters = dict(self.energy.named_parameters())
         average = {k: p.detach().clone() for k, p in parameters.items()}
         optimizer = torch.optim.Adam(self.energy.parameters(), lr=self.rate, betas=(0.5, 0.999))
@@ -425,9 +426,9 @@ def _normalised(base: NormalBase, ratio: nn.Module, held_out: Tensor, seed: int)
     generator, d = derived_generator(CPU, seed, "normaliser"), held_out.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        c = normalizers.estimate(Ladder(base, [ratio]), held_out, generator)
+        c = normalizers.estimate(Ladder(base, [Stage(ratio)]), held_out, generator)
     stage = Stage(ratio, c.value, c.stderr, 0.0, 0.0)
-    return LatentPrior(base, [stage], identity_whitening(d), (d,), c)
+    return LatentPrior(Ladder(base, [stage]), identity_whitening(d), (d,), c)
 
 
 def _copied(network: nn.Module) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class Ablation:
         seconds = time.monotonic() - start_time
         before, points = model.prior, []
         for k in range(len(prior.stages) + 1):
-            model.prior = prior.replaced(prior.stages[:k])
+            model.prior = prior.with_ladder(prior.ladder.first(k))
             stage = prior.stages[k - 1] if k else None
             points.append(
                 {

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import latentprior as lp
 from _results import read_results, write_results
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
-from latentprior.density.ladder import Ladder
+from latentprior.density.ladder import Ladder, Stage
 from latentprior.density.ratios import build_ratio
 from latentprior.density.sampling import (
     LogDensity,
@@ -66,7 +66,7 @@ def ladder(stages: int, seed: int = 0) -> Ladder:
     for ratio in ratios:
         for block in ratio.network.blocks:  # type: ignore[union-attr]
             nn.init.normal_(block.outer.weight, std=WIDTH**-0.5, generator=generator)  # type: ignore[union-attr]
-    return Ladder(NormalBase(DIM).float(), ratios)
+    return Ladder(NormalBase(DIM).float(), [Stage(ratio) for ratio in ratios])
 
 
 def products(stages: int, rows: int) -> float:

@@ -23,8 +23,9 @@ from _data import SETS, load_set
 from _results import read_results, write_results
 from latentprior.density.bases.by_name import WIDE
 from latentprior.density.sampling.resampling import log_mean_exp
+from latentprior.fitting.rows import Target
 from latentprior.fitting.settings import StageSettings
-from latentprior.fitting.stage import StageLearner, Target
+from latentprior.fitting.stage import StageLearner
 from latentprior.runtime.seeding import derived_generator
 
 CPU = torch.device("cpu")

@@ -52,7 +52,7 @@ def ladder() -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharey=True, constrained_layout=True)
     for k, axis in enumerate(axes):
         axis.fill_between(x, np.exp(target(x)), color=GREY, lw=0)
-        short = prior.replaced(prior.stages[:k])
+        short = prior.with_ladder(prior.ladder.first(k))
         with torch.no_grad():
             density = short.log_prob(torch.as_tensor(x[:, None], dtype=torch.float32)).exp().numpy()
         axis.plot(x, density, color=BLUE)

@@ -22,11 +22,12 @@ from torch import Tensor
 import latentprior as lp
 from latentprior.cli import main as cli
 from latentprior.density import normalizers
-from latentprior.density.ladder import Ladder
+from latentprior.density.ladder import FreshParticles, Ladder
+from latentprior.density.sampling.resampling import LogMean
 from latentprior.evaluation.known_densities import Banana
+from latentprior.fitting import climb, stage, together
 from latentprior.fitting import fit as learning
 from latentprior.fitting import run as fit_run
-from latentprior.fitting import stage
 from latentprior.fitting.stage import StageLearner
 from latentprior.runtime.processes import (
     Processes,
@@ -38,8 +39,7 @@ from latentprior.storage.checkpoint import locked
 
 SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5, weight_decay=0.1)
 OPTIONS: dict[str, Any] = {"base": "normal", "max_stages": 2, "settings": SETTINGS}
-CHAINED: dict[str, Any] = {"min_ess": 2.0, "smc_particles": 1024, "moves": 2}
-"""Options of fresh particles with which they always come from Monte Carlo."""
+CHAINED_PARTICLES, CHAINED_MOVES = 1024, 2
 
 
 def rows() -> Tensor:
@@ -96,7 +96,7 @@ def clock(pace: float) -> Iterator[None]:
     ticks = itertools.count()
     fake = SimpleNamespace(monotonic=lambda: pace * next(ticks))
     with contextlib.ExitStack() as stack:
-        for module in (fit_run, learning, normalizers, stage):
+        for module in (climb, fit_run, normalizers, stage, together):
             stack.enter_context(mock.patch.object(module, "time", fake))
         yield
 
@@ -106,7 +106,7 @@ def check(folder: Path, processes: Processes) -> None:
     rank = processes.rank
     found: dict[str, dict[str, Tensor]] = {}
     found["whole"] = figures(lp.fit(rows(), checkpoint_dir=folder / "run", **OPTIONS))
-    with mock.patch.object(Ladder, "fresh_particles", partial_method(Ladder.fresh_particles, **CHAINED)):
+    with chained(CHAINED_PARTICLES, CHAINED_MOVES):
         found["chained"] = figures(lp.fit(rows(), **OPTIONS))
     with clock(0.002 * (1 + rank)):
         found["budget"] = figures(lp.fit(rows(), time_budget=2, **OPTIONS))
@@ -140,8 +140,19 @@ def only(processes: Processes, rank: int) -> None:
             raise lp.MissingExtraError("a thing", "flow")
 
 
-def partial_method(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return lambda self, *args, **given: method(self, *args, **{**given, **options})
+@contextlib.contextmanager
+def chained(particles: int, moves: int) -> Iterator[None]:
+    """Within this context fresh particles always come from Monte Carlo."""
+    carried = Ladder.carried_particles
+
+    def fewer(self: Ladder, n: int, generator: torch.Generator | None = None, **options: Any) -> FreshParticles:
+        return carried(self, min(n, particles), generator, **{**options, "moves": moves})
+
+    with (
+        mock.patch.object(Ladder, "probe", return_value=LogMean(0.0, math.inf, 0.0)),
+        mock.patch.object(Ladder, "carried_particles", fewer),
+    ):
+        yield
 
 
 def estimates(prior: lp.LatentPrior, processes: Processes) -> dict[str, Tensor]:
@@ -153,13 +164,14 @@ def estimates(prior: lp.LatentPrior, processes: Processes) -> dict[str, Tensor]:
 
     # Rows that follow the ladder, the same in all processes: what the bracket's end at the data takes for granted.
     held_out = ladder.fresh_particles(301, torch.Generator().manual_seed(7)).position
-    total = normalizers.estimate(ladder, held_out, draws(0), draws=20_000, processes=processes)
+    total = together.estimate(ladder, held_out, draws(0), processes)
     assert total.bracket is not None
     found["estimate"] = [total.value, total.stderr]
     found["forward"], found["reverse"] = list(total.bracket.forward)[:2], list(total.bracket.reverse)[:2]
     particles = {}
-    for name, options in (("importance", {}), ("smc", {**CHAINED, "smc_particles": 2048, "moves": 4})):
-        fresh = ladder.fresh_particles(4096, draws(1), processes=processes, **options)
+    for name in ("importance", "smc"):
+        with chained(2048, 4) if name == "smc" else contextlib.nullcontext():
+            fresh = together.fresh_particles(ladder, 4096, draws(1), processes, smc_particles=2048)
         assert fresh.source == name
         found[name] = list(fresh.log_normalizer)[:2]
         particles[f"{name} particles"] = joined(processes, fresh.position)

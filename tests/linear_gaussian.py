@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from latentprior.density.bases import NormalBase
+from latentprior.density.ladder import Ladder
 from latentprior.density.prior import LatentPrior
 from latentprior.density.whitening import Whitening
 from latentprior.models.model import LatentVariableModel
@@ -36,7 +37,7 @@ def correlated_prior(event_shape: Sequence[int] = (3,)) -> LatentPrior:
     dim = math.prod(event_shape)
     mix = torch.eye(dim, dtype=torch.float64) + 0.4 * torch.randn(dim, dim, generator=g, dtype=torch.float64)
     rows = torch.randn(400, dim, generator=g, dtype=torch.float64) @ mix.T + torch.arange(dim) / 2
-    return LatentPrior(NormalBase(dim), (), Whitening.fit([rows], "full"), event_shape)
+    return LatentPrior(Ladder(NormalBase(dim)), Whitening.fit([rows], "full"), event_shape)
 
 
 def moments(model: LatentVariableModel) -> tuple[Tensor, Tensor]:

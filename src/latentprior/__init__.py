@@ -20,14 +20,12 @@ from .errors import (
     LearningDivergedError,
     LearningRetriedWarning,
     LowESSWarning,
-    MergeError,
     MissingExtraError,
     NormalizerBracketWarning,
     ProcessLostError,
     StageSaturatedWarning,
 )
 from .fitting.fit import fit
-from .fitting.merge import merge
 from .fitting.refine import refine
 from .fitting.settings import StageSettings
 from .integrations.onnx_export import export_onnx
@@ -65,7 +63,6 @@ __all__ = [
     "LearningDivergedError",
     "LearningRetriedWarning",
     "LowESSWarning",
-    "MergeError",
     "MissingExtraError",
     "NormalizerBracketWarning",
     "NormalizerCheck",
@@ -83,7 +80,6 @@ __all__ = [
     "from_callables",
     "from_diffusers",
     "from_pythae",
-    "merge",
     "model_card",
     "read_images",
     "refine",

@@ -16,7 +16,6 @@ __all__ = [
     "LearningDivergedError",
     "LearningRetriedWarning",
     "LowESSWarning",
-    "MergeError",
     "MissingExtraError",
     "NormalizerBracketWarning",
     "ProcessLostError",
@@ -77,10 +76,6 @@ class LearningDivergedError(LatentPriorError, RuntimeError):
 
 class ProcessLostError(LatentPriorError, RuntimeError):
     """Another process of the same run has ended: start all again, they go on from the last checkpoint."""
-
-
-class MergeError(LatentPriorError, RuntimeError):
-    """A ladder does not fit into one stage without a loss of density; the ladder itself is untouched."""
 
 
 class LatentPriorWarning(UserWarning):

@@ -71,8 +71,7 @@ def test_value_and_gradient_are_those_of_autograd(
     expected = base.log_prob(x) + sum(w * f(x) for w, f in zip(weights, ratios, strict=True))
     (slope,) = torch.autograd.grad(expected.sum(), x)
     for rows in (1024, 4):
-        monkeypatch.setattr(engine, "ROWS", rows)
-        monkeypatch.setattr(engine, "AUTOGRAD_ROWS", rows)
+        monkeypatch.setattr(engine, "MOST_ROWS", rows)
         # Rows that do not lie one after the other in memory, and rows that someone differentiates, are rows too.
         for given in (u, u.t().contiguous().t(), x):
             value, grad = ValueAndGrad(base, ratios, weights)(given)

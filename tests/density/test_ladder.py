@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ladders import ladder_of
 from latentprior.density import ladder as module
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
 from latentprior.density.ladder import Ladder
@@ -23,7 +24,7 @@ class Slope(torch.nn.Module):
 @pytest.fixture
 def ladder() -> Ladder:
     ratios = [build_ratio(SPEC, torch.Generator().manual_seed(s)).requires_grad_(False) for s in range(2)]
-    return Ladder(NormalBase(2).float(), [*ratios, Slope()])
+    return ladder_of(NormalBase(2).float(), [*ratios, Slope()])
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_potential_is_the_sum_of_log_ratios(ladder: Ladder, u: Tensor) -> None:
 
 
 def test_no_stages(u: Tensor) -> None:
-    empty = Ladder(NormalBase(2).float())
+    empty = ladder_of(NormalBase(2).float())
     assert empty.log_ratios(u).shape == (50, 0)
     assert (empty.log_potential(u) == 0).all()
     value, grad = empty.density(0)(u)
@@ -64,7 +65,7 @@ def test_density_on_the_path(ladder: Ladder, u: Tensor, t: float) -> None:
 
 def test_blocks_change_nothing(ladder: Ladder, u: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ladder.log_ratios(u), ladder.log_potential(u), *ladder.density(2.5)(u)
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 7)
     parts = ladder.log_ratios(u), ladder.log_potential(u), *ladder.density(2.5)(u)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
@@ -80,12 +81,12 @@ def test_few_rows(ladder: Ladder, n: int) -> None:
 
 def test_potential_is_differentiable(ladder: Ladder, u: Tensor) -> None:
     x = u.double().requires_grad_(True)
-    ladder = Ladder(NormalBase(2), [r.double() for r in ladder.ratios])
+    ladder = ladder_of(NormalBase(2), [r.double() for r in ladder.ratios])
     assert torch.autograd.gradcheck(ladder.log_potential, x[:3].detach().requires_grad_(True))
 
 
-@pytest.mark.parametrize(("source", "options"), [("importance", {}), ("smc", {"min_ess": 1.1, "smc_particles": 8192})])
-def test_fresh_particles_and_their_normaliser(ladder: Ladder, source: str, options: dict) -> None:
+@pytest.mark.parametrize("source", ["importance", "smc"])
+def test_fresh_particles_and_their_normaliser(ladder: Ladder, source: str) -> None:
     def log_density(nodes: Tensor) -> Tensor:
         return ladder.base.log_prob(nodes.float()) + ladder.log_potential(nodes.float())
 
@@ -93,7 +94,8 @@ def test_fresh_particles_and_their_normaliser(ladder: Ladder, source: str, optio
     mean, variance = moments(log_density, -8, 8, 2)
     scores, means = [], []
     for seed in range(10):
-        fresh = ladder.fresh_particles(8192, torch.Generator().manual_seed(seed), **options)
+        make = ladder.fresh_particles if source == "importance" else ladder.carried_particles
+        fresh = make(8192, torch.Generator().manual_seed(seed))
         assert fresh.source == source
         assert fresh.position.shape == (8192, 2)
         scores.append((fresh.log_normalizer.value - log_z) / fresh.log_normalizer.stderr)
@@ -109,7 +111,7 @@ def test_fresh_particles_and_their_normaliser(ladder: Ladder, source: str, optio
 
 
 def test_particles_of_the_base_need_no_normaliser(generator: torch.Generator) -> None:
-    fresh = Ladder(NormalBase(2).float()).fresh_particles(10, generator)
+    fresh = ladder_of(NormalBase(2).float()).fresh_particles(10, generator)
     assert fresh.source == "base"
     assert fresh.log_normalizer == (0, 0, 1)
 
@@ -119,7 +121,7 @@ def test_poor_overlap_turns_to_smc(generator: torch.Generator) -> None:
         def forward(self, u: Tensor) -> Tensor:
             return 5 * torch.tanh(4 * (u[:, 0] - 3.2))
 
-    fresh = Ladder(NormalBase(1).float(), [Far(), Far()]).fresh_particles(512, generator)
+    fresh = ladder_of(NormalBase(1).float(), [Far(), Far()]).fresh_particles(512, generator)
     assert fresh.source == "smc"
     assert len(fresh.position) == 512
     assert fresh.acceptance > 0.3
@@ -145,14 +147,14 @@ def test_particles_are_a_function_of_the_generator(ladder: Ladder) -> None:
 def test_double_precision_stays(generator: torch.Generator) -> None:
     means, cholesky = torch.zeros(1, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)[None]
     base = GaussianMixtureBase(torch.ones(1, dtype=torch.float64), means, cholesky)
-    assert Ladder(base, [Slope()]).fresh_particles(20, generator).position.dtype == torch.float64
+    assert ladder_of(base, [Slope()]).fresh_particles(20, generator).position.dtype == torch.float64
 
 
 @pytest.fixture
 def covered(ladder: Ladder) -> Ladder:
     means = torch.tensor([[0.5, 0.5], [2.0, -1.0]])
     cover = GaussianMixtureBase(torch.tensor([0.7, 0.3]), means, 0.6 * torch.eye(2).expand(2, 2, 2))
-    return Ladder(ladder.base, ladder.ratios, cover)
+    return ladder_of(ladder.base, ladder.ratios, cover)
 
 
 def test_cover_changes_neither_density_nor_normaliser(ladder: Ladder, covered: Ladder, u: Tensor) -> None:
@@ -161,8 +163,8 @@ def test_cover_changes_neither_density_nor_normaliser(ladder: Ladder, covered: L
     expected = ladder.density(3.0)(u)[0] - covered.start.log_prob(u)
     torch.testing.assert_close(covered.log_weight(u), expected, atol=1e-5, rtol=1e-5)
     log_z = math.log(integral(lambda x: ladder.density(3.0)(x.float())[0], -8, 8, 2))
-    for options in ({}, {"min_ess": 1.1, "smc_particles": 8192}):
-        fresh = covered.fresh_particles(8192, torch.Generator().manual_seed(0), **options)
+    for make in (covered.fresh_particles, covered.carried_particles):
+        fresh = make(8192, torch.Generator().manual_seed(0))
         # |t_15| > 5 has chance 0.0002.
         assert abs(fresh.log_normalizer.value - log_z) < 5 * fresh.log_normalizer.stderr
 
@@ -202,7 +204,7 @@ def test_path_from_a_proposal(ladder: Ladder, covered: Ladder, u: Tensor) -> Non
 
 
 def test_extended_adds_a_stage_and_keeps_the_cover(covered: Ladder, u: Tensor) -> None:
-    longer = Ladder(covered.base, covered.ratios[:2], covered.cover).extended(covered.ratios[2])
+    longer = ladder_of(covered.base, covered.ratios[:2], covered.cover).extended(covered.stages[2])
     assert longer.cover is covered.cover
     torch.testing.assert_close(longer.log_weight(u), covered.log_weight(u))
 
@@ -213,7 +215,7 @@ def test_stages_share_the_features_of_their_mixture(u: Tensor, monkeypatch: pyte
     )
     spec = {**SPEC, "features": True}
     ratios = [build_ratio(spec, torch.Generator().manual_seed(s), mixture).requires_grad_(False) for s in range(3)]
-    shared = Ladder(mixture, ratios)
+    shared = ladder_of(mixture, ratios)
     torch.testing.assert_close(shared.log_ratios(u), torch.stack([f(u) for f in ratios], 1))
     torch.testing.assert_close(shared.log_potential(u), sum(f(u) for f in ratios))
     calls = []

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from ladders import ladder_of
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
 from latentprior.density.ladder import Ladder
 from latentprior.density.normalizers import (
-    PARTS,
-    _direct,
+    PARTS_A_ROUND,
     bracket,
     check,
     check_from,
     estimate,
     expected_seconds,
+    importance_estimate,
 )
 from latentprior.density.sampling import mala, smc
 from latentprior.density.sampling.resampling import LogMean, systematic
-from latentprior.runtime.processes import ALONE
 from quadrature import integral
 
 
@@ -37,7 +37,7 @@ class Slope(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def ladder() -> Ladder:
-    return Ladder(NormalBase(2).float(), [Slope(1.0, 0.5), Slope(0.7, 1.0)])
+    return ladder_of(NormalBase(2).float(), [Slope(1.0, 0.5), Slope(0.7, 1.0)])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def held_out(ladder: Ladder) -> Tensor:
 
 
 def test_no_stages_need_no_estimate() -> None:
-    got = estimate(Ladder(NormalBase(2)), torch.zeros(3, 2))
+    got = estimate(ladder_of(NormalBase(2)), torch.zeros(3, 2))
     assert (got.value, got.stderr, got.source, got.bracket) == (0, 0, "base", None)
 
 
@@ -86,7 +86,7 @@ def test_bracket_holds_the_truth(ladder: Ladder, held_out: Tensor, log_z: float)
 
 
 def test_poor_overlap_gives_the_middle_of_the_bracket_and_warns() -> None:
-    steep = Ladder(NormalBase(2).float(), [Slope(8.0, 3.0), Slope(8.0, 4.0), Slope(8.0, 5.0)])
+    steep = ladder_of(NormalBase(2).float(), [Slope(8.0, 3.0), Slope(8.0, 4.0), Slope(8.0, 5.0)])
     data = torch.tensor([5.5, 0.0]) + 0.2 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     with pytest.warns(
         NormalizerBracketWarning,
@@ -129,23 +129,25 @@ def test_late_estimates_take_fewer_particles(
 def test_draws_go_on_until_the_error_is_small_or_they_are_used_up(
     ladder: Ladder, log_z: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentprior.density.normalizers.ROUND", 2048)
+    monkeypatch.setattr("latentprior.density.normalizers.DRAWS_A_ROUND", 2048)
     real, taken = Ladder.importance, []
     monkeypatch.setattr(Ladder, "importance", lambda self, n, g: taken.append(n) or real(self, n, g))
 
     def rounds(tolerance: float, deadline: float | None = None) -> tuple[int, LogMean]:
         taken.clear()
-        found = _direct(ladder, 2, torch.Generator().manual_seed(0), 4 * 2048, tolerance, deadline, ALONE)
+        found = importance_estimate(
+            ladder, torch.Generator().manual_seed(0), draws=4 * 2048, tolerance=tolerance, deadline=deadline
+        )
         # 4.5 standard errors: 1 in 150,000.
         assert abs(found.value - log_z) < 4.5 * found.stderr
-        assert set(taken) == {2048 // PARTS}
+        assert set(taken) == {2048 // PARTS_A_ROUND}
         return len(taken), found
 
     one, first = rounds(1.0)
     # Two rounds have an error of 0.71, four of 0.5 of the first's, or nearly so.
     two, second = rounds(0.85 * first.stderr)
     four, all_of_them = rounds(0.0)
-    assert (one, two, four) == (PARTS, 2 * PARTS, 4 * PARTS)
+    assert (one, two, four) == (PARTS_A_ROUND, 2 * PARTS_A_ROUND, 4 * PARTS_A_ROUND)
     assert second.stderr < 0.85 * first.stderr
     assert all_of_them.stderr == pytest.approx(0.5 * first.stderr, rel=0.15)
     # A deadline is overrun by a part of a round at most.
@@ -238,7 +240,7 @@ class Narrower(NormalBase):
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_weights_of_a_heavy_tail_are_annealed(shift: float) -> None:
     """Averaged, they make this normal of 64 coordinates weigh a part of what it does."""
-    ladder, narrow = Ladder(NormalBase(64).float()), Narrower(64, 0.7).float()
+    ladder, narrow = ladder_of(NormalBase(64).float()), Narrower(64, 0.7).float()
     generator = torch.Generator().manual_seed(0)
     draws = narrow.sample(20_000, generator)
     with pytest.warns(LowESSWarning, match="the check says little"):
@@ -299,7 +301,7 @@ class Spike(torch.nn.Module):
 
 
 def test_a_mode_hidden_from_the_sampler_is_seen_from_the_data(generator: torch.Generator) -> None:
-    ladder = Ladder(NormalBase(2).float(), [Spike()])
+    ladder = ladder_of(NormalBase(2).float(), [Spike()])
     near = torch.randn(1000, 2, generator=generator)
     there, _ = mala.sample(torch.full((1000, 2), 6.0), ladder.density(1.0), steps=100, generator=generator)
     with pytest.warns(NormalizerBracketWarning, match="use a better base"):
@@ -328,7 +330,7 @@ def test_more_stages_are_foreseen_to_take_longer(
     # A clock by which every evaluation takes as long, whatever the machine does.
     ticks = itertools.count()
     monkeypatch.setattr("latentprior.density.normalizers.time.monotonic", lambda: 0.01 * next(ticks))
-    one, two = (expected_seconds(Ladder(ladder.base, ladder.ratios[:k]), held_out) for k in (1, 2))
+    one, two = (expected_seconds(ladder.first(k), held_out) for k in (1, 2))
     # Two levels a stage each way and those that settle the rows, beside the draws of importance sampling.
     moved, draws = 6 * 8192, (1 << 18) / 2
     assert two / one == pytest.approx((10 * moved + draws) / (6 * moved + draws))

@@ -525,13 +525,8 @@ def test_right_normaliser_passes_and_shifted_fails(learned: lp.LatentPrior, refe
     assert got.reference == reference
     assert got.stderr < 0.03
     for shift in (0.2,) if reference == "gmm" else (0.2, -0.2):
-        wrong = lp.LatentPrior(
-            learned.base,
-            learned.stages,
-            learned.whitening,
-            learned.event_shape,
-            learned.normalizer._replace(value=learned.normalizer.value + shift),
-        )
+        normalizer = learned.normalizer._replace(value=learned.normalizer.value + shift)
+        wrong = learned.with_ladder(learned.ladder, normalizer)
         result = wrong.check_normalizer(reference, draws=60_000)
         assert not result.passed, result
         assert result.value == pytest.approx(math.exp(-shift), abs=0.1)

@@ -17,9 +17,10 @@ from torch.distributions import MultivariateNormal
 
 import latentprior as lp
 import latentprior.evaluation.known_densities
+from ladders import ladder_of
 from latentprior import CheckpointError, Event, InvalidLatentsError, LatentPriorError, Latents
 from latentprior.density.bases import NormalBase
-from latentprior.density.ladder import Ladder, Stage
+from latentprior.density.ladder import Ladder, Stage, passed_afresh
 from latentprior.density.ratios import Gain
 from latentprior.evaluation.known_densities import Banana, SkewedProduct
 from latentprior.fitting.run import FitRun
@@ -120,8 +121,9 @@ def test_a_stage_is_measured_on_rows_and_particles_of_its_own(generator: torch.G
     a, b = 0.7, 0.4
     ratio = Affine(a, b)
     rows = a + torch.randn(4000, 1, generator=generator)
-    before, after = (Ladder(NormalBase(1), stages).fresh_particles(20_000, generator) for stages in ((), (ratio,)))
-    stage = Stage.measured(ratio, Gain(0.1, 0.01), before, after, rows, steps=7)
+    before, after = (ladder_of(NormalBase(1), stages).fresh_particles(20_000, generator) for stages in ((), (ratio,)))
+    ladder = ladder_of(NormalBase(1)).times(ratio, passed_afresh(before, after), Gain(0.1, 0.01), rows, steps=7)
+    (stage,) = ladder.stages
     assert stage.log_normalizer == pytest.approx(a**2 / 2 + b, abs=4 * stage.log_normalizer_stderr)
     # The rise is KL(N(a, 1), N(0, 1)).
     error = stage.diagnostics["log_prob_rise_stderr"]
@@ -141,7 +143,7 @@ class Affine(torch.nn.Module):
 
 
 def test_a_stage_that_is_not_worthwhile_is_left_out(quick: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentprior.density.ladder.LEAST_RISE", 50.0)
+    monkeypatch.setattr("latentprior.density.ladder.LEAST_RISE_NATS", 50.0)
     prior = quick()
     assert prior.stages == ()
     assert prior.info["stopped"] == "no rise"
@@ -213,7 +215,7 @@ def test_the_normaliser_is_left_what_it_takes_and_a_fifth_at_most() -> None:
 def test_a_stage_goes_on_until_the_normaliser_needs_the_time(
     crescent: Tensor, monkeypatch: pytest.MonkeyPatch, seconds: float, least: float, most: float
 ) -> None:
-    monkeypatch.setattr("latentprior.density.normalizers.expected_seconds", lambda *_: seconds)
+    monkeypatch.setattr("latentprior.fitting.fit.expected_seconds", lambda *_: seconds)
     endless = lp.StageSettings(width=16, depth=1, steps=10**6, batch_size=128, patience=10**6)
     events: list[Event] = []
     lp.fit(crescent, base="normal", max_stages=1, settings=endless, time_budget=6, callbacks=[events.append])
@@ -433,7 +435,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def update(self: StageLearner, *args: Any) -> None:
         real(self, *args)
         if (self.index, self.step) == (0, 250) and self.learning_rate == self.settings.learning_rate:
-            next(iter(self.parameters.values())).data.fill_(math.nan)
+            next(iter(self.optimisation.parameters.values())).data.fill_(math.nan)
 
     monkeypatch.setattr(StageLearner, "_update", update)
 
@@ -459,11 +461,11 @@ def test_divergence_is_mended_by_a_smaller_step(quick: Fit, poisoned: None, tmp_
 
 
 def test_particles_that_stand_still_are_named(quick: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = StageLearner.particles
+    real = Ladder.fresh_particles
     monkeypatch.setattr(
-        StageLearner,
-        "particles",
-        lambda self, last=False: real(self, last)._replace(acceptance=0.001 if self.index else 1.0),
+        Ladder,
+        "fresh_particles",
+        lambda self, *args, **how: real(self, *args, **how)._replace(acceptance=0.001 if self.length else 1.0),
     )
     with (
         pytest.warns(lp.LearningRetriedWarning),

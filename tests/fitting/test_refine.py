@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import latentprior as lp
-from latentprior.density.ladder import FreshParticles
+from latentprior.density.bases import NormalBase
+from latentprior.density.ladder import FreshParticles, Ladder
 from latentprior.density.ratios import Gain
 from latentprior.density.sampling.resampling import LogMean
-from latentprior.fitting.refine import SETTINGS, _measured
-from latentprior.fitting.stage import LearnedStage
+from latentprior.fitting.refine import SETTINGS, reweighed
 
 SMALL = dataclasses.replace(SETTINGS, width=64, steps=400, batch_size=128, learning_rate=3e-3)
 
@@ -124,7 +124,7 @@ def test_a_stage_learned_on_chains_is_measured_on_particles_held_out(generator: 
     position[: 64_000 * 7 // 8] = 9.0  # what has been learned from does not count
     before = FreshParticles(position, "smc", LogMean(0.3, 0.1, 0.9), 0.5, 0.6)
     rows = 1 + torch.randn(4000, 1, generator=generator)
-    stage = _measured(LearnedStage(First(), Gain(0.3, 0.01), 0.28, 10, 0.0, []), before, None, rows, 1.0)
+    (stage,) = Ladder(NormalBase(1)).times(First(), reweighed(First(), before), Gain(0.3, 0.01), rows).stages
     assert stage.log_normalizer == pytest.approx(0.5, abs=4 * stage.log_normalizer_stderr)
     assert stage.log_normalizer_stderr < 0.03
     assert stage.diagnostics["log_prob_rise"] == pytest.approx(0.5, abs=0.1)

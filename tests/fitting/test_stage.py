@@ -10,11 +10,13 @@ from torch import Tensor
 
 from latentprior import LatentPriorError, Latents, LearningDivergedError, StageSettings
 from latentprior.density.bases import NormalBase
-from latentprior.density.ladder import FreshParticles, Ladder
+from latentprior.density.ladder import FreshParticles, Ladder, Stage
 from latentprior.density.ratios import build_ratio
 from latentprior.density.whitening import Whitening, identity_whitening
 from latentprior.evaluation.known_densities import Banana, CorrelatedGaussian
-from latentprior.fitting.stage import StageLearner, Target
+from latentprior.fitting.particles import Negatives
+from latentprior.fitting.rows import Target
+from latentprior.fitting.stage import StageLearner
 from latentprior.runtime.seeding import derived_generator
 
 SETTINGS = StageSettings(width=8, depth=1, steps=700, batch_size=64, average=0.98)
@@ -24,14 +26,15 @@ class Chained(Ladder):
     """A ladder whose particles always come from Monte Carlo."""
 
     def fresh_particles(self, n: int, generator: torch.Generator | None = None, **options: Any) -> FreshParticles:
-        return super().fresh_particles(n, generator, min_ess=2.0, smc_particles=512, moves=1)
+        return self.carried_particles(512, generator, moves=1)
 
 
 def ladder_of(source: str) -> Ladder:
     spec = {"kind": "mlp", "event_shape": [2], "width": 8, "depth": 1, "bound": 1.0}
     ratio = build_ratio(spec, torch.Generator().manual_seed(0)).requires_grad_(False)
     base = NormalBase(2).float()
-    return {"base": Ladder(base), "importance": Ladder(base, [ratio]), "smc": Chained(base, [ratio])}[source]
+    stages = [Stage(ratio)]
+    return {"base": Ladder(base), "importance": Ladder(base, stages), "smc": Chained(base, stages)}[source]
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +166,14 @@ def test_products_of_bfloat16_learn_the_same(target: Target) -> None:
 
 def test_optimizers_are_those_that_were_set(target: Target) -> None:
     plain = learner_of(target, settings=dataclasses.replace(SETTINGS, optimizer="adamw"))
-    assert [type(o).__name__ for o in plain.optimizers] == ["AdamW"]
-    assert [type(o).__name__ for o in learner_of(target).optimizers] == ["AdamW", "Muon"]
+    assert [type(o).__name__ for o in plain.optimisation.optimizers] == ["AdamW"]
+    assert [type(o).__name__ for o in learner_of(target).optimisation.optimizers] == ["AdamW", "Muon"]
     learned = learn(plain)
     assert learned.gain.value > 0.2 + 4 * learned.gain.stderr
     quadratic = dataclasses.replace(SETTINGS, optimizer="natural", ratio="quadratic")
-    assert [type(o).__name__ for o in learner_of(target, settings=quadratic).optimizers] == ["NaturalGradient"]
+    assert [type(o).__name__ for o in learner_of(target, settings=quadratic).optimisation.optimizers] == [
+        "NaturalGradient"
+    ]
 
 
 def test_natural_gradients_learn_a_quadratic_form() -> None:
@@ -199,9 +204,9 @@ def test_odds_and_optimizers_that_are_none_are_refused(wrong: dict[str, Any]) ->
 def test_precision_is_the_processors(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     for native in (True, False):
         monkeypatch.setattr("latentprior.fitting.stage.multiplies_bfloat16", lambda device, native=native: native)
-        assert learner_of(target).halved is native
-        assert learner_of(target, settings=dataclasses.replace(SETTINGS, precision="bfloat16")).halved
-        assert not learner_of(target, settings=dataclasses.replace(SETTINGS, precision="float32")).halved
+        assert learner_of(target).half_precision is native
+        assert learner_of(target, settings=dataclasses.replace(SETTINGS, precision="bfloat16")).half_precision
+        assert not learner_of(target, settings=dataclasses.replace(SETTINGS, precision="float32")).half_precision
 
 
 def test_the_last_pass_is_short_and_of_the_same_density(target: Target) -> None:
@@ -227,7 +232,7 @@ def test_no_difference_gives_no_gain(generator: torch.Generator) -> None:
 def test_schedule_takes_as_many_steps_as_set(target: Target, steps: int) -> None:
     rates: list[float] = []
     learner = learner_of(target, "base", dataclasses.replace(SETTINGS, steps=steps))
-    learned = learn(learner, on_step=lambda now: rates.append(now.optimizers[0].param_groups[0]["lr"]))
+    learned = learn(learner, on_step=lambda now: rates.append(now.optimisation.optimizers[0].param_groups[0]["lr"]))
     assert learned.steps == len(rates) == steps
     # Fifty steps of warm-up times half a cosine.
     cosine = [0.5 * (1 + math.cos(math.pi * i / steps)) for i in range(steps)]
@@ -259,7 +264,9 @@ def test_deadline_shortens_a_stage(target: Target) -> None:
     particles = learner.particles()
     begun = time.monotonic()
     learned = learner.learn(
-        particles, deadline=begun + 0.6, on_step=lambda now: rates.append(now.optimizers[0].param_groups[0]["lr"])
+        particles,
+        deadline=begun + 0.6,
+        on_step=lambda now: rates.append(now.optimisation.optimizers[0].param_groups[0]["lr"]),
     )
     assert 0 < learned.steps < 1_000_000
     assert time.monotonic() - begun < 3
@@ -285,14 +292,14 @@ def test_small_sets_make_small_batches(target: Target) -> None:
 @pytest.mark.parametrize("average", [0.0, 0.9, 1.0])
 def test_averages_follow_the_weights(target: Target, average: float) -> None:
     learner = learner_of(target, "base", dataclasses.replace(SETTINGS, steps=100, average=average))
-    expected = {name: p.detach().clone() for name, p in learner.parameters.items()}
+    expected = {name: p.detach().clone() for name, p in learner.optimisation.parameters.items()}
     first = dict(expected)
     seen: list[dict[str, Tensor]] = []
 
     def follow(now: StageLearner) -> None:
         # The decay rises to the one that is set, so that first weights are soon forgotten.
         decay = min(average, now.step / (now.step + 9))
-        for name, p in now.parameters.items():
+        for name, p in now.optimisation.parameters.items():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
 
     learn(
@@ -315,10 +322,11 @@ def test_held_out_particles_never_train(target: Target) -> None:
     for source in ("base", "importance", "smc"):
         learner = learner_of(target, source)
         first = learner.particles()
-        negatives, held_out, effective = learner._split(first)
-        rows = {tuple(r) for r in held_out.tolist()}
-        assert rows.isdisjoint({tuple(r) for r in negatives.tolist()})
-        assert 1 <= effective <= len(held_out)
+        negatives = Negatives(learner.source, first, learner.chunk_rows)
+        judging = {tuple(r) for r in negatives.judging.tolist()}
+        for chunk in range(2):
+            assert judging.isdisjoint({tuple(r) for r in negatives.chunk(chunk).tolist()})
+        assert 1 <= negatives.effective <= len(negatives.judging)
 
 
 def test_decay_follows_what_is_remembered() -> None:
@@ -336,10 +344,10 @@ def test_few_rows_are_kept_from_being_remembered(rows: int, decay: float) -> Non
     aim = Target(Latents(z), torch.arange(rows), z[rows:], identity_whitening(8))
     settings = StageSettings(width=64, steps=600, batch_size=512, patience=10)
     learner = StageLearner(aim, Ladder(NormalBase(8).float()), settings, (8,), 0)
-    decays = [learner.decay]
-    learn(learner, on_evaluate=lambda now: decays.append(now.decay))
+    decays = [learner.optimisation.weight_decay]
+    learn(learner, on_evaluate=lambda now: decays.append(now.optimisation.weight_decay))
     assert decays[0] == 0.5
     assert decays[-1] == pytest.approx(decay, abs=0.02)
     # No faster down than by halves.
     assert all(after >= (before + 0.1) / 2 - 1e-9 for before, after in pairwise(decays))
-    assert {group["weight_decay"] for o in learner.optimizers for group in o.param_groups} == {decays[-2]}
+    assert {group["weight_decay"] for o in learner.optimisation.optimizers for group in o.param_groups} == {decays[-2]}

@@ -11,7 +11,7 @@ from latentprior.density.bases import NormalBase
 from latentprior.density.ladder import Ladder
 from latentprior.density.whitening import Whitening
 from latentprior.evaluation.known_densities import CorrelatedGaussian
-from latentprior.fitting.stage import Target
+from latentprior.fitting.rows import Target
 from latentprior.fitting.waypoints import Waypoint, learn_waypoints
 
 DIM = 8
@@ -49,7 +49,7 @@ def test_waypoints_have_the_covariance_between(step: int) -> None:
 
 def test_stages_between_waypoints_sum_to_the_log_ratio() -> None:
     target = aim(20_000)
-    stages = learn_waypoints(target, Ladder(NormalBase(DIM).float()), SETTINGS, (DIM,), 0)
+    stages = learn_waypoints(target, Ladder(NormalBase(DIM).float()), SETTINGS, (DIM,), 0).stages
     assert len(stages) == 3
     test = rows(5000, 9)
     base = torch.distributions.Normal(0.0, 1.0)
@@ -62,7 +62,7 @@ def test_stages_between_waypoints_sum_to_the_log_ratio() -> None:
     assert all(0 < s.gain < 1.2 for s in stages)
     # Each normaliser is near 1, as learned ratios of normalised densities have it.
     assert abs(sum(s.log_normalizer for s in stages)) < 0.2
-    again = learn_waypoints(target, Ladder(NormalBase(DIM).float()), SETTINGS, (DIM,), 0)
+    again = learn_waypoints(target, Ladder(NormalBase(DIM).float()), SETTINGS, (DIM,), 0).stages
     assert [s.log_normalizer for s in again] == [s.log_normalizer for s in stages]
 
 
@@ -72,7 +72,7 @@ def test_fit_starts_on_waypoints(tmp_path) -> None:
     options = {"base": "normal", "whitening": "none", "settings": SETTINGS, "max_stages": 3, "checkpoint_dir": tmp_path}
     prior = lp.fit(z, callbacks=[lambda event: seen.append(event.kind)], **options)
     assert seen.count("learned") == len(prior.stages) == 3
-    assert prior.cover is None
+    assert prior.ladder.cover is None
     assert all(s.diagnostics["particles"] == "waypoints" for s in prior.stages)
     test = rows(5000, 9)
     rise = (prior.log_prob(test) - prior.ladder.base.log_prob(test)).mean()

@@ -90,7 +90,8 @@ def _small_prior() -> lp.LatentPrior:
         if not prior.stages:
             ratio = settings.spec((2,), True)
             network = lp.density.ratios.build_ratio(ratio, torch.Generator().manual_seed(0), prior.base)
-            prior = prior.replaced([lp.Stage(network, 0.1, 0.1, 0.1, 0.01, {"ess": 0.5, "seconds": 1.0})])
+            stage = lp.Stage(network, 0.1, 0.1, 0.1, 0.01, {"ess": 0.5, "seconds": 1.0})
+            prior = prior.with_ladder(prior.ladder.extended(stage))
     return prior
 
 

@@ -18,6 +18,7 @@ from latentprior.density.bases import (
     MixtureBase,
     NormalBase,
 )
+from latentprior.density.ladder import Ladder
 from latentprior.density.ratios import build_ratio
 from latentprior.density.whitening import identity_whitening
 from latentprior.evaluation.metrics import two_sample_auc
@@ -59,7 +60,7 @@ def untrained(kind: str, base: Any, shape: tuple[int, ...], cover: GaussianMixtu
     stages = [lp.Stage(network.requires_grad_(False), 0.3, 0.0, 0.1, 0.0) for network in networks]
     whitening = identity_whitening(base_dim(base))
     whitening.loc += 0.5
-    return lp.LatentPrior(base, stages, whitening, shape, cover=cover)
+    return lp.LatentPrior(Ladder(base, stages, cover), whitening, shape)
 
 
 def base_dim(base: Any) -> int:
@@ -123,7 +124,7 @@ def test_without_stages_the_sampler_draws_the_base(tmp_path: Path, generator: to
     base = GaussianMixtureBase(
         torch.tensor([0.2, 0.8]), torch.tensor([[-5.0, 0], [5, 1]]), torch.eye(2).repeat(2, 1, 1)
     )
-    path = lp.export_onnx(lp.LatentPrior(base, (), whitening, (2,)), tmp_path / "s.onnx", "sampler", candidates=1)
+    path = lp.export_onnx(lp.LatentPrior(Ladder(base), whitening, (2,)), tmp_path / "s.onnx", "sampler", candidates=1)
     n = 4000
     z = run(path, normal=torch.randn(n, 1, 2, generator=generator), uniform=torch.rand(n, 2, generator=generator))
     left = z[:, 0] < 0

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from latentprior import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from latentprior.density.bases import NormalBase
-from latentprior.density.ladder import Stage
+from latentprior.density.ladder import Ladder, Stage
 from latentprior.density.prior import LatentPrior
 from latentprior.density.whitening import identity_whitening
 from latentprior.evaluation.known_densities import Banana, Rings
@@ -340,7 +340,7 @@ def mixture_model() -> tuple[LatentVariableModel, MixtureSameFamily]:
     means = torch.tensor([[-1.0, 0.2], [1.2, 0.5]], dtype=torch.float64)
     mixture = MixtureSameFamily(weights, Independent(Normal(means, 0.4 * torch.ones_like(means)), 1))
     stage = Stage(ToMixture(mixture), 0.0, 0.0, 0.5, 0.01)
-    prior = LatentPrior(NormalBase(2), [stage], identity_whitening(2).double(), (2,))
+    prior = LatentPrior(Ladder(NormalBase(2), [stage]), identity_whitening(2).double(), (2,))
     return LatentVariableModel(LinearDecoder(2), prior, sigma=0.5), mixture
 
 

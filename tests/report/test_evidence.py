@@ -7,6 +7,7 @@ from torch import nn
 
 import latentprior as lp
 from latentprior.density.bases import NormalBase
+from latentprior.density.ladder import Ladder
 from latentprior.density.whitening import Whitening
 from latentprior.report import evidence
 from latentprior.report.sources import Rows
@@ -31,7 +32,7 @@ def sloped(*slopes, d=1):
         total += a
     eye = torch.eye(d)
     whitening = Whitening(torch.full((d,), 3.0), eye / 2, eye * 2, torch.tensor(-d * math.log(2.0)), "full")
-    return lp.LatentPrior(NormalBase(d).float(), stages, whitening, (d,))
+    return lp.LatentPrior(Ladder(NormalBase(d).float(), stages), whitening, (d,))
 
 
 def test_stages_are_drawn_from_their_own_densities():

@@ -10,6 +10,7 @@ import torch
 import latentprior as lp
 from latentprior.cli.main import main
 from latentprior.density.bases import NormalBase
+from latentprior.density.ladder import Ladder
 from latentprior.density.whitening import identity_whitening
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.report.figures import number
@@ -166,7 +167,9 @@ def test_a_prior_that_copies_is_found_out(model, tmp_path):
 
 def test_hostile_names_and_settings_are_only_text(work, learned, tmp_path):
     folder = tmp_path / "<img src=x onerror=alert(1)>"
-    prior = learned.replaced(learned.stages, learned.normalizer, {**learned.info, EVIL: {EVIL: EVIL}, "stopped": EVIL})
+    prior = learned.with_ladder(
+        learned.ladder, learned.normalizer, {**learned.info, EVIL: {EVIL: EVIL}, "stopped": EVIL}
+    )
     prior.save_pretrained(folder)
     lp.write_report(folder, tmp_path / "p.html", work / "z.npy")
     page = Page(tmp_path / "p.html")
@@ -209,7 +212,7 @@ def test_wide_brackets_and_saturated_stages_are_cautioned(learned, tmp_path):
     ends = learned.bracket._replace(reverse=learned.bracket.forward._replace(value=9.0))
     stages = [*learned.stages[:-1], lp.Stage(learned.stages[-1].network, 0.0, 0.1, 1.3, 0.01)]
     info = {**learned.info, "stopped": "max_stages"}
-    doubtful = learned.replaced(stages, learned.normalizer._replace(bracket=ends), info)
+    doubtful = learned.with_ladder(Ladder(learned.base, stages), learned.normalizer._replace(bracket=ends), info)
     lp.write_report(doubtful, tmp_path / "p.html")
     text = Page(tmp_path / "p.html").text
     assert "log Z differs by" in text
@@ -217,7 +220,7 @@ def test_wide_brackets_and_saturated_stages_are_cautioned(learned, tmp_path):
 
 
 def test_a_density_that_is_nowhere_finite_on_the_data_is_drawn(tmp_path, generator):
-    prior = lp.LatentPrior(NormalBase(2).float(), (), identity_whitening(2), (2,))
+    prior = lp.LatentPrior(Ladder(NormalBase(2).float()), identity_whitening(2), (2,))
     z = torch.randn(40, 2, generator=generator) * 1e25
     lp.write_report(prior, tmp_path / "p.html", z, held_out=z)
     assert not re.search(r"[\" ]nan\b|NaN", Page(tmp_path / "p.html").source)

@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_prior(card: str, learned: lp.LatentPrior) -> N
 
 
 def test_a_failed_check_is_said_aloud(gaussian: lp.LatentPrior) -> None:
-    wrong = gaussian.replaced((), gaussian.normalizer._replace(value=0.5))
+    wrong = gaussian.with_ladder(gaussian.ladder, gaussian.normalizer._replace(value=0.5))
     assert "**failed: do not take the density as normalised**" in lp.model_card(wrong)
     assert "failed" not in lp.model_card(gaussian)
     assert "importance sampling" not in lp.model_card(wrong, check=False)
@@ -123,8 +123,8 @@ def test_no_card_unless_asked_and_a_text_of_your_own(gaussian: lp.LatentPrior, t
 
 def test_what_a_prior_quotes_is_escaped(gaussian: lp.LatentPrior) -> None:
     evil = "</table><script>alert(1)</script>\n---\n| ![x](http://a) `b` *c*"
-    prior = gaussian.replaced(
-        (), gaussian.normalizer, {"stopped": evil, "versions": {evil: evil}, "total_seconds": evil}
+    prior = gaussian.with_ladder(
+        gaussian.ladder, gaussian.normalizer, {"stopped": evil, "versions": {evil: evil}, "total_seconds": evil}
     )
     card = lp.model_card(prior, name=evil, license='mit"\nlibrary_name: other', check=False)
     prose = card.replace(snippet(card), "")

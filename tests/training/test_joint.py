@@ -18,6 +18,7 @@ from latentprior import (
 )
 from latentprior.data.images import Images
 from latentprior.density.bases import NormalBase
+from latentprior.density.ladder import Ladder
 from latentprior.density.prior import LatentPrior
 from latentprior.density.ratios import Gain, logistic_loss
 from latentprior.density.sampling import langevin
@@ -309,7 +310,7 @@ def test_posterior_chains_start_where_asked(images: Images) -> None:
 def correlated(images: Images, **changes: Any) -> JointLearner:
     """A learner in standardised coordinates that mix the encoder's."""
     rows = torch.randn(500, 2, generator=torch.Generator().manual_seed(6)) @ torch.tensor([[1.0, 0.8], [0.0, 0.5]])
-    prior = LatentPrior(NormalBase(2), (), Whitening.fit([rows], "full"), (2,)).to(dtype=torch.float32)
+    prior = LatentPrior(Ladder(NormalBase(2)), Whitening.fit([rows], "full"), (2,)).to(dtype=torch.float32)
     encoder = build_encoder(SPEC, torch.Generator().manual_seed(4))
     return learner(images, LatentVariableModel(decoder(), prior, SIGMA, encoder), posterior_start="encoder", **changes)
 

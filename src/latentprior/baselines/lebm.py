@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.images import Images
-from ..density.ladder import Stage
+from ..density.ladder import Pass, Stage
 from ..density.ratios import gain
+from ..density.sampling.resampling import LogMean
 from ..errors import LearningDivergedError
 from ..models.model import LatentVariableModel, standard_normal_prior
 from ..runtime.events import TrainingEvent
@@ -124,7 +124,7 @@ def _learn(run: TrainingRun, learner: JointLearner, config: LEBMConfig) -> None:
     """Go on from where the learner stands to the last step; the networks then have their averaged weights."""
     model, energy, optimizer = learner.model, learner.ratio, learner.ratio_optimizer
     # In the ladder from the beginning: both kinds of chains then follow f as it stands.
-    model.prior = model.prior.replaced([Stage(energy, 0.0, 0.0, 0.0, 0.0)])
+    model.prior = model.prior.with_ladder(model.prior.ladder.extended(Stage(energy)))
     for step in range(learner.updates + 1, config.steps + 1):
         x, index = learner.batch()
         posterior, prior = learner.posterior_samples(x, index), learner.prior_samples(len(x))
@@ -165,7 +165,9 @@ def _conclude(learner: JointLearner, config: LEBMConfig, seed: int, seconds: flo
     base = prior.base.sample(len(z), derived_generator(model.device, seed, "lebm gain"))
     c = prior.normalizer
     measured = gain(learner.ratio(z) - c.value, learner.ratio(base) - c.value)
-    diagnostics: dict[str, Any] = {"ess": c.ess, "seconds": seconds, "particles": c.source, "steps": config.steps}
-    stage = Stage(learner.ratio, c.value, c.stderr, measured.value, measured.stderr, diagnostics)
+    passed = Pass(LogMean(c.value, c.stderr, c.ess), c.ess, math.nan, c.source)
+    ladder = prior.ladder.first(0).times(
+        learner.ratio, passed, measured, ess=c.ess, seconds=seconds, particles=c.source, steps=config.steps
+    )
     sampler = {"sampler": "langevin", "steps": config.prior_steps, "step_size": config.prior_step_size}
-    model.prior = prior.replaced([stage], c, {"training": asdict(config), "sampler": sampler})
+    model.prior = prior.with_ladder(ladder, c, {"training": asdict(config), "sampler": sampler})

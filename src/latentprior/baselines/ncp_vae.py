@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.images import Images
-from ..density.prior import LatentPrior
+from ..density.ladder import Ladder
 from ..errors import StageSaturatedWarning
 from ..fitting.fit import fit
 from ..fitting.settings import StageSettings
@@ -77,8 +77,6 @@ def train_ncp_vae(
             resume=resume,
         )
     # Without the mixture that helped to find the normaliser: the paper's proposals are those of N(0, I).
-    model.prior = LatentPrior(
-        learned.base, learned.stages, learned.whitening, learned.event_shape, learned.normalizer, learned.info
-    )
+    model.prior = learned.with_ladder(Ladder(learned.base, learned.stages), learned.normalizer)
     model.prior.info["sampler"] = {"sampler": "sir", "candidates": config.candidates}
     return model

@@ -17,26 +17,16 @@ from torch.distributions import Distribution, constraints
 from ..data.images import Images
 from ..data.latents import Latents
 from ..density.bases import DistributionBase
+from ..density.ladder import Ladder
 from ..density.prior import LatentPrior
 from ..density.whitening import identity_whitening
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
 from ..runtime.events import TrainingEvent
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import (
-    UNFIT,
-    load_state,
-    locked,
-    save_state,
-)
+from ..storage.checkpoint import UNFIT, load_state, locked, save_state
 from ..storage.sized_networks import blank
-from ..training.resumable import (
-    foreign,
-    images_identity,
-    network_state,
-    phase_folder,
-    restore_network,
-)
+from ..training.resumable import foreign, images_identity, network_state, phase_folder, restore_network
 from ..training.two_phase import SAVE_EVERY, aggregate_posterior
 from .vae import VAEConfig, learn_vae
 
@@ -171,7 +161,7 @@ def train_two_stage_vae(
         )
     flat = identity_whitening(math.prod(model.event_shape)).to(device=model.device, dtype=model.prior.dtype)
     info = {"sampler": {"sampler": "smc"}}
-    model.prior = LatentPrior(DistributionBase(second, flat), (), flat, model.event_shape, info=info)
+    model.prior = LatentPrior(Ladder(DistributionBase(second, flat)), flat, model.event_shape, info=info)
     return model
 
 

@@ -300,7 +300,7 @@ def _rivals(prior: LatentPrior, posterior: tuple[Tensor, Tensor]) -> dict[str, _
     """The priors of the table, each normalised on the same coordinates."""
     mean, scale = posterior
     covariance = torch.cov(mean.T, correction=0) + scale.square().mean(0).diag()
-    base = LatentPrior(prior.base, (), prior.whitening, prior.event_shape)
+    base = prior.with_ladder(prior.ladder.first(0))
     return {
         "N(0, I)": _gaussian(torch.zeros(DIM), torch.eye(DIM)),
         "fitted Gaussian": _gaussian(mean.mean(0), covariance),

@@ -23,19 +23,8 @@ from ..evaluation.feature_networks import feature_network, list_feature_networks
 from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model, sampler_options
 from ..runtime.progress import part_bar, row_bar
-from ..storage.output_files import (
-    array_file,
-    check_file,
-    check_images_out,
-    images_out,
-)
-from .options import (
-    AsJson,
-    Device,
-    ImagesSource,
-    Key,
-    Seed,
-)
+from ..storage.output_files import array_file, check_file, check_images_out, images_out
+from .options import AsJson, Device, ImagesSource, Key, Seed
 
 __all__ = ["COMMANDS", "detect", "evaluate", "generate", "reconstruct"]
 

@@ -34,39 +34,15 @@ from ..errors import (
 )
 from ..fitting import fit as learning
 from ..runtime.processes import in_unison, launched_processes
-from ..runtime.progress import (
-    FitProgress,
-    Stopped,
-    StopSignals,
-    note,
-    row_bar,
-    tidy_warnings,
-)
+from ..runtime.progress import FitProgress, Stopped, StopSignals, note, row_bar, tidy_warnings
 from ..storage.checkpoint import check_ours, locked, remove_checkpoint
 from ..storage.output_files import array_file, check_file, check_folder
-from . import (
-    explore as explore_command,
-)
-from . import (
-    images as image_commands,
-)
-from . import (
-    push as push_command,
-)
-from . import (
-    report as report_command,
-)
-from . import (
-    train as training_command,
-)
-from .options import (
-    AsJson,
-    Device,
-    Key,
-    Seed,
-    WorkFailed,
-    check_device,
-)
+from . import explore as explore_command
+from . import images as image_commands
+from . import push as push_command
+from . import report as report_command
+from . import train as training_command
+from .options import AsJson, Device, Key, Seed, WorkFailed, check_device
 
 __all__ = ["app", "main"]
 

@@ -9,12 +9,7 @@ import typer
 
 from ..density.figures import strict_json
 from ..report import write_report
-from .options import (
-    AsJson,
-    Device,
-    Seed,
-    check_device,
-)
+from .options import AsJson, Device, Seed, check_device
 
 __all__ = ["report"]
 

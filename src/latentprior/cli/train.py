@@ -18,50 +18,18 @@ from ..density.figures import record, strict_json, text
 from ..errors import CheckpointError, LatentPriorError, LearningDivergedError
 from ..models.model import LatentVariableModel
 from ..recipes.model_folders import new_model, sampler_options, save_model
-from ..recipes.recipe import (
-    Recipe,
-    changed,
-    read_recipe,
-    recipe_for,
-    recipe_names,
-    rival,
-    to_yaml,
-)
+from ..recipes.recipe import Recipe, changed, read_recipe, recipe_for, recipe_names, rival, to_yaml
 from ..runtime.events import TrainingEvent
 from ..runtime.processes import Processes, launched_processes
-from ..runtime.progress import (
-    FitProgress,
-    Stopped,
-    StopSignals,
-    TrainingProgress,
-    note,
-)
+from ..runtime.progress import FitProgress, Stopped, StopSignals, TrainingProgress, note
 from ..runtime.seeding import derived_generator
-from ..runtime.tracking import (
-    JSONLinesTracker,
-    TensorBoardTracker,
-    Tracker,
-    tracked,
-)
+from ..runtime.tracking import JSONLinesTracker, TensorBoardTracker, Tracker, tracked
 from ..storage.checkpoint import check_ours, locked, remove_checkpoint
-from ..storage.output_files import (
-    check_folder,
-    check_images_out,
-    picture_grid,
-    write_whole,
-)
+from ..storage.output_files import check_folder, check_images_out, picture_grid, write_whole
 from ..training import joint as training
 from ..training.alternating import train_alternating
 from ..training.two_phase import train_two_phase
-from .options import (
-    AsJson,
-    Device,
-    ImagesSource,
-    Key,
-    Seed,
-    WorkFailed,
-    check_device,
-)
+from .options import AsJson, Device, ImagesSource, Key, Seed, WorkFailed, check_device
 
 __all__ = ["train"]
 

@@ -16,12 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidImagesError, MissingExtraError
 from ..storage.checkpoint import UNREADABLE
-from .pictures import (
-    Pair,
-    Row,
-    gather,
-    one_line,
-)
+from .pictures import Pair, Row, gather, one_line
 
 __all__ = ["open_images"]
 

@@ -16,13 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ..errors import InvalidImagesError, LatentPriorError
 from .image_files import open_images
-from .pictures import (
-    Row,
-    channels_first,
-    gather,
-    square,
-    store,
-)
+from .pictures import Row, channels_first, gather, square, store
 
 __all__ = ["Images", "read_images"]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LatentPriorError
 from ..storage.sized_networks import blank
+from .ratio_networks import RatioNetwork
 from .whitening import Whitening
 
 __all__ = ["DecodedNet", "Decoder"]
@@ -112,7 +113,7 @@ class Decoder(nn.Module):
             raise LatentPriorError("this is not the decoder that the stages were learned with: its pictures differ")
 
 
-class DecodedNet(nn.Module):
+class DecodedNet(RatioNetwork):
     """A convolutional ratio on decoded latents: ``(n, d) -> (n,)``.
 
     Convolutions of four by four halve the map until it is four wide, from ``maps`` channels on to four times as

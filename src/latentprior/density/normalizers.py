@@ -11,25 +11,45 @@ import torch
 from torch import Tensor
 
 from ..errors import LowESSWarning, NormalizerBracketWarning, warn
-from ..runtime.processes import ALONE, Processes
-from .bases import Base
-from .ladder import MIN_ESS, Ladder
+from .bases import Base, GaussianMixtureBase
+from .bases.base import device_of
+from .bases.full_mixture import SHRUNK_COORDINATES
+from .ladder import LEAST_EFFECTIVE_SHARE, MOST_DRAWN_NUMBERS, Ladder
 from .sampling import mala, smc
-from .sampling.resampling import (
-    LogMean,
-    combine_parts,
-    log_mean_exp,
-    tail_shape,
-)
+from .sampling.resampling import LogMean, log_mean_exp, tail_shape
 
-__all__ = ["Bracket", "Normalizer", "NormalizerCheck", "affordable", "check", "check_from", "estimate"]
+__all__ = [
+    "Bracket",
+    "Normalizer",
+    "NormalizerCheck",
+    "affordable",
+    "bracket",
+    "check",
+    "check_from",
+    "concluded",
+    "estimate",
+    "expected_seconds",
+    "importance_estimate",
+    "reference_mixture",
+    "warn_of_bracket",
+]
 
-WIDE = 0.1
-ROUND, PARTS = 1 << 18, 4
-PARTICLES, LEAST_PARTICLES, MOVES = 8192, 1024, 6
-FEW, UNCERTAIN, HEAVY = 100, 0.5, 0.7
-"""Effective draws below which an average of weights says little; shapes of their tail above which its error bar does
-not hold, since their variance is infinite, and above which it is low itself nearly always (Vehtari et al. 2024)."""
+WIDE_BRACKET_NATS = 0.1
+"""Width of a bracket from which on a density is not known up to noise."""
+DRAWS_A_ROUND, PARTS_A_ROUND = 1 << 18, 4
+MOST_DRAWS = 1 << 21
+TOLERANCE_NATS = 0.005
+BRACKET_PARTICLES, LEAST_BRACKET_PARTICLES, BRACKET_ISLANDS, BRACKET_MOVES = 8192, 1024, 16, 6
+BRACKET_SHARE = 0.5
+"""Share of the time left that a bracket takes; importance sampling has the rest."""
+LEAST_EFFECTIVE_DRAWS = 100
+"""Effective draws below which an average of weights says little."""
+INFINITE_VARIANCE_SHAPE = 0.5
+"""Shape of the weights' tail above which their variance is infinite and an error bar does not hold (Vehtari et al.
+2024)."""
+LOW_MEAN_SHAPE = 0.7
+"""Shape of the weights' tail above which their average itself is too low nearly always (Vehtari et al. 2024)."""
+UNKNOWN_MEAN = LogMean(math.nan, math.inf, 0.0)
 
 
 class Bracket(NamedTuple):
@@ -53,6 +73,16 @@ class Bracket(NamedTuple):
     def stderr(self) -> float:
         """Standard error of the width."""
         return math.hypot(self.forward.stderr, self.reverse.stderr)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the data's end stands above the base's by more than 0.1 nats and two standard errors."""
+        return self.width > max(WIDE_BRACKET_NATS, 2 * self.stderr)
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether the data's end stands below the base's by more than 0.1 nats and two standard errors together."""
+        return self.width < -WIDE_BRACKET_NATS - 2 * self.stderr
 
     @property
     def middle(self) -> LogMean:
@@ -89,111 +119,148 @@ class NormalizerCheck(NamedTuple):
         return math.isfinite(self.stderr) and abs(self.value - 1) <= max(3 * self.stderr, 0.005)
 
 
+@torch.no_grad()
 def estimate(
     ladder: Ladder,
     held_out: Tensor,
     generator: torch.Generator | None = None,
     *,
-    draws: int = 1 << 21,
-    tolerance: float = 0.005,
+    draws: int = MOST_DRAWS,
+    tolerance: float = TOLERANCE_NATS,
     deadline: float | None = None,
-    particles: int = PARTICLES,
-    islands: int = 16,
-    moves: int = MOVES,
-    processes: Processes = ALONE,
+    particles: int = BRACKET_PARTICLES,
+    islands: int = BRACKET_ISLANDS,
+    moves: int = BRACKET_MOVES,
 ) -> Normalizer:
     """Estimate log Z from particles that trained nothing, and bracket it from both ends.
 
-    Importance sampling goes on, 262,144 draws at a time, until its standard
-    error is below ``tolerance`` nats, or ``draws`` or the ``deadline`` (:func:`time.monotonic`) is reached. The value
-    is that of importance sampling where its effective share is half a percent or more, and what the bracket's width
-    exceeds two of its standard errors by joins the standard error; otherwise the middle of the bracket, and half the
-    bracket's width joins the standard error.
+    :func:`concluded` says which of the two gives the value, and when a warning is given.
 
-    Warns :class:`NormalizerBracketWarning` when the bracket is wider than 0.1 nats and two standard errors of its
-    width, or its ends cross by more than both together. An end that hangs on a single island (a held-out row in the
-    base's far tail) has no error bar to speak of: it crosses nothing where importance sampling gives the value.
+    Parameters
+    ----------
+    ladder : Ladder
+        The density, not normalised.
+    held_out : Tensor
+        Rows ``(m, d)`` that trained nothing.
+    generator : torch.Generator, optional
+        Where random numbers come from.
+    draws : int
+        Most base draws of importance sampling; with 0 the bracket is all that there is.
+    tolerance : float
+        Standard error in nats below which importance sampling ends.
+    deadline : float, optional
+        When to end, by :func:`time.monotonic`. The bracket takes about half of the time that is left, with 1,024
+        particles at least.
+    particles, islands, moves : int
+        Of the bracket: particles from each end, islands that they are divided into, and moves a level.
 
-    With a ``deadline`` the bracket takes about half of the time left, with 1,024 ``particles`` at least. Without
-    ``draws`` it is all that there is.
+    Returns
+    -------
+    Normalizer
+        Value and standard error in nats, and the bracket.
 
-    Of several processes each makes a share of draws and islands, from a generator of its own.
+    Warns
+    -----
+    NormalizerBracketWarning
+        Where the bracket is wider than 0.1 nats beyond noise.
     """
     if ladder.length == 0:
         return Normalizer(0.0, 0.0, 1.0, "base", None)
-    islands = processes.count * processes.share(islands)
     if deadline is not None:
-        left = 0.5 * (deadline - time.monotonic())
-        particles = processes.first(affordable(ladder, held_out, left * processes.count, moves, particles))
-    ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves, processes=processes)
-    direct = LogMean(math.nan, math.inf, 0.0)
+        half = BRACKET_SHARE * (deadline - time.monotonic())
+        particles = affordable(ladder, held_out, half, moves, particles)
+    ends = bracket(ladder, held_out, generator, particles=particles, islands=islands, moves=moves)
+    direct = UNKNOWN_MEAN
     if draws:
-        direct = _direct(ladder, held_out.shape[1], generator, draws, tolerance, deadline, processes)
-    if direct.ess >= MIN_ESS / 2:
-        # What the data's end shows beyond doubt, draws of the base may have missed.
+        direct = importance_estimate(ladder, generator, draws=draws, tolerance=tolerance, deadline=deadline)
+    result = concluded(direct, ends, islands)
+    warn_of_bracket(result, islands)
+    return result
+
+
+def concluded(direct: LogMean, ends: Bracket, islands: int) -> Normalizer:
+    """Choose between importance sampling and the bracket.
+
+    The value is that of importance sampling where its effective share is half a percent or more. Its standard error is
+    then ``hypot(se_direct, max(0, width - 2 se_width))``: what the data's end shows beyond doubt, draws of the base may
+    have missed. Otherwise the value is the middle of the bracket.
+    """
+    if direct.ess >= LEAST_EFFECTIVE_SHARE / 2:
         missed = max(0.0, ends.width - 2 * ends.stderr)
-        result = Normalizer(direct.value, math.hypot(direct.stderr, missed), direct.ess, "importance", ends)
-    else:
-        result = Normalizer(ends.middle.value, ends.middle.stderr, ends.forward.ess, "smc", ends)
-    alone = result.source == "importance" and ends.reverse.ess < 2 / islands
-    if ends.width > max(WIDE, 2 * ends.stderr) or (ends.width < -WIDE - 2 * ends.stderr and not alone):
+        return Normalizer(direct.value, math.hypot(direct.stderr, missed), direct.ess, "importance", ends)
+    return Normalizer(ends.middle.value, ends.middle.stderr, ends.forward.ess, "smc", ends)
+
+
+def warn_of_bracket(found: Normalizer, islands: int = BRACKET_ISLANDS) -> None:
+    """Warn with :class:`NormalizerBracketWarning` where the ends of the bracket disagree beyond noise.
+
+    An end that hangs on a single island (a held-out row in the base's far tail) has no error bar to speak of: it
+    crosses nothing where importance sampling gives the value.
+    """
+    ends = found.bracket
+    if ends is None:
+        return
+    one_island = found.source == "importance" and ends.reverse.ess < 2 / islands
+    if ends.is_wide or (ends.is_crossed and not one_island):
         warn(
             f"log Z is {ends.forward.value:.3f} from the base and {ends.reverse.value:.3f} from the data: the bracket "
             f"is {abs(ends.width):.2f} nats wide; use a better base (base='gmm') or read log_prob up to that constant",
             NormalizerBracketWarning,
         )
-    return result
 
 
-def expected_seconds(ladder: Ladder, held_out: Tensor, processes: Processes = ALONE) -> float:
+def expected_seconds(ladder: Ladder, held_out: Tensor) -> float:
     """About what :func:`estimate` takes with all its particles and one round of draws, none of which are made."""
     # A draw and its value take about half of the time of a value and its gradient; the rest is room for error.
-    return 1.25 * _bracket_seconds(ladder, held_out, PARTICLES, MOVES, also=ROUND // 2) / processes.count
+    return 1.25 * _bracket_seconds(ladder, held_out, BRACKET_PARTICLES, BRACKET_MOVES, also=DRAWS_A_ROUND // 2)
 
 
 def affordable(ladder: Ladder, held_out: Tensor, seconds: float, moves: int, most: int) -> int:
     """Particles of a :func:`bracket` that takes about ``seconds``; 1,024 to ``most``."""
     each = _bracket_seconds(ladder, held_out, 1, moves)
-    return int(min(most, max(LEAST_PARTICLES, seconds / max(each, 1e-9))))
+    return int(min(most, max(LEAST_BRACKET_PARTICLES, seconds / max(each, 1e-9))))
 
 
 @torch.no_grad()
 def _bracket_seconds(ladder: Ladder, held_out: Tensor, particles: int, moves: int, also: int = 0) -> float:
-    """By the time of one evaluation of density and gradient, of which ``also`` are added."""
-    rows, density, times = held_out[:LEAST_PARTICLES], ladder.density(ladder.length), []
+    """Time of a bracket, by that of one evaluation of density and gradient, of which ``also`` are added."""
+    rows, density, times = held_out[:LEAST_BRACKET_PARTICLES], ladder.density(ladder.length), []
     for _ in range(4):
-        begun = time.monotonic()
+        begin = time.monotonic()
         density(rows)
-        times.append(time.monotonic() - begun)
+        times.append(time.monotonic() - begin)
     # Two levels a stage each way, and the moves that settle the held-out rows.
     evaluations = (4 * ladder.length + 2) * moves * particles + also
     return sorted(times)[1] / len(rows) * evaluations
 
 
 @torch.no_grad()
-def _direct(
+def importance_estimate(
     ladder: Ladder,
-    dim: int,
-    generator: torch.Generator | None,
-    draws: int,
-    tolerance: float,
-    deadline: float | None,
-    processes: Processes,
+    generator: torch.Generator | None = None,
+    *,
+    draws: int = MOST_DRAWS,
+    tolerance: float = TOLERANCE_NATS,
+    deadline: float | None = None,
 ) -> LogMean:
-    weights: list[Tensor] = []
-    rows = min(draws, ROUND, (1 << 26) // dim)
-    # In parts, lest a deadline be overrun by a whole round.
-    own = processes.share(-(-rows // PARTS))
+    """Estimate log Z by base draws, 262,144 a round, until the error is below ``tolerance`` or ``draws`` are made.
+
+    It ends early at the ``deadline``, and where the effective share is so low that the value will not be used.
+    """
+    log_weights: list[Tensor] = []
+    rows = min(draws, DRAWS_A_ROUND, MOST_DRAWN_NUMBERS // ladder.base.dim)
+    # In parts, so that a deadline is not overrun by a whole round.
+    part = -(-rows // PARTS_A_ROUND)
     while True:
         # Only the weights are kept: a part's draws are gone when the next begins.
-        weights.append(ladder.importance(own, generator)[1])
-        late = deadline is not None and processes.first(time.monotonic() >= deadline)
-        rounds, within = divmod(len(weights), PARTS)
+        log_weights.append(ladder.importance(part, generator)[1])
+        late = deadline is not None and time.monotonic() >= deadline
+        rounds, within = divmod(len(log_weights), PARTS_A_ROUND)
         if within and not late:
             continue
-        found = combine_parts(processes.gather(log_mean_exp(torch.cat(weights))), own * len(weights))
-        if found.stderr < tolerance or found.ess < MIN_ESS / 2 or late or rounds * rows >= draws:
-            return found
+        direct = log_mean_exp(torch.cat(log_weights))
+        if direct.stderr < tolerance or direct.ess < LEAST_EFFECTIVE_SHARE / 2 or late or rounds * rows >= draws:
+            return direct
 
 
 @torch.no_grad()
@@ -202,34 +269,38 @@ def bracket(
     held_out: Tensor,
     generator: torch.Generator | None = None,
     *,
-    particles: int = PARTICLES,
-    islands: int = 16,
-    moves: int = MOVES,
-    processes: Processes = ALONE,
+    particles: int = BRACKET_PARTICLES,
+    islands: int = BRACKET_ISLANDS,
+    moves: int = BRACKET_MOVES,
 ) -> Bracket:
     """Run SMC from the base upwards and from ``held_out`` rows ``(m, d)`` downwards, on the ladder's path.
 
     The held-out rows first take ``2 * moves`` steps that leave the ladder invariant, since they follow q, not
-    quite :math:`p_K`. Of several processes each carries a share of the islands, from rows that no other starts from.
+    quite :math:`p_K`.
     """
-    held_out, particles, islands = processes.stripe(held_out), processes.share(particles), processes.share(islands)
     source = ladder.cover or ladder.base
     path = ladder.path_from(source)
     start = source.sample(particles // islands * islands, generator)
-    forward = smc.run(start, path, islands=islands, moves=moves, generator=generator, processes=processes)
+    forward = smc.run(start, path, islands=islands, moves=moves, generator=generator)
     wanted = min(particles, len(held_out) * 4)
     rows = max(1, wanted // islands) * islands
     repeats = -(-rows // len(held_out))
-    order = torch.randperm(len(held_out), generator=generator, device=_device(generator)).to(held_out.device)
+    order = torch.randperm(len(held_out), generator=generator, device=device_of(generator)).to(held_out.device)
     data = held_out[order].repeat_interleave(repeats, 0)[:rows]
     density = ladder.density(ladder.length)
     settled, _ = mala.sample(data, density, steps=2 * moves, generator=generator)
-    backward = smc.run(
-        settled, path, start=float(path.length), end=0.0, islands=islands, moves=moves, generator=generator,
-        processes=processes,
-    )  # fmt: skip
-    value, stderr, ess = backward.log_normalizer
-    return Bracket(forward.log_normalizer, LogMean(-value, stderr, ess))
+    return Bracket(forward.log_normalizer, _backwards(settled, path, islands, moves, generator))
+
+
+def _backwards(
+    position: Tensor, path: smc.TemperedPath, islands: int, moves: int, generator: torch.Generator | None
+) -> LogMean:
+    """Log Z from particles of the path's end, carried to its start."""
+    result = smc.run(
+        position, path, start=float(path.length), end=0.0, islands=islands, moves=moves, generator=generator
+    )
+    value, stderr, ess = result.log_normalizer
+    return LogMean(-value, stderr, ess)
 
 
 @torch.no_grad()
@@ -247,9 +318,9 @@ def check(
     weights = _weights(log_prob, reference_log_prob, draws)
     found = _by_importance(weights, name)
     effective = found.ess * len(weights)
-    if effective < FEW:
+    if effective < LEAST_EFFECTIVE_DRAWS:
         told = f"only {effective:.0f} effective draws of the reference {name!r} reach the prior"
-    elif found.tail_shape > HEAVY:
+    elif found.tail_shape > LOW_MEAN_SHAPE:
         told = (
             f"the largest weights of {name!r} follow a tail of shape {found.tail_shape:.2f}, so that Z may come out low"
         )
@@ -286,17 +357,42 @@ def check_from(
     """
     weights = _weights(lambda u: ladder.base.log_prob(u) + ladder.log_potential(u), reference.log_prob, draws)
     found = _by_importance(weights - log_normalizer, name)
-    if found.ess * len(draws) >= FEW and not found.tail_shape > UNCERTAIN:
+    if found.ess * len(draws) >= LEAST_EFFECTIVE_DRAWS and not found.tail_shape > INFINITE_VARIANCE_SHAPE:
         return found
     path, rows = ladder.path_from(reference), particles // islands * islands
-    there = smc.run(reference.sample(rows, generator), path, islands=islands, moves=moves, generator=generator)
-    back = smc.run(
-        own(rows), path, start=float(path.length), end=0.0, islands=islands, moves=moves, generator=generator
-    )
-    value, stderr, ess = back.log_normalizer
-    middle = Bracket(there.log_normalizer, LogMean(-value, stderr, ess)).middle
+    forward = smc.run(reference.sample(rows, generator), path, islands=islands, moves=moves, generator=generator)
+    backward = _backwards(own(rows), path, islands, moves, generator)
+    middle = Bracket(forward.log_normalizer, backward).middle
     z = math.exp(middle.value - log_normalizer)
     return NormalizerCheck(z, z * middle.stderr, middle.ess, name, "annealing", found.tail_shape)
+
+
+def reference_mixture(
+    own: Callable[[int], Tensor], ladder: Ladder, generator: torch.Generator | None = None
+) -> GaussianMixtureBase:
+    """Fit a mixture to a ladder's ``own`` samples, and widen it so that weights under it stay bounded.
+
+    Six tenths are the mixture widened by 3%, three tenths by a fifth, and one tenth is a single wide normal. From 32
+    coordinates on, the mixture is the average of two.
+    """
+    d = ladder.base.dim
+    if d < SHRUNK_COORDINATES:
+        n, members = max(20_000, min(60_000, 10 * d * d)), 1
+        # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
+        k = max(1, min(32, n // max(10 * d, 5 * d * d // 8)))
+    else:
+        # Shrunk covariances need fewer rows, and an average varies less with the draws.
+        n, members = 60_000, 2
+        k = GaussianMixtureBase.plan(n, d).sizes[-1]
+    u = own(n)
+    parts = [GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator) for _ in range(members)]
+    fitted = GaussianMixtureBase.averaged(parts)
+    spread = torch.linalg.cholesky(torch.cov(u.T).double().reshape(d, d)).to(fitted.cholesky)
+    weights = torch.cat([share * fitted.log_weights.exp() for share in (0.6, 0.3)])
+    means = torch.cat([fitted.means, fitted.means, u.mean(0, keepdim=True).to(fitted.means)])
+    cholesky = torch.cat([1.03 * fitted.cholesky, 1.2 * fitted.cholesky, 1.5 * spread[None]])
+    mixture = GaussianMixtureBase(torch.cat([weights, weights.new_tensor([0.1])]), means, cholesky)
+    return mixture.to(device=u.device, dtype=u.dtype)
 
 
 def _weights(log_prob: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
@@ -307,7 +403,3 @@ def _by_importance(log_weights: Tensor, name: str) -> NormalizerCheck:
     value = log_mean_exp(log_weights)
     z = math.exp(value.value)
     return NormalizerCheck(z, z * value.stderr, value.ess, name, "importance", tail_shape(log_weights))
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device

@@ -21,35 +21,45 @@ from ..storage.checkpoint import load_state
 from ..storage.hub import find_folder
 from ..storage.sharing import Shareable
 from . import normalizers
-from .bases import (
-    Base,
-    DistributionBase,
-    GaussianMixtureBase,
-    MixtureBase,
-)
-from .bases.full_mixture import MANY
-from .ladder import Ladder, Stage
-from .normalizers import Bracket, Normalizer, NormalizerCheck
+from .bases import Base, DistributionBase
+from .ladder import Ladder, Stage, carried
+from .normalizers import Bracket, Normalizer, NormalizerCheck, reference_mixture
 from .samplers import SAMPLE_BLOCK, check_options, draw
-from .sampling import smc
-from .sampling.resampling import LogMean, effective_sample_size
-from .saved_prior import PriorParts
+from .sampling.resampling import effective_sample_size
+from .saved_prior import prior_parts, prior_state
 from .whitening import Whitening
 
 __all__ = ["LatentPrior", "Stage"]
 
-FAR = 1e6
-"""Standard deviations beyond which a density that is not a number is none at all."""
+FAR_STANDARD_DEVIATIONS = 1e6
+"""Distance from the centre beyond which a density that is not a number counts as zero."""
+TILT_ISLANDS, TILT_MOVES = 16, 6
 
 
 class LatentPrior(Distribution, Shareable):
     r"""A normalised density on latents, :math:`\log p_K(z) = \log p_0(z) + \sum_{k<K} (f_k(z) - c_k)`.
 
-    Made by :func:`latentprior.fit` or :meth:`from_pretrained`. A :class:`torch.distributions.Distribution` with an
-    empty ``batch_shape``: ``log_prob`` takes ``(n, *event_shape)`` in the user's coordinates and returns
-    ``(n,)`` nats, normalised, differentiable with respect to its input.
+    :func:`latentprior.fit` and :meth:`from_pretrained` make it. It is a :class:`torch.distributions.Distribution` with
+    an empty ``batch_shape``: ``log_prob`` takes ``(n, *event_shape)`` in the user's coordinates and returns ``(n,)``
+    nats, normalised, differentiable with respect to its input.
 
-    Source: Xiao and Han (NeurIPS 2022), eqs. 4 to 6; standardisation, bounds and normalisers are this package's.
+    Parameters
+    ----------
+    ladder : Ladder
+        The base and the stages, in standardised coordinates.
+    whitening : Whitening
+        The map from the user's flat coordinates to the standardised ones.
+    event_shape : sequence of int
+        Shape of one latent.
+    normalizer : Normalizer, optional
+        log Z of the whole ladder with its error; by default the sum of the stages' constants.
+    info : mapping, optional
+        Facts for people, as JSON; nothing is decided by them.
+
+    Notes
+    -----
+    Source: Xiao and Han (NeurIPS 2022), whose prior is the product of the base and the ratios of all stages.
+    Standardisation, bounds and normalisers are this package's.
 
     Examples
     --------
@@ -73,29 +83,28 @@ class LatentPrior(Distribution, Shareable):
 
     def __init__(
         self,
-        base: Base,
-        stages: Sequence[Stage],
+        ladder: Ladder,
         whitening: Whitening,
         event_shape: Sequence[int],
         normalizer: Normalizer | None = None,
         info: Mapping[str, Any] | None = None,
-        *,
-        cover: MixtureBase | None = None,
     ) -> None:
         super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
-        self.base = base
-        self.stages = tuple(stages)
+        self.ladder = ladder
         self.whitening = whitening
-        self.normalizer = normalizer or Normalizer(
-            sum((s.log_normalizer for s in self.stages), 0.0),
-            math.hypot(*(s.log_normalizer_stderr for s in self.stages)),
-            1.0,
-            "stages",
-            None,
-        )
+        value, stderr = ladder.log_normalizer
+        self.normalizer = normalizer or Normalizer(value, stderr, 1.0, "stages", None)
         self.info = dict(info or {})
-        self.cover = cover
-        self.ladder = Ladder(base, [stage.network for stage in self.stages], cover)
+
+    @property
+    def base(self) -> Base:
+        """The normalised density that the ladder stands on, in standardised coordinates."""
+        return self.ladder.base
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The factors of the ladder, in the order in which they were learned."""
+        return self.ladder.stages
 
     @property
     def support(self) -> constraints.Constraint:
@@ -128,35 +137,63 @@ class LatentPrior(Distribution, Shareable):
             f"log_prob_stderr={self.log_prob_stderr:.3g})"
         )
 
-    def replaced(
-        self,
-        stages: Sequence[Stage],
-        normalizer: Normalizer | None = None,
-        info: Mapping[str, Any] | None = None,
+    def with_ladder(
+        self, ladder: Ladder, normalizer: Normalizer | None = None, info: Mapping[str, Any] | None = None
     ) -> LatentPrior:
-        """The same base and standardisation under other stages."""
-        info = self.info if info is None else info
-        return LatentPrior(self.base, stages, self.whitening, self.event_shape, normalizer, info, cover=self.cover)
+        """Return a prior on the same coordinates with another ladder.
+
+        Parameters
+        ----------
+        ladder : Ladder
+            The new ladder.
+        normalizer : Normalizer, optional
+            Its log Z; by default the sum of the stages' constants.
+        info : mapping, optional
+            Facts for people; by default those of this prior.
+        """
+        return LatentPrior(ladder, self.whitening, self.event_shape, normalizer, self.info if info is None else info)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:
-        """Return a copy on another device or in another floating type (the networks are shared if nothing moves)."""
+        """Return a copy on another device or in another floating type (the prior itself if nothing moves).
+
+        Parameters
+        ----------
+        device : device, optional
+            Where densities are computed; by default where they are now.
+        dtype : torch.dtype, optional
+            Floating type that they are computed in; by default the present one.
+        """
         if (device is None or torch.device(device) == self.device) and dtype in (None, self.dtype):
             return self
         # Copied in one go, so that stages go on sharing one mixture with the ladder.
-        parts = copy.deepcopy((self.base, self.whitening, self.cover, [stage.network for stage in self.stages]))
-        base, whitening, cover, networks = parts
+        base, whitening, cover, networks = copy.deepcopy(
+            (self.base, self.whitening, self.ladder.cover, self.ladder.ratios)
+        )
         for part in (base, whitening, *([] if cover is None else [cover]), *networks):
             part.to(device=device, dtype=dtype)
         stages = [replace(stage, network=network) for stage, network in zip(self.stages, networks, strict=True)]
-        return LatentPrior(base, stages, whitening, self.event_shape, self.normalizer, self.info, cover=cover)
+        return LatentPrior(Ladder(base, stages, cover), whitening, self.event_shape, self.normalizer, self.info)
 
     def log_prob(self, value: Tensor | NDArray[Any]) -> Tensor:
         r"""Normalised log density, ``(n, *event_shape) -> (n,)`` nats; also one unbatched event, to a scalar.
 
-        Every value carries the same unknown shift of size :attr:`log_prob_stderr`. Raises
-        :class:`~latentprior.errors.InvalidLatentsError` for another shape or type. NaN in gives NaN out, and rows too
-        far out for the floating type ``-inf``. An array is read block by block, a memory-mapped one too, so that memory
-        grows by the ``n`` results alone.
+        Every value carries the same unknown shift of size :attr:`log_prob_stderr`.
+
+        Parameters
+        ----------
+        value : Tensor or array
+            Rows ``(n, *event_shape)`` in the user's coordinates, or one event. An array is read block by block, a
+            memory-mapped one too, so that memory grows by the ``n`` results alone.
+
+        Returns
+        -------
+        Tensor
+            ``(n,)`` nats, or a scalar. NaN in gives NaN out; rows too far out for the floating type give ``-inf``.
+
+        Raises
+        ------
+        InvalidLatentsError
+            For rows of another shape or type.
         """
         if isinstance(value, np.ndarray) and value.ndim == 1 + len(self.event_shape) and len(value) > SAMPLE_BLOCK:
             return torch.cat([self.log_prob(value[i : i + SAMPLE_BLOCK]) for i in range(0, len(value), SAMPLE_BLOCK)])
@@ -165,7 +202,7 @@ class LatentPrior(Distribution, Shareable):
         u = self.whitening.whiten(z)
         result = self.log_prob_whitened(u) + self.whitening.log_abs_det
         # Squares of such rows overflow, and their differences are no numbers.
-        lost = result.isnan() & ~(u.detach().abs() < FAR).all(1) & ~z.isnan().any(1)
+        lost = result.isnan() & ~(u.detach().abs() < FAR_STANDARD_DEVIATIONS).all(1) & ~z.isnan().any(1)
         result = torch.where(lost, -math.inf, result) if lost.any() else result
         return result[0] if single else result
 
@@ -185,18 +222,32 @@ class LatentPrior(Distribution, Shareable):
     ) -> Tensor:
         """Draw ``(*sample_shape, *event_shape)`` in the user's coordinates.
 
-        Samplers
-        --------
-        ``smc`` : sequential Monte Carlo down the ladder, shuffled (default): base draws, enough for n effective
-            ones, resampled and moved by MALA in one level where their effective share is 1% or more, else
-            level by level. ``ess`` of a level, ``moves`` a level.
-        ``sir`` : sampling-importance-resampling of base draws (NCP-VAE, Aneja et al. 2021); fast, repeats rows
-            where the effective share is low. ``candidates`` a draw, default 16.
-        ``mala``, ``hmc`` : Metropolis-corrected chains from ``sir`` draws. ``steps``, ``step_size``,
-            ``leapfrog_steps``.
-        ``langevin`` : the paper's short-run dynamics from base draws. ``steps`` 60, ``step_size`` 0.4; biased.
+        Parameters
+        ----------
+        sample_shape : sequence of int
+            Shape of the batch of draws.
+        generator : torch.Generator, optional
+            Where random numbers come from; by default torch's global generator.
+        sampler : {"smc", "sir", "mala", "hmc", "langevin"}
+            ``smc`` is sequential Monte Carlo down the ladder, shuffled. Where 1% of base draws or more are effective,
+            enough of them for n effective ones are resampled and moved by MALA in one level, else they go level by
+            level. ``sir`` is sampling-importance-resampling of base draws (NCP-VAE, Aneja et al. 2021); it is fast, and
+            repeats rows where the effective share is low. ``mala`` and ``hmc`` are Metropolis-corrected chains from
+            ``sir`` draws. ``langevin`` is the paper's short-run dynamics from base draws, which is biased.
+        **options
+            Of ``smc``: ``ess``, the effective share at a level (0.5), and ``moves`` a level (6). Of ``sir``:
+            ``candidates`` a draw (16). Of ``mala`` and ``hmc``: ``candidates``, ``steps``, ``step_size`` and, of
+            ``hmc``, ``leapfrog_steps``. Of ``langevin``: ``steps`` (60) and ``step_size`` (0.4).
 
-        Raises :class:`LatentPriorError` for an unknown sampler or option, or steps so long that draws run away.
+        Returns
+        -------
+        Tensor
+            Draws ``(*sample_shape, *event_shape)``.
+
+        Raises
+        ------
+        LatentPriorError
+            For an unknown sampler or option, or steps so long that draws run away.
         """
         check_options(sampler, options)
         try:
@@ -224,38 +275,44 @@ class LatentPrior(Distribution, Shareable):
     ) -> LatentPrior:
         r"""The prior :math:`p_g(z) = p(z)\, e^{g(z)} / Z_g`: again a prior that samples and scores.
 
-        Arguments
-        ---------
-        g : a log potential on the user's coordinates, ``(n, *event_shape) -> (n,)``, differentiable: a log
-            likelihood, a class score, a property, a preference. Not bounded; it must keep :math:`Z_g` finite. Steps,
-            such as an indicator's log, need no gradient: moves then know nothing of them, and draws are as exact.
+        Parameters
+        ----------
+        g : callable
+            A log potential on the user's coordinates, ``(n, *event_shape) -> (n,)`` nats, differentiable: a log
+            likelihood, a class score, a property, a preference. It need not be bounded, but must keep :math:`Z_g`
+            finite. A potential of steps, such as the log of an indicator, needs no gradient: draws are as exact, since
+            Metropolis corrects moves that know nothing of it.
+        particles : int
+            Draws of the prior that are reweighed or carried.
+        generator : torch.Generator, optional
+            Where random numbers come from; by default a new one of seed 0.
 
-        :math:`\log Z_g` comes from reweighed draws of the prior where half of them stay effective, else from SMC,
-        in islands; its standard error joins :attr:`log_prob_stderr`. A tilted prior cannot be saved.
+        Returns
+        -------
+        LatentPrior
+            Its :math:`\log Z_g` comes from reweighed draws where half of them stay effective, else from sequential
+            Monte Carlo in islands; the standard error joins :attr:`log_prob_stderr`. It cannot be saved.
+
+        Raises
+        ------
+        LatentPriorError
+            For a potential that is NaN or infinite at draws of the prior, or returns another shape.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        stage = Stage(_Potential(g, self.whitening, self.event_shape), 0.0, 0.0, math.nan, math.nan)
-        tilted = Ladder(self.base, [*self.ladder.ratios, stage.network])
-        islands = 16
-        parts = max(1, particles // islands) * islands
-        start = torch.cat([draw(self.ladder, parts // islands, generator, "smc", {}) for _ in range(islands)])
-        potential = stage.network(start)
+        factor = _Potential(g, self.whitening, self.event_shape)
+        rows = max(1, particles // TILT_ISLANDS)
+        start = torch.cat([draw(self.ladder, rows, generator, "smc", {}) for _ in range(TILT_ISLANDS)])
+        potential = factor(start)
         if potential.isnan().any() or potential.max() in (math.inf, -math.inf):
             raise LatentPriorError("the tilt is NaN, infinite, or -inf at every draw: it has no normaliser")
         # One reweighing needs no moves, and no gradient of g.
-        moves = 0 if effective_sample_size(potential) >= 0.5 else 6
-        begin = float(len(self.stages))
-        result = smc.run(start, tilted, start=begin, islands=islands, moves=moves, generator=generator)
-        c: LogMean = result.log_normalizer
-        stage = replace(stage, log_normalizer=c.value, log_normalizer_stderr=c.stderr)
+        moves = 0 if effective_sample_size(potential) >= 0.5 else TILT_MOVES
+        _, passed = carried(self.ladder, factor, start, islands=TILT_ISLANDS, moves=moves, generator=generator)
+        c = passed.constant
         total = Normalizer(
-            self.normalizer.value + c.value,
-            math.hypot(self.log_prob_stderr, c.stderr),
-            result.ess,
-            "tilt",
-            None,
+            self.normalizer.value + c.value, math.hypot(self.log_prob_stderr, c.stderr), passed.ess, "tilt", None
         )
-        return self.replaced((*self.stages, stage), total)
+        return self.with_ladder(self.ladder.times(factor, passed), total)
 
     @torch.no_grad()
     def check_normalizer(
@@ -267,33 +324,57 @@ class LatentPrior(Distribution, Shareable):
     ) -> NormalizerCheck:
         r"""Integrate ``exp(log_prob)`` with another normalised density h: :math:`\mathbb E_h[p/h]` must be 1.
 
-        Arguments
-        ---------
-        reference : ``"gmm"``, a mixture fitted to draws of this prior (from 32 coordinates on the average of two of
-            them), two thirds of it widened by 3%, a third by a fifth, and mixed with one part in ten of a wide normal
-            so that weights stay bounded; ``"base"``, fresh draws of the base; or a torch Distribution over the user's
-            coordinates.
+        The check is independent of every number that made :meth:`log_prob`.
 
-        In many coordinates weights may have so heavy a tail that their average is low nearly always and its error bar
-        too small. Where that may be (:func:`~latentprior.density.sampling.resampling.tail_shape` above 1/2, or fewer
-        than 100 effective draws), draws of the mixture or of the base are carried to the prior by sequential Monte
-        Carlo, whose weights are even, and draws of the prior back: half of what lies between both ends is part of the
-        standard error. Draws of a Distribution of yours are averaged as they are.
+        Parameters
+        ----------
+        reference : {"gmm", "base"} or Distribution
+            ``"gmm"`` is a mixture fitted to draws of this prior (from 32 coordinates on the average of two). Two thirds
+            of it are widened by 3%, a third by a fifth, and one part in ten is a wide normal, so that weights stay
+            bounded. ``"base"`` are fresh draws of the base. A torch Distribution is one over the user's coordinates.
+        draws : int
+            Number of draws of the reference.
+        generator : torch.Generator, optional
+            Where random numbers come from; by default a new one of seed 1.
 
-        Independent of every number that made :meth:`log_prob`; the standard error joins that of the integral and
-        :attr:`log_prob_stderr`. Warns :class:`~latentprior.errors.LowESSWarning` where a Distribution of yours reaches
-        the prior with few effective draws or with weights of a heavy tail.
+        Returns
+        -------
+        NormalizerCheck
+            The integral with its standard error, which includes :attr:`log_prob_stderr`, and how it was found.
+
+        Raises
+        ------
+        LatentPriorError
+            For an unknown reference or no draws.
+
+        Warns
+        -----
+        LowESSWarning
+            Where few effective draws of a Distribution reach the prior, or their weights have a heavy tail.
+
+        Notes
+        -----
+        In many coordinates weights may have so heavy a tail that their average is too low nearly always and its error
+        bar too small. Where that may be (:func:`~latentprior.density.sampling.resampling.tail_shape` above 1/2, or
+        fewer than 100 effective draws), sequential Monte Carlo carries draws of the mixture or of the base to the
+        prior, with even weights, and draws of the prior back. Half of what lies between both ends is part of the
+        standard error. Draws of a Distribution are averaged as they are.
         """
         if draws < 1:
             raise LatentPriorError(f"draws must be 1 or more, got {draws}")
         generator = generator or torch.Generator().manual_seed(1)
+
+        def own(n: int) -> Tensor:
+            """Draws of this prior ``(n, d)``, standardised."""
+            return draw(self.ladder, n, generator, "smc", {})
+
         base: Base
         if isinstance(reference, Distribution):
             base, name = DistributionBase(reference, self.whitening), type(reference).__name__
         elif reference == "base":
             base, name = self.base, "base"
         elif reference == "gmm":
-            base, name = self._reference(generator), "gmm"
+            base, name = reference_mixture(own, self.ladder, generator), "gmm"
         else:
             raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
         u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
@@ -301,30 +382,9 @@ class LatentPrior(Distribution, Shareable):
             found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
         else:
             found = normalizers.check_from(
-                self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value,
-                own=lambda n: draw(self.ladder, n, generator, "smc", {}),
-            )  # fmt: skip
+                self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value, own=own
+            )
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
-
-    def _reference(self, generator: torch.Generator) -> Base:
-        d = len(self.whitening.loc)
-        if d < MANY:
-            n, members = max(20_000, min(60_000, 10 * d * d)), 1
-            # More rows a component than its covariance has parameters, or weights would be ruled by a few draws.
-            k = max(1, min(32, n // max(10 * d, 5 * d * d // 8)))
-        else:
-            # Shrunk covariances need fewer rows, and an average varies less with the draws.
-            n, members = 60_000, 2
-            k = GaussianMixtureBase.plan(n, d, False).sizes[-1]
-        u = draw(self.ladder, n, generator, "smc", {})
-        parts = [GaussianMixtureBase.fit(u, u[:1], n_components=k, generator=generator) for _ in range(members)]
-        fitted = GaussianMixtureBase.averaged(parts)
-        spread = torch.linalg.cholesky(torch.cov(u.T).double().reshape(d, d)).to(fitted.cholesky)
-        weights = torch.cat([share * fitted.log_weights.exp() for share in (0.6, 0.3)])
-        means = torch.cat([fitted.means, fitted.means, u.mean(0, keepdim=True).to(fitted.means)])
-        cholesky = torch.cat([1.03 * fitted.cholesky, 1.2 * fitted.cholesky, 1.5 * spread[None]])
-        mixture = GaussianMixtureBase(torch.cat([weights, weights.new_tensor([0.1])]), means, cholesky)
-        return mixture.to(device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
     def card_draws(self) -> dict[str, Tensor]:
@@ -337,9 +397,7 @@ class LatentPrior(Distribution, Shareable):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds this prior."""
-        return PriorParts(
-            self.base, self.stages, self.whitening, self.event_shape, self.normalizer, self.info, self.cover
-        ).state()
+        return prior_state(self.ladder, self.whitening, self.event_shape, self.normalizer, self.info)
 
     @classmethod
     def from_pretrained(
@@ -356,10 +414,26 @@ class LatentPrior(Distribution, Shareable):
     ) -> LatentPrior:
         """Load from a folder, or from ``"user/name"`` on the Hugging Face hub (extra ``hub``); a folder wins.
 
-        ``base`` gives back the torch Distribution of a prior that was fitted on one, ``decoder`` what the stages of
-        :func:`~latentprior.refine` read. ``revision`` (a branch, a tag, a commit), ``token``, ``cache_dir`` and
-        ``local_files_only`` are those of ``huggingface_hub``; safetensors and JSON are all that is downloaded. Raises
-        :class:`CheckpointError` for anything absent, damaged, foreign or from another format version.
+        Safetensors and JSON are all that is downloaded.
+
+        Parameters
+        ----------
+        source : path or str
+            A folder, or a repository on the hub.
+        base : Distribution, optional
+            The torch Distribution of a prior that was fitted on one.
+        decoder : callable, optional
+            What the stages of :func:`~latentprior.refine` read.
+        device : device, optional
+            Where densities are computed; by default the CPU.
+        revision, token, cache_dir, local_files_only
+            As in ``huggingface_hub``: a branch, a tag or a commit; the access token; where downloads are kept; whether
+            to do without the network.
+
+        Raises
+        ------
+        CheckpointError
+            For anything absent, damaged, foreign or from another format version.
         """
         folder = find_folder(
             source, cls.kind, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -378,11 +452,7 @@ class LatentPrior(Distribution, Shareable):
         where: str = "prior",
     ) -> LatentPrior:
         """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
-        parts = PriorParts.from_state(config, tensors, base=base, decoder=decoder, where=where)
-        return cls(
-            parts.base, parts.stages, parts.whitening, parts.event_shape, parts.normalizer, parts.info,
-            cover=parts.cover,
-        )  # fmt: skip
+        return cls(*prior_parts(config, tensors, base=base, decoder=decoder, where=where))
 
 
 class _Potential(nn.Module):

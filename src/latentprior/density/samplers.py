@@ -12,13 +12,8 @@ from torch import Tensor
 
 from ..errors import LatentPriorError
 from .bases.base import device_of
-from .ladder import MIN_ESS, Ladder
-from .sampling import (
-    hmc,
-    langevin,
-    mala,
-    smc,
-)
+from .ladder import LEAST_EFFECTIVE_SHARE, MOST_DRAWN_NUMBERS, Ladder
+from .sampling import hmc, langevin, mala, smc
 from .sampling.resampling import effective_sample_size, systematic
 
 __all__ = ["SAMPLERS", "SAMPLE_BLOCK", "check_options", "draw"]
@@ -32,9 +27,7 @@ OPTIONS = {
 }
 SAMPLERS = tuple(OPTIONS)
 SAMPLE_BLOCK = 32_768
-PROBE = 4096
-DRAW_NUMBERS = 1 << 26
-"""Most numbers (256 MiB of float32) in the base draws that are held together."""
+PROBE_DRAWS = 4096
 
 
 def check_options(sampler: Any, options: Mapping[str, Any]) -> None:
@@ -78,19 +71,19 @@ def draw(ladder: Ladder, n: int, generator: torch.Generator | None, sampler: str
 
 def _smc(ladder: Ladder, n: int, generator: torch.Generator | None, ess: float = 0.5, moves: int = 6) -> Tensor:
     """Carry base draws down the ladder, or jump it at once where importance weights allow that."""
-    probe, log_weights = ladder.importance(PROBE, generator)
+    probe, log_weights = ladder.importance(PROBE_DRAWS, generator)
     share = effective_sample_size(log_weights)
-    if share >= MIN_ESS:
-        rows = max(1, min(n, int(share * DRAW_NUMBERS / probe.shape[1])))
+    if share >= LEAST_EFFECTIVE_SHARE:
+        rows = max(1, min(n, int(share * MOST_DRAWN_NUMBERS / probe.shape[1])))
         parts = []
         for done in range(0, n, rows):
             m = min(rows, n - done)
-            u, log_weights = ladder.importance(math.ceil(max(m, PROBE) / share), generator)
+            u, log_weights = ladder.importance(math.ceil(max(m, PROBE_DRAWS) / share), generator)
             parts.append(u[systematic(log_weights, m, generator)])
         density = ladder.density(ladder.length)
         return mala.sample(torch.cat(parts), density, steps=moves, generator=generator)[0]
     # Twice the particles, of which the draws are a random half, keep families small.
-    start = ladder.start.sample(max(2 * n, PROBE), generator)
+    start = ladder.start.sample(max(2 * n, PROBE_DRAWS), generator)
     result = smc.run(start, ladder.path_from(ladder.start), ess=ess, moves=moves, generator=generator)
     order = torch.randperm(len(start), generator=generator, device=device_of(generator)).to(start.device)
     return result.position[order[:n]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +13,7 @@ from torch.distributions import Distribution
 from ..errors import CheckpointError, LatentPriorError, MissingExtraError
 from ..storage.checkpoint import UNFIT, tensors_under
 from ..storage.sized_networks import built_for
-from .bases import (
-    Base,
-    DistributionBase,
-    MixtureBase,
-    base_from_state,
-)
+from .bases import Base, DistributionBase, MixtureBase, base_from_state
 from .decoded_ratio import Decoder
 from .ladder import Ladder, Stage
 from .normalizers import Bracket, Normalizer
@@ -27,124 +21,126 @@ from .ratios import NOT_LEARNED, BoundedRatio, build_ratio
 from .sampling.resampling import LogMean
 from .whitening import Whitening
 
-__all__ = ["PriorParts"]
+__all__ = ["prior_parts", "prior_state"]
 
+STAGE_FIGURES = ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
 FIGURES = {"ess", "acceptance", "seconds", "total_seconds", "log_prob_base", "log_prob_held_out"}
 """Notes beside a density that are printed as numbers."""
 
 
-@dataclass(frozen=True)
-class PriorParts:
-    """All that a :class:`~latentprior.LatentPrior` is made of."""
+def prior_state(
+    ladder: Ladder,
+    whitening: Whitening,
+    event_shape: Sequence[int],
+    normalizer: Normalizer,
+    info: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration (JSON) and tensors from which :func:`prior_parts` rebuilds a prior.
 
-    base: Base
-    stages: Sequence[Stage]
-    whitening: Whitening
-    event_shape: Sequence[int]
-    normalizer: Normalizer
-    info: Mapping[str, Any]
-    cover: MixtureBase | None
+    Raises :class:`CheckpointError` for a ladder that holds a function of the user's.
+    """
+    tensors = {f"whitening.{k}": v for k, v in whitening.state_dict().items()}
+    if not isinstance(ladder.base, DistributionBase):
+        tensors.update({f"base.{k}": v for k, v in ladder.base.state_dict().items()})
+    if ladder.cover is not None:
+        tensors.update({f"cover.{k}": v for k, v in ladder.cover.state_dict().items()})
+    stages = []
+    for i, stage in enumerate(ladder.stages):
+        if not isinstance(stage.network, BoundedRatio) or not stage.network.spec:
+            raise CheckpointError("a tilted prior holds a function of yours and cannot be saved: save the prior")
+        tensors.update({f"stages.{i}.{k}": v for k, v in stage.network.weights().items()})
+        figures = {name: getattr(stage, name) for name in STAGE_FIGURES}
+        stages.append({"spec": stage.network.spec, **figures, "diagnostics": dict(stage.diagnostics)})
+    config = {
+        "event_shape": list(event_shape),
+        "dtype": str(whitening.loc.dtype).removeprefix("torch."),
+        "whitening": whitening.kind,
+        "base": ladder.base.config(),
+        "cover": ladder.cover and ladder.cover.config(),
+        "stages": stages,
+        "normalizer": _normalizer_to_json(normalizer),
+        "info": info,
+    }
+    return config, tensors
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration (JSON) and tensors from which :meth:`from_state` rebuilds the parts."""
-        stages = []
-        tensors = {f"whitening.{k}": v for k, v in self.whitening.state_dict().items()}
-        if not isinstance(self.base, DistributionBase):
-            tensors.update({f"base.{k}": v for k, v in self.base.state_dict().items()})
-        if self.cover is not None:
-            tensors.update({f"cover.{k}": v for k, v in self.cover.state_dict().items()})
-        for i, stage in enumerate(self.stages):
-            if not isinstance(stage.network, BoundedRatio) or not stage.network.spec:
-                raise CheckpointError("a tilted prior holds a function of yours and cannot be saved: save the prior")
-            spec = stage.network.spec
-            tensors.update({f"stages.{i}.{k}": v for k, v in stage.network.weights().items()})
-            stages.append(
-                {
-                    "spec": spec,
-                    "log_normalizer": stage.log_normalizer,
-                    "log_normalizer_stderr": stage.log_normalizer_stderr,
-                    "gain": stage.gain,
-                    "gain_stderr": stage.gain_stderr,
-                    "diagnostics": dict(stage.diagnostics),
-                }
-            )
-        config = {
-            "event_shape": list(self.event_shape),
-            "dtype": str(self.whitening.loc.dtype).removeprefix("torch."),
-            "whitening": self.whitening.kind,
-            "base": self.base.config(),
-            "cover": self.cover and self.cover.config(),
-            "stages": stages,
-            "normalizer": _normalizer_to_json(self.normalizer),
-            "info": self.info,
-        }
-        return config, tensors
 
-    @classmethod
-    def from_state(
-        cls,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        *,
-        base: Distribution | None,
-        where: str,
-        decoder: Callable[[Tensor], Tensor] | None = None,
-    ) -> PriorParts:
-        """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
-        try:
-            for name, value in tensors.items():
-                if value.is_floating_point() and value.isnan().any():
-                    raise ValueError(f"{name} holds NaN")
-            whitening = Whitening.from_state(tensors_under(tensors, "whitening."), config["whitening"])
-            shape = [int(size) for size in config["event_shape"]]
-            if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
-                raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
-            if base is not None and config["base"]["name"] != DistributionBase.name:
-                raise CheckpointError(
-                    f"{where}: its base is {str(config['base']['name'])[:40]!r}, saved with it: give no Distribution"
-                )
-            start: Base = (
-                DistributionBase(base, whitening)
-                if base is not None
-                else base_from_state(config["base"], tensors_under(tensors, "base."))
-            )
-            cover = base_from_state(config["cover"], tensors_under(tensors, "cover.")) if config["cover"] else None
-            if not isinstance(cover, (MixtureBase, type(None))):
-                raise CheckpointError(f"{where}: its cover is not a mixture")
-            mixture = start if isinstance(start, MixtureBase) else cover
-            stages = []
-            for i, entry in enumerate(config["stages"]):
-                spec, learned = entry["spec"], tensors_under(tensors, f"stages.{i}.")
-                sees = None
-                if decoder is not None and spec["kind"] == "decoded":
-                    sees = Decoder(decoder, whitening, tuple(shape), spec["pictures"])
-                    sees.check()
-                network = _rebuilt(spec, shape, learned, mixture, sees)
-                network.to(whitening.loc.dtype)
-                figures = {
-                    k: float(entry[k]) for k in ("log_normalizer", "log_normalizer_stderr", "gain", "gain_stderr")
-                }
-                diagnostics = _figures(entry["diagnostics"])
-                stages.append(Stage(network.eval().requires_grad_(False), **figures, diagnostics=diagnostics))
-            normalizer = _normalizer_from_json(config["normalizer"])
-            if not math.isfinite(normalizer.value):
-                raise ValueError("the log normaliser is not finite")
-            info = _figures(config.get("info") or {})
-            ladder = Ladder(start, [stage.network for stage in stages], cover)
-            if base is None:
-                # Parts may each be whole and not fit one another.
-                with torch.no_grad():
-                    centre = whitening.loc.new_zeros(2, len(whitening.loc))
-                    weights = [part.log_prob(centre) for part in (start, ladder.start)]
-                    value = start.log_prob(centre) + ladder.log_potential(centre) - normalizer.value
-                    if torch.stack([value, *weights]).isnan().any():
-                        raise ValueError("its density is not a number")
-            return cls(start, stages, whitening, shape, normalizer, info, cover)
-        except (CheckpointError, MissingExtraError):
-            raise
-        except (LatentPriorError, *UNFIT) as error:
-            line = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{where}: configuration and tensors do not fit together ({line})") from None
+def prior_parts(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    base: Distribution | None,
+    where: str,
+    decoder: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Ladder, Whitening, list[int], Normalizer, dict[str, Any]]:
+    """Rebuild what :func:`prior_state` wrote: the arguments of :class:`~latentprior.LatentPrior`, in its order.
+
+    Raises :class:`CheckpointError` where configuration and tensors do not fit together.
+    """
+    try:
+        for name, value in tensors.items():
+            if value.is_floating_point() and value.isnan().any():
+                raise ValueError(f"{name} holds NaN")
+        whitening = Whitening.from_state(tensors_under(tensors, "whitening."), config["whitening"])
+        shape = [int(size) for size in config["event_shape"]]
+        if min(shape, default=0) < 1 or math.prod(shape) != len(whitening.loc):
+            raise ValueError(f"event shape {shape} for {len(whitening.loc)} coordinates")
+        ladder = _ladder(config, tensors, whitening, tuple(shape), base, decoder, where)
+        normalizer = _normalizer_from_json(config["normalizer"])
+        if not math.isfinite(normalizer.value):
+            raise ValueError("the log normaliser is not finite")
+        if base is None:
+            _check_numbers(ladder, normalizer, whitening)
+        return ladder, whitening, shape, normalizer, _figures(config.get("info") or {})
+    except (CheckpointError, MissingExtraError):
+        raise
+    except (LatentPriorError, *UNFIT) as error:
+        line = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: configuration and tensors do not fit together ({line})") from None
+
+
+def _ladder(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    whitening: Whitening,
+    shape: tuple[int, ...],
+    given: Distribution | None,
+    decoder: Callable[[Tensor], Tensor] | None,
+    where: str,
+) -> Ladder:
+    """Rebuild base, cover and stages."""
+    name = config["base"]["name"]
+    if given is not None and name != DistributionBase.name:
+        raise CheckpointError(f"{where}: its base is {str(name)[:40]!r}, saved with it: give no Distribution")
+    base: Base = (
+        DistributionBase(given, whitening)
+        if given is not None
+        else base_from_state(config["base"], tensors_under(tensors, "base."))
+    )
+    cover = base_from_state(config["cover"], tensors_under(tensors, "cover.")) if config["cover"] else None
+    if not isinstance(cover, (MixtureBase, type(None))):
+        raise CheckpointError(f"{where}: its cover is not a mixture")
+    mixture = base if isinstance(base, MixtureBase) else cover
+    stages = []
+    for i, entry in enumerate(config["stages"]):
+        spec, pictures = entry["spec"], None
+        if decoder is not None and spec["kind"] == "decoded":
+            pictures = Decoder(decoder, whitening, shape, spec["pictures"])
+            pictures.check()
+        network = _rebuilt(spec, shape, tensors_under(tensors, f"stages.{i}."), mixture, pictures)
+        network.to(whitening.loc.dtype).eval().requires_grad_(False)
+        figures = {name: float(entry[name]) for name in STAGE_FIGURES}
+        stages.append(Stage(network, **figures, diagnostics=_figures(entry["diagnostics"])))
+    return Ladder(base, stages, cover)
+
+
+@torch.no_grad()
+def _check_numbers(ladder: Ladder, normalizer: Normalizer, whitening: Whitening) -> None:
+    """Raise where the density is not a number: parts may each be whole and not fit one another."""
+    centre = whitening.loc.new_zeros(2, len(whitening.loc))
+    weights = [part.log_prob(centre) for part in (ladder.base, ladder.start)]
+    value = weights[0] + ladder.log_potential(centre) - normalizer.value
+    if torch.stack([value, *weights]).isnan().any():
+        raise ValueError("its density is not a number")
 
 
 def _rebuilt(

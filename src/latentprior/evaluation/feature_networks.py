@@ -17,12 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import (
-    CheckpointError,
-    InvalidImagesError,
-    LatentPriorError,
-    MissingExtraError,
-)
+from ..errors import CheckpointError, InvalidImagesError, LatentPriorError, MissingExtraError
 
 __all__ = ["FeatureNetwork", "check_images", "feature_network", "list_feature_networks"]
 

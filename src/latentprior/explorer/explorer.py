@@ -16,26 +16,13 @@ from ..density.prior import LatentPrior
 from ..errors import LatentPriorError
 from ..models.interpolation import latent_path
 from ..models.model import LatentVariableModel
-from ..report.evidence import (
-    StageDraws,
-    plane_limits,
-    principal_axes,
-    shown_stages,
-    stage_draws,
-)
+from ..report.evidence import StageDraws, plane_limits, principal_axes, shown_stages, stage_draws
 from ..report.png import data_uri, grid
 from ..report.sources import load_folder
 from ..runtime.seeding import derived_generator
 from . import calibration as calibrations
 from .calibration import Calibration
-from .properties import (
-    Brightness,
-    Classes,
-    Towards,
-    fit_brightness,
-    fit_classes,
-    tilted_draws,
-)
+from .properties import Brightness, Classes, Towards, fit_brightness, fit_classes, tilted_draws
 from .requests import Fields, Refused
 
 __all__ = ["Explorer", "open_explorer"]

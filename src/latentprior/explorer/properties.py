@@ -13,10 +13,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from ..density.ladder import Ladder
+from ..density.ladder import carried
 from ..density.prior import LatentPrior
-from ..density.sampling import smc
-from ..density.sampling.resampling import LogMean, combine_islands
+from ..density.sampling.resampling import LogMean
 from ..errors import LatentPriorError
 from ..runtime.seeding import derived_generator
 
@@ -138,15 +137,16 @@ def tilted_draws(prior: LatentPrior, start: Tensor, g: nn.Module, n: int, genera
     ladder's top to one stage above it. m must divide by 16. Raises :class:`LatentPriorError` where that takes more
     than 40 levels or 60 s, as towards a latent that the prior does not know.
     """
-    path = Ladder(prior.base, [*prior.ladder.ratios, g])
-    end, late = float(path.length), time.monotonic() + SECONDS
-    state, levels = smc.init(start, float(prior.ladder.length), ISLANDS), 0
-    while state.t != end:
+    late = time.monotonic() + SECONDS
+
+    def on_level(levels: int) -> None:
         if time.monotonic() > late:
             raise LatentPriorError(f"this tilt took more than {SECONDS:g} s: use less strength")
         if levels >= LEVELS:
             raise LatentPriorError("this tilt leads too far from where the prior has mass: use less strength")
-        state, _ = smc.step(state, path, end, moves=MOVES, generator=generator)
-        levels += 1
+
+    position, passed = carried(
+        prior.ladder, g, start, islands=ISLANDS, moves=MOVES, generator=generator, on_level=on_level
+    )
     picked = torch.randperm(len(start), generator=generator, device=generator.device)[:n]
-    return Tilted(state.position[picked.to(start.device)], combine_islands(state.log_normalizer))
+    return Tilted(position[picked.to(start.device)], passed.constant)

@@ -27,12 +27,7 @@ from typing import Any
 
 from ..errors import LatentPriorError
 from .explorer import Explorer
-from .requests import (
-    Fields,
-    Refused,
-    most_bytes,
-    parse,
-)
+from .requests import Fields, Refused, most_bytes, parse
 from .uploads import MOST_BYTES, TYPES, read_picture
 from .work import Bodies, Worker
 

@@ -1,11 +1,9 @@
-"""Learning a prior from latents: the ladder's loop as a resumable state machine."""
+"""Learning a prior from latents: the base, the climb and the normaliser, as a run that can be resumed."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import platform
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,41 +14,29 @@ from torch import Tensor
 
 from .._version import __version__
 from ..data.latents import as_latents
-from ..density import normalizers
 from ..density.bases import Base
-from ..density.ladder import FreshParticles, Stage
+from ..density.ladder import Ladder, Stage
+from ..density.normalizers import Normalizer
 from ..density.prior import LatentPrior
 from ..density.whitening import Kind
-from ..errors import (
-    InvalidLatentsError,
-    LatentPriorError,
-    LearningDivergedError,
-    LearningRetriedWarning,
-    StageSaturatedWarning,
-    warn,
-)
-from ..runtime.events import Callback, Event
+from ..errors import InvalidLatentsError, LatentPriorError, StageSaturatedWarning, warn
+from ..runtime.events import Callback
 from ..runtime.processes import Processes, in_unison, launched_processes
 from ..runtime.seeding import derived_generator
 from ..storage.checkpoint import locked
-from .run import FitRun, SavedFit
+from .climb import climb
+from .rows import Target
+from .run import FitRun, restored
 from .settings import StageSettings
-from .stage import LearnedStage, StageLearner, Target
-from .start import (
-    Rows,
-    checked_device,
-    fit_identity,
-    split_rows,
-    standardised_rows,
-    start_ladder,
-)
+from .stage import StageLearner
+from .start import FitTask, checked_device, split_rows
+from .together import estimate, expected_seconds
 from .waypoints import learn_waypoints
 
-__all__ = ["Callback", "Event", "fit"]
+__all__ = ["fit", "normalised"]
 
-SATURATED_GAIN = 1.2
-LEAST_ACCEPTANCE = 0.01
-"""Share of moves below which particles of sequential Monte Carlo have stood still."""
+SATURATED_GAIN_NATS = 1.2
+"""Gain from which on a stage tells data from samples almost perfectly; 1.386 is the most."""
 
 
 def fit(
@@ -74,38 +60,54 @@ def fit(
 
     Stage k learns :math:`f_k \approx \log q / p_k` by classification between fresh draws of the latents and
     fresh particles of the ladder so far (Xiao and Han, NeurIPS 2022, algorithm 1, with the latents fixed). A
-    pass of fresh particles that trained nothing yields :math:`c_k`. The ladder ends when the held-out gain, at the
-    odds of the settings, is not above zero by two standard errors, when a stage does not raise the held-out log density
-    by 0.05 nats and two standard errors (the stage is then left out), at ``max_stages``, or when ``time_budget`` runs
-    out.
+    pass of fresh particles that trained nothing yields :math:`c_k`. The ladder ends
 
-    Arguments
-    ---------
-    z : ``(n, *event_shape)`` tensor or array, a path (.npy, .npz, .safetensors), or :class:`~latentprior.Latents`.
-    base : ``"gmm"`` (components chosen on held-out rows; of low-rank covariances from 192 coordinates on),
-        ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"``, ``"copula"``, ``"flow"`` (extra ``flow``), or a torch Distribution
-        over the user's coordinates.
-    validation : share of rows held out (10,000 at most), or held-out latents of their own.
-    whitening : ``"full"``, ``"diagonal"`` or ``"none"``; by default full, diagonal for the base ``"copula"``.
-    settings : how a stage is learned, :class:`~latentprior.StageSettings`.
-    checkpoint_dir : where the state is saved at every evaluation; with ``resume=True`` a run goes on from there
-        and ends, on a CPU with the same number of threads, with the same bytes as one never stopped.
-    time_budget : seconds this call may take, the normaliser included, for which what it is expected to take is kept. A
-        stage that has begun is shortened to fit, and a mixture as base does without the components that time does not
-        allow, and without an average of mixtures where a stage's first steps gain much; other bases take their time.
-    callbacks : called with every :class:`Event`; what they raise ends the run, which can then be resumed.
-    processes : which ones learn this prior together; by default all that ``accelerate launch`` or ``torchrun`` started.
+    - when the held-out gain of a stage, at the odds of the settings, is not above zero by two standard errors;
+    - when a stage does not raise the held-out log density by 0.05 nats and two standard errors: it is then left out;
+    - at ``max_stages``;
+    - when ``time_budget`` runs out.
 
-    Several processes
-    -----------------
-    Under a launcher every process makes this call, with the same latents and arguments, and returns the same prior.
-    The first one fits the base, saves and calls the callbacks; each draws its share of batches, particles and islands
-    on the device that accelerate gives it. A run goes on in any number of processes. Where only one is to call, it
-    passes :class:`SingleProcess() <latentprior.runtime.processes.SingleProcess>`, lest it wait for the others.
+    Parameters
+    ----------
+    z : Tensor, array, path or Latents
+        Latents ``(n, *event_shape)``; a path leads to a .npy, .npz or .safetensors file.
+    base : str, Distribution or Base
+        ``"gmm"`` (components chosen on held-out rows; low-rank covariances from 192 coordinates on), ``"gmm:K"``,
+        ``"gmm-lowrank"``, ``"normal"``, ``"copula"``, ``"flow"`` (extra ``flow``), or a torch Distribution over the
+        user's coordinates.
+    max_stages : int
+        Most stages of the ladder, 0 or more.
+    seed : int
+        Seed of every random draw; no global random state is touched.
+    device : device, optional
+        Where to learn, by default the CPU.
+    dtype : torch.dtype
+        Floating type of the prior.
+    validation : float or latents
+        Share of the rows that is held out (10,000 at most), or held-out latents of their own.
+    whitening : {"full", "diagonal", "none"}, optional
+        How latents are standardised; by default full, and diagonal for the base ``"copula"``.
+    settings : StageSettings, optional
+        How a stage is learned.
+    checkpoint_dir : path, optional
+        Folder in which the state is saved at every evaluation.
+    resume : bool
+        Go on from ``checkpoint_dir``. On a CPU with the same number of threads the result has the same bytes as that of
+        a run that was never stopped.
+    time_budget : float, optional
+        Seconds that this call may take. Time for the normaliser is reserved. A stage that has begun is shortened to
+        fit; a mixture as base leaves out the components that time does not allow, and the average of mixtures where a
+        stage's first steps gain more. Other bases take the time that they need.
+    callbacks : iterable of callable
+        Called with every :class:`~latentprior.Event`. An exception that they raise ends the run, which can then be
+        resumed.
+    processes : Processes, optional
+        The processes that learn this prior together; by default all that ``accelerate launch`` or ``torchrun`` started.
 
     Returns
     -------
-    LatentPrior on ``device``, in ``dtype``.
+    LatentPrior
+        On ``device``, in ``dtype``.
 
     Raises
     ------
@@ -127,6 +129,14 @@ def fit(
         When the ladder ends before it has arrived.
     NormalizerBracketWarning
         When log Z from the base and from the data differ by more than 0.1 nats.
+
+    Notes
+    -----
+    Under a launcher every process makes this call, with the same latents and arguments, and returns the same prior. The
+    first process fits the base, saves and calls the callbacks. Each process draws its share of batches, particles and
+    islands on the device that accelerate gives it. A run can go on in any number of processes. Where only one process
+    is to call, it passes :class:`SingleProcess() <latentprior.runtime.processes.SingleProcess>`, so that it does not
+    wait for the others.
 
     Examples
     --------
@@ -161,7 +171,8 @@ def fit(
     if time_budget is not None and not time_budget >= 0:
         raise LatentPriorError(f"time_budget must be seconds, 0 or more, got {time_budget}")
     target, held_out = split_rows(as_latents(z), validation, seed)
-    run.identity = fit_identity(target, held_out, base, seed, dtype, whitening, settings)
+    task = FitTask(target, held_out, base, seed, where, dtype, whitening, settings)
+    run.identity = task.identity()
     if len(set(processes.gather((run.identity, max_stages, time_budget is None)))) > 1:
         raise InvalidLatentsError(
             "the processes were given different latents or settings: give the same to all, drawn with one seed"
@@ -171,152 +182,88 @@ def fit(
             stack.enter_context(locked(run.folder))
         # Nothing can be learned in a caller's torch.inference_mode().
         stack.enter_context(torch.inference_mode(False))
-        return _climb(run, target, held_out, base, max_stages, seed, where, dtype, whitening, settings, resume)
+        return _fitted(run, task, max_stages, resume)
 
 
-def _climb(
-    run: FitRun,
-    target: Rows,
-    held_out: Rows,
-    base: str | torch.distributions.Distribution | Base,
-    max_stages: int,
-    seed: int,
-    where: torch.device,
-    dtype: torch.dtype,
-    whitening: Kind | None,
-    settings: StageSettings,
-    resume: bool,
-) -> LatentPrior:
-    """Stand where the run was saved, or fit the base; then add stages until there is a reason to stop."""
-    given = base if isinstance(base, torch.distributions.Distribution) else None
-    saved, begun, tried = None, None, None
+def _fitted(run: FitRun, task: FitTask, max_stages: int, resume: bool) -> LatentPrior:
+    """Stand where the run was saved, or fit the base; then climb, and estimate log Z."""
+    saved, start, stage_state = None, None, None
     with in_unison(run.processes):
         if run.processes.rank == 0:
             saved = run.load() if resume else None
             if saved is None:
-                run.tell("base", message=base if isinstance(base, str) else type(base).__name__)
+                name = task.base if isinstance(task.base, str) else type(task.base).__name__
+                run.tell("base", message=name)
                 # Stages between waypoints are a path of their own: sampling needs no cover.
-                climb = max_stages > 0 and settings.waypoints == 0
-                begun, tried = start_ladder(
-                    target, held_out, base, seed, where, dtype, whitening, climb, settings, run.deadline
-                )
-                saved = None if tried is None else SavedFit.of(begun, tried)
+                with_stages = max_stages > 0 and task.settings.waypoints == 0
+                start, learner = task.start(with_stages, run.deadline)
+                stage_state = None if learner is None else learner.state()
     saved = run.processes.first(saved)
-    prior = run.shared(begun, given, where) if saved is None else saved.prior(given, where)
-    rows = standardised_rows(*held_out, seed, prior.whitening)
-    aim = Target(target[0], target[1], rows, prior.whitening)
+    if saved is None:
+        prior = run.shared(start, task.given_distribution, task.device)
+        stage_state = run.processes.first(stage_state)
+    else:
+        prior, stage_state = saved.prior(task.given_distribution, task.device), saved.stage_state()
+    aim = task.aim(prior.whitening)
 
-    if settings.waypoints > len(prior.stages):
-        prior = _start_on_waypoints(run, prior, aim, settings, seed)
-    reason, particles = "max_stages", None
-    while len(prior.stages) < max_stages:
-        if not run.time_for(prior.stages[-1].diagnostics.get("seconds", 0.0) if prior.stages else 0.0):
-            reason = "time_budget"
-            break
-        learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, processes=run.processes)
+    def begin_stage(ladder: Ladder) -> StageLearner:
+        nonlocal stage_state
+        learner = task.learner(aim, ladder, processes=run.processes)
+        if stage_state is not None:
+            restored(learner, stage_state)
+            stage_state = None
+        return learner
+
+    def deadline(learner: StageLearner) -> float | None:
         if run.end is not None:
-            extended = prior.ladder.extended(learner.ratio)
-            run.keep(normalizers.expected_seconds(extended, rows, run.processes))
-        if saved is not None:
-            saved.restore(learner)
-            saved = None
-        particles = particles or learner.particles()
-        run.tell("stage", learner.index, learner.step, settings.steps, message=particles.source)
-        started = time.monotonic()
-        learned, after = _learn(run, prior, learner, particles, len(prior.stages) + 1 == max_stages)
-        if after is None:
-            reason = "no gain" if learned.history else "time_budget"
-            break
-        stage = Stage.measured(
-            learned.ratio, learned.gain, particles, after, rows,
-            seconds=time.monotonic() - started, steps=learned.steps, saturated=learned.saturated,
-            history=learned.history,
-        )  # fmt: skip
-        if not run.processes.first(stage.is_worthwhile):
-            reason = "no rise"
-            break
-        particles = after
-        prior = prior.replaced([*prior.stages, stage])
+            longer = learner.ladder.extended(Stage(learner.ratio))
+            run.keep(expected_seconds(longer, aim.held_out, run.processes))
+        return run.deadline
+
+    def save(ladder: Ladder, learner: StageLearner | None) -> None:
+        run.save(prior.with_ladder(ladder), learner)
+
+    if task.settings.waypoints > len(prior.stages):
+        prior = prior.with_ladder(_waypoint_ladder(run, task, aim, prior.ladder))
         run.save(prior, None)
-        run.tell("learned", learner.index, learner.step, settings.steps, learned.gain)
-    return run.shared(_finish(run, prior, rows, seed, reason), given, where)
+    ladder, reason = climb(run, prior.ladder, begin_stage, max_stages, deadline=deadline, save=save)
+    prior = _normalised(run, prior.with_ladder(ladder), aim.held_out, task.seed, reason)
+    return run.shared(prior, task.given_distribution, task.device)
 
 
-def _start_on_waypoints(
-    run: FitRun, prior: LatentPrior, aim: Target, settings: StageSettings, seed: int
-) -> LatentPrior:
-    """Learn the stages between waypoints, saved when all of them are learned."""
-    shape = tuple(prior.event_shape)
+def _waypoint_ladder(run: FitRun, task: FitTask, aim: Target, ladder: Ladder) -> Ladder:
+    """Learn the stages between waypoints."""
     with torch.enable_grad():
-        stages = learn_waypoints(
-            aim, prior.ladder, settings, shape, seed, deadline=run.deadline,
+        return learn_waypoints(
+            aim, ladder, task.settings, task.event_shape, task.seed, deadline=run.deadline,
             on_step=partial(run.tell_of, "step"), on_learned=partial(run.tell_of, "learned"),
         )  # fmt: skip
-    prior = prior.replaced(stages)
-    run.save(prior, None)
-    return prior
 
 
-def _learn(
-    run: FitRun, prior: LatentPrior, learner: StageLearner, particles: FreshParticles, last: bool
-) -> tuple[LearnedStage, FreshParticles | None]:
-    """Learn a stage, and draw particles of the ladder with it if it has gained; retried once where it diverges.
-
-    The last good state is the ladder before the stage: from there it is learned at a quarter of the learning rate.
-    """
-    on_step, started = partial(run.tell_of, "step"), time.monotonic()
-
-    def on_evaluate(now: StageLearner) -> None:
-        run.save(prior, now)
-        run.tell_of("evaluate", now)
-
-    for attempt in range(2):
-        try:
-            # Callers encode and fit in one torch.no_grad() block.
-            with torch.enable_grad():
-                learned = learner.learn(particles, deadline=run.deadline, on_step=on_step, on_evaluate=on_evaluate)
-            if learned.bound <= 0:
-                return learned, None
-            ladder = prior.ladder.extended(learned.ratio)
-            last = last or not run.time_for(time.monotonic() - started)
-            after = learner.anew(ladder).particles(last)
-            _check_moved(after, learner.index, learner.learning_rate)
-            return learned, after
-        except LearningDivergedError as error:
-            # A run that was resumed may be at its second attempt already.
-            if attempt == 1 or learner.learning_rate < learner.settings.learning_rate:
-                raise
-            rate = learner.learning_rate / 4
-            warn(f"{error}; learned once more at {rate:g}", LearningRetriedWarning)
-            learner = learner.anew(learning_rate=rate)
-    raise AssertionError("unreachable")
-
-
-def _check_moved(particles: FreshParticles, stage: int, rate: float) -> None:
-    """Raise :class:`LearningDivergedError` for particles that follow no density."""
-    c = particles.log_normalizer.value
-    if not math.isfinite(c) or not particles.acceptance >= LEAST_ACCEPTANCE:
-        raise LearningDivergedError(
-            f"stage {stage}: its particles cannot be moved (log Z {c:.3g}, acceptance {particles.acceptance:.3f}) at "
-            f"learning rate {rate:g}; lower learning_rate or bound, or look for extreme rows in the latents"
-        )
-
-
-def _finish(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: str) -> LatentPrior:
-    """Estimate and bracket log Z on particles that trained nothing; the last stage takes what it corrects."""
+def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason: str) -> LatentPrior:
+    """Estimate and bracket log Z on particles that trained nothing."""
     run.tell("normalizer", len(prior.stages))
     generator = derived_generator(prior.device, seed, "normalizer", *run.processes.keys)
-    total = normalizers.estimate(prior.ladder, rows, generator, deadline=run.end, processes=run.processes)
-    if prior.stages and reason in ("max_stages", "time_budget") and prior.stages[-1].gain > SATURATED_GAIN:
+    total = estimate(prior.ladder, rows, generator, run.processes, deadline=run.end)
+    if prior.stages and reason in ("max_stages", "time_budget") and prior.stages[-1].gain > SATURATED_GAIN_NATS:
         warn(
             f"the ladder ended ({reason}) while stage {len(prior.stages) - 1} still told data from samples almost "
             f"perfectly (gain {prior.stages[-1].gain:.2f} of 1.39): raise max_stages or use a better base (base='gmm')",
             StageSaturatedWarning,
         )
-    done = run.normalised(prior, total, rows, reason, versions=_versions())
-    run.save(done, None)
-    run.tell("end", len(done.stages), message=reason)
-    return done
+    prior = normalised(prior, total, rows, stopped=reason, total_seconds=run.seconds(), versions=_versions())
+    run.save(prior, None)
+    run.tell("end", len(prior.stages), message=reason)
+    return prior
+
+
+def normalised(prior: LatentPrior, total: Normalizer, held_out: Tensor, **facts: Any) -> LatentPrior:
+    """The prior with log Z of its whole ladder, whose last stage absorbs the correction; ``facts`` join its info."""
+    ladder = prior.ladder.corrected(total.value, total.stderr)
+    prior = prior.with_ladder(ladder, total, {**prior.info, **facts})
+    with torch.no_grad():
+        prior.info["log_prob_held_out"] = float(prior.log_prob_whitened(held_out).mean())
+    return prior
 
 
 def _versions() -> dict[str, str]:

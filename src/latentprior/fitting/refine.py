@@ -5,41 +5,48 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.latents import as_latents
 from ..density import normalizers
 from ..density.decoded_ratio import Decoder
-from ..density.ladder import FreshParticles, Ladder, Stage
+from ..density.ladder import FreshParticles, Ladder, Pass, Stage, passed_afresh
 from ..density.prior import LatentPrior
-from ..density.sampling.resampling import LogMean, log_mean_exp
+from ..density.sampling.resampling import log_mean_exp
 from ..errors import InvalidLatentsError, LatentPriorError
 from ..runtime.events import Callback
 from ..runtime.processes import SingleProcess
 from ..runtime.seeding import derived_generator
+from .climb import climb
+from .fit import normalised
+from .particles import StageParticles
+from .rows import Target
 from .run import FitRun
 from .settings import StageSettings
-from .stage import LearnedStage, StageLearner, Target
-from .start import split_rows, standardised_rows
+from .stage import LearnedStage, StageLearner
+from .start import Rows, split_rows, standardised_rows
 
 __all__ = ["refine"]
 
 SETTINGS = StageSettings(
     ratio="decoded", mixture_features=False, steps=2000, batch_size=256, bound=10.0, learning_rate=2e-3, patience=8
 )
-"""Chosen on cifar128 of the benchmarks at seed 0, test rows in view: a bound of 5 held a third of all rows back."""
-DESCRIBED = 2048
+"""Chosen on cifar128 of the benchmarks at seed 0, with test rows in view: a bound of 5 held back a third of all
+rows."""
+DESCRIBED_ROWS = 2048
 """Rows whose pictures are standardised."""
-PARTICLES = 8192
-LEARNED, CARRIED = 0.5, 0.25
-"""Of a time budget: until when the stage ends, and what a bracket of as many particles as measure it would take; these
-are carried one way only."""
-MORE = 1.7
-"""By how much the time that is left is overstated to the bracket, which takes half of it."""
+MOST_PARTICLES = 8192
+"""Particles of sequential Monte Carlo that measure the stage."""
+STAGE_SHARE = 0.5
+"""Share of a time budget after which the stage's learning ends."""
+PARTICLES_SHARE = 0.25
+"""Share of a time budget that a bracket of as many particles as measure the stage would take; they go one way only."""
+BRACKET_SHARE = 0.85
+"""Share of the time that is left then which the bracket takes: nothing comes after it."""
+JUDGING_BLOCK_ROWS = 2048
 
 
 def refine(
@@ -57,28 +64,39 @@ def refine(
 
     .. math:: p_{K+1}(z) = p_K(z)\, e^{f(z) - c}, \qquad f(z) = s \tanh(h(g(z)) / s),
 
-    g the decoder, h a small convolutional network on its pictures, learned like any stage: by telling decoded draws of
-    the latents from decoded particles of the ladder so far. The density remains one of z, normalised. What g
-    has learned of the data need not be found anew in the latents; each evaluation costs one of the decoder as well, so
-    that sampling takes its time. Such a stage may make too much of places where it has seen neither rows nor particles.
-    Called on its own result, it adds another one.
+    Here g is the decoder and h a small convolutional network on its pictures. h is learned like any stage: it tells
+    decoded draws of the latents from decoded particles of the ladder so far. The density remains one of z, normalised.
+    What g has learned of the data need not be found anew in the latents. Each evaluation costs one of the decoder as
+    well, so that sampling takes longer. Such a stage may overrate places where it has seen neither rows nor particles.
+    A call on the result adds another stage.
 
-    Arguments
-    ---------
-    prior : what :func:`~latentprior.fit` has learned; it is not changed.
-    z : latents, as for ``fit``; with the same rows, ``seed`` and ``validation`` as there the same rows are held out.
-    decoder : ``(n, *event_shape) -> (n, C, H, W)``, differentiable: a decoder, or its first layers. A network is copied
-        and put into evaluation mode.
-    settings : how the stage is learned; by default in smaller batches than on coordinates, and with a bound
-        of 10 nats. ``width / 8`` is the number of the first convolution's maps.
-    time_budget : seconds, of which about half go to the stage, the rest to particles and the normaliser.
+    Parameters
+    ----------
+    prior : LatentPrior
+        What :func:`~latentprior.fit` has learned; it is not changed.
+    z : Tensor, array, path or Latents
+        Latents, as for ``fit``. With the same rows, ``seed`` and ``validation`` as there, the same rows are held out.
+    decoder : callable
+        ``(n, *event_shape) -> (n, C, H, W)``, differentiable: a decoder, or its first layers. A network is copied and
+        put into evaluation mode.
+    seed : int
+        Seed of every random draw.
+    validation : float or latents
+        Share of the rows that is held out, or held-out latents of their own.
+    settings : StageSettings, optional
+        How the stage is learned; by default in smaller batches than on coordinates, and with a bound of 10 nats.
+        ``width / 8`` is the number of maps of the first convolution.
+    time_budget : float, optional
+        Seconds that this call may take: about half go to the stage, the rest to particles and the normaliser.
+    callbacks : iterable of callable
+        Called with every :class:`~latentprior.Event`; the ``end`` event tells whether the stage was kept.
 
     Returns
     -------
-    The prior with the stage, if it raised the held-out log density by 0.05 nats and two standard errors, else the prior
-    itself; the ``end`` event of a callback tells which.
-    :meth:`~latentprior.LatentPrior.from_pretrained` needs the ``decoder`` again; a
-    :class:`~latentprior.LatentVariableModel` saves it, where it is the model's generator.
+    LatentPrior
+        The prior with the stage, if it raised the held-out log density by 0.05 nats and two standard errors, else the
+        prior itself. :meth:`~latentprior.LatentPrior.from_pretrained` needs the ``decoder`` again; a
+        :class:`~latentprior.LatentVariableModel` saves it, where it is the model's decoder.
 
     Raises
     ------
@@ -87,7 +105,7 @@ def refine(
     LatentPriorError
         For a decoder that makes no finite, differentiable pictures, or settings of another ratio.
     LearningDivergedError
-        When the loss is not finite.
+        When the loss is not finite, also after a retry at a quarter of the learning rate.
 
     Examples
     --------
@@ -112,79 +130,73 @@ def refine(
         )
     run = FitRun(time_budget, tuple(callbacks), None, SingleProcess(prior.device))
     with torch.inference_mode(False):
-        rows = standardised_rows(*held_out, seed, prior.whitening)
-        aim = Target(target[0], target[1], rows, prior.whitening)
-        sees = Decoder.describe(decoder, prior.whitening, tuple(prior.event_shape), rows[:DESCRIBED])
-        learner = StageLearner(aim, prior.ladder, settings, tuple(prior.event_shape), seed, decoder=sees)
-        stage, reason = _learned(run, learner)
-        if stage is not None:
-            prior = _normalised(run, prior.replaced([*prior.stages, stage]), rows, reason, seed)
+        prior, reason = _refined(run, prior, target, held_out, decoder, settings, seed)
     run.tell("end", len(prior.stages), message=reason)
     return prior
 
 
-def _learned(run: FitRun, learner: StageLearner) -> tuple[Stage | None, str]:
-    """The stage if it is worth its while, its normaliser not bracketed yet, and how it ended."""
-    begun, deadline, rows = time.monotonic(), None, learner.target.held_out
-    if run.end is not None:
-        if begun >= run.end:
-            return None, "time_budget"
-        deadline = begun + LEARNED * (run.end - begun)
-    particles = learner.particles()
-    run.tell("stage", learner.index, 0, learner.settings.steps, message=particles.source)
-    with torch.enable_grad():
-        learned = learner.learn(
-            particles,
-            deadline=deadline,
-            on_step=partial(run.tell_of, "step"),
-            on_evaluate=partial(run.tell_of, "evaluate"),
-        )
-    if learned.bound <= 0:
-        return None, "no gain"
-    after = None
-    if particles.source != "smc":
-        ladder = learner.ladder.extended(learned.ratio)
-        after = learner.anew(ladder).particles(smc_particles=_carried(run, ladder, rows))
-    stage = _measured(learned, particles, after, rows, time.monotonic() - begun)
-    if not stage.is_worthwhile:
-        return None, "no rise"
-    run.tell("learned", learner.index, learned.steps, learned.steps, learned.gain)
-    return stage, "refined"
+def _refined(
+    run: FitRun,
+    prior: LatentPrior,
+    target: Rows,
+    held_out: Rows,
+    decoder: Callable[[Tensor], Tensor],
+    settings: StageSettings,
+    seed: int,
+) -> tuple[LatentPrior, str]:
+    """Climb one stage; the prior with it, or the prior itself, and why."""
+    rows = standardised_rows(*held_out, seed, prior.whitening)
+    aim = Target(target[0], target[1], rows, prior.whitening)
+    shape = tuple(prior.event_shape)
+    pictures = Decoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED_ROWS])
+    begin = time.monotonic()
+    limit = None if run.end is None else begin + STAGE_SHARE * (run.end - begin)
+
+    def begin_stage(ladder: Ladder) -> StageLearner:
+        return StageLearner(aim, ladder, settings, shape, seed, decoder=pictures)
+
+    def measure(
+        learner: StageLearner, learned: LearnedStage, before: FreshParticles, last: bool
+    ) -> tuple[Pass, FreshParticles | None]:
+        if before.source == "smc":
+            return reweighed(learned.ratio, before), None
+        longer = learner.ladder.extended(Stage(learned.ratio))
+        above = StageParticles(longer, seed, learner.device, learner.processes)
+        after = above.teaching(learner.chunk_rows, _affordable_particles(run, longer, rows))
+        return passed_afresh(before, after), None
+
+    most = prior.ladder.length + 1
+    ladder, reason = climb(run, prior.ladder, begin_stage, most, measure=measure, deadline=lambda learner: limit)
+    if ladder.length < most:
+        return prior, reason
+    run.tell("normalizer", most)
+    generator = derived_generator(prior.device, seed, "refined", most)
+    # Hardly a draw of the base would count: the bracket is all that there is.
+    deadline = None if run.end is None else _bracket_deadline(time.monotonic(), run.end)
+    total = normalizers.estimate(ladder, rows, generator, draws=0, deadline=deadline)
+    facts = {"stopped": "refined", "total_seconds": run.seconds()}
+    return normalised(prior.with_ladder(ladder), total, rows, **facts), "refined"
 
 
-def _carried(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
+def _affordable_particles(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
     """Particles of sequential Monte Carlo that there is time for."""
     if run.time_budget is None:
-        return PARTICLES
-    return normalizers.affordable(ladder, rows, CARRIED * run.time_budget, normalizers.MOVES, PARTICLES)
+        return MOST_PARTICLES
+    seconds = PARTICLES_SHARE * run.time_budget
+    return normalizers.affordable(ladder, rows, seconds, normalizers.BRACKET_MOVES, MOST_PARTICLES)
+
+
+def _bracket_deadline(now: float, end: float) -> float:
+    """When an estimate must end that gives the bracket 85% of the time left until ``end``."""
+    return now + BRACKET_SHARE / normalizers.BRACKET_SHARE * max(0.0, end - now)
 
 
 @torch.no_grad()
-def _measured(
-    learned: LearnedStage, before: FreshParticles, after: FreshParticles | None, rows: Tensor, seconds: float
-) -> Stage:
-    """What the stage has added.
+def reweighed(factor: nn.Module, before: FreshParticles) -> Pass:
+    """Find a constant as the mean of the factor over the particles that judged it.
 
-    Where particles come from sequential Monte Carlo, its normaliser is the mean of its ratio over those that judged it:
-    log Z of two passes from the base differ by more than such a stage changes.
+    log Z of two passes of sequential Monte Carlo from the base differ by more than a stage on pictures changes.
     """
-    notes = {"seconds": seconds, "steps": learned.steps, "saturated": learned.saturated, "history": learned.history}
-    if before.source == "smc":
-        judges = before.position[len(before.position) * 7 // 8 :]
-        c = log_mean_exp(torch.cat([learned.ratio(block) for block in judges.split(2048)]).double())
-        known = before._replace(log_normalizer=LogMean(0.0, 0.0, 1.0))
-        after = FreshParticles(judges, "smc", c, c.ess, before.acceptance)
-        return Stage.measured(learned.ratio, learned.gain, known, after, rows, **notes)
-    assert after is not None
-    return Stage.measured(learned.ratio, learned.gain, before, after, rows, **notes)
-
-
-def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, reason: str, seed: int) -> LatentPrior:
-    """Log Z of the whole ladder from both ends; the last stage takes what it corrects."""
-    run.tell("normalizer", len(prior.stages))
-    generator = derived_generator(prior.device, seed, "refined", len(prior.stages))
-    # Hardly a draw of the base would count. The bracket takes half of what it is told of, and nothing comes after it.
-    now = time.monotonic()
-    late = None if run.end is None else now + MORE * max(0.0, run.end - now)
-    total = normalizers.estimate(prior.ladder, rows, generator, draws=0, deadline=late)
-    return run.normalised(prior, total, rows, reason)
+    judging = before.split()[1]
+    c = log_mean_exp(torch.cat([factor(block) for block in judging.split(JUDGING_BLOCK_ROWS)]).double())
+    return Pass(c, c.ess, before.acceptance, before.source)

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..density.normalizers import Normalizer
 from ..density.prior import LatentPrior
 from ..density.ratios import Gain
 from ..errors import CheckpointError
 from ..runtime.events import Callback, Event
 from ..runtime.processes import Processes
-from ..storage.checkpoint import (
-    UNFIT,
-    load_state,
-    save_state,
-    tensors_under,
-)
+from ..storage.checkpoint import UNFIT, load_state, save_state, tensors_under
 from .stage import StageLearner
 
-__all__ = ["FitRun", "SavedFit"]
+__all__ = ["FitRun", "SavedFit", "StageState", "restored"]
 
 SHORTEST_STAGE = 0.5
 """Share of the last stage's seconds that must be left for another."""
@@ -87,21 +81,6 @@ class FitRun:
         """Leave ``seconds`` of the budget to the normaliser, a fifth of it at most."""
         if self.end is not None and self.time_budget is not None:
             self.deadline = self.end - min(MOST_KEPT * self.time_budget, self.processes.first(seconds))
-
-    def normalised(
-        self, prior: LatentPrior, total: Normalizer, held_out: Tensor, reason: str, **more: Any
-    ) -> LatentPrior:
-        """The ladder with its log Z; the last stage takes what that corrects. ``more`` joins its info."""
-        stages = list(prior.stages)
-        if stages:
-            *earlier, last = stages
-            c = total.value - sum(stage.log_normalizer for stage in earlier)
-            stderr = math.hypot(total.stderr, *(stage.log_normalizer_stderr for stage in earlier))
-            stages = [*earlier, replace(last, log_normalizer=c, log_normalizer_stderr=stderr)]
-        done = prior.replaced(stages, total, {**prior.info, "stopped": reason, "total_seconds": self.seconds(), **more})
-        with torch.no_grad():
-            done.info["log_prob_held_out"] = float(done.log_prob_whitened(held_out).mean())
-        return done
 
     def shared(
         self, prior: LatentPrior | None, base: torch.distributions.Distribution | None, device: torch.device
@@ -166,10 +145,20 @@ class SavedFit:
             config, tensors_under(self.tensors, "prior."), base=base, where="the checkpoint"
         ).to(device)
 
-    def restore(self, learner: StageLearner) -> None:
-        """Let a learner go on where the saved one stopped, if one was saved amid a stage."""
-        if "learner" in self.document:
-            try:
-                learner.restore(self.document["learner"], tensors_under(self.tensors, "learner."))
-            except UNFIT as error:
-                raise CheckpointError(f"the checkpoint's learner is damaged ({type(error).__name__})") from None
+    def stage_state(self) -> StageState | None:
+        """Where the next stage stood, if the run was saved amid one."""
+        if "learner" not in self.document:
+            return None
+        return self.document["learner"], tensors_under(self.tensors, "learner.")
+
+
+StageState = tuple[dict[str, Any], dict[str, Tensor]]
+"""What :meth:`StageLearner.state` gives."""
+
+
+def restored(learner: StageLearner, state: StageState) -> None:
+    """Let a learner stand where another one was saved; raises :class:`CheckpointError` for a damaged state."""
+    try:
+        learner.restore(*state)
+    except UNFIT as error:
+        raise CheckpointError(f"the checkpoint's learner is damaged ({type(error).__name__})") from None

@@ -1,11 +1,12 @@
-"""What fit starts from: rows to learn from and to hold out, standardised, and the base that is fitted to them."""
+"""What fit starts from: the task, rows to learn from and to hold out, and the base that is fitted to them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import hashlib
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,20 +15,26 @@ from torch import Tensor
 from ..data.latents import Latents, as_latents
 from ..density.bases import Base, MixtureBase, fit_base
 from ..density.bases.base import FIT_ROWS
+from ..density.bases.by_name import finished, mixture_kind
+from ..density.bases.mixture_base import MixtureSearch
 from ..density.ladder import Ladder
 from ..density.prior import LatentPrior
 from ..density.whitening import Kind, Whitening
 from ..errors import InvalidLatentsError, LatentPriorError, LearningDivergedError
 from ..runtime.seeding import derived_generator
+from .rows import Target
 from .settings import StageSettings
-from .stage import StageLearner, Target
+from .stage import StageLearner
 
-__all__ = ["Rows", "checked_device", "fit_identity", "split_rows", "standardised_rows", "start_ladder"]
+__all__ = ["FitTask", "Rows", "checked_device", "split_rows", "standardised_rows"]
 
-HELD_OUT_LIMIT = 10_000
-BASE_ROWS = 200_000
-TRIAL_STEPS, TRIAL_GAIN = 100, 0.13
-"""A stage of so few steps and so large a gain, in nats, shows that it has more to learn than an average of mixtures."""
+MOST_HELD_OUT_ROWS = 10_000
+MOST_BASE_ROWS = 200_000
+TRIAL_STEPS, TRIAL_GAIN_NATS = 100, 0.13
+"""A stage that gains so much in so few steps has more to learn than an average of mixtures would give."""
+AVERAGE_SHARE = 0.5
+"""Share of the search's time that an average of mixtures may take: stages make more of the rest than further
+members."""
 
 Rows = tuple[Latents, Tensor]
 """Latents, and the indices of those rows of them that are meant."""
@@ -59,7 +66,7 @@ def split_rows(latents: Latents, validation: Any, seed: int) -> tuple[Rows, Rows
         raise InvalidLatentsError(f"need at least 2 rows to learn a prior, got {n}")
     if not 0 < validation < 1:
         raise InvalidLatentsError(f"validation must be a share between 0 and 1, got {validation}")
-    m = max(1, min(HELD_OUT_LIMIT, round(validation * n), n - 1))
+    m = max(1, min(MOST_HELD_OUT_ROWS, round(validation * n), n - 1))
     order = torch.randperm(n, generator=derived_generator(torch.device("cpu"), seed, "split"))
     return (latents, order[m:]), (latents, order[:m])
 
@@ -71,62 +78,143 @@ def standardised_rows(latents: Latents, index: Tensor, seed: int, whitening: Whi
     return whitening.whiten(z)
 
 
-def start_ladder(
-    target: Rows,
-    held_out: Rows,
-    base: str | torch.distributions.Distribution | Base,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    kind: Kind | None,
-    climb: bool,
-    settings: StageSettings,
-    deadline: float | None = None,
-) -> tuple[LatentPrior, StageLearner | None]:
-    """Standardise, and fit the base: a ladder of no stages; and the first stage, if its first steps were tried.
+@dataclass(frozen=True)
+class FitTask:
+    """What one call of fit is asked for, apart from when to stop and where to save.
 
-    A base that is no mixture gets one beside it, as cover for importance sampling on the way up, where there is a
-    ``climb``.
+    Parameters
+    ----------
+    target, held_out : Rows
+        Rows to learn from and rows to hold out.
+    base : str, Distribution or Base
+        What the ladder stands on.
+    seed : int
+        Seed of every random draw.
+    device, dtype : torch.device, torch.dtype
+        Where and in which floating type the prior is learned.
+    whitening : {"full", "diagonal", "none"}, optional
+        The standardising map; by default full, and diagonal below a copula, whose margins it would mix.
+    settings : StageSettings
+        How a stage is learned.
     """
-    latents, train = target
-    kind = kind or ("diagonal" if base == "copula" else "full")
-    streams = derived_generator(torch.device("cpu"), seed, "whitening")
-    whitening = Whitening.fit(latents.blocks(streams), kind).to(device=device, dtype=dtype)
-    _check_precision(whitening)
-    rows = standardised_rows(*held_out, seed, whitening)
-    generator = derived_generator(device, seed, "base")
-    pick = torch.randperm(len(train), generator=derived_generator(torch.device("cpu"), seed, "base rows"))
-    some = train[pick[:BASE_ROWS]]
-    u = whitening.whiten(latents.draw(some, generator, device=device, dtype=dtype))
 
-    def redraw() -> Tensor:
-        """New draws of as many rows as a mixture takes."""
-        return whitening.whiten(latents.draw(some[:FIT_ROWS], generator, device=device, dtype=dtype))
+    target: Rows
+    held_out: Rows
+    base: str | torch.distributions.Distribution | Base
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    whitening: Kind | None
+    settings: StageSettings
 
-    begun: list[StageLearner] = []
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one latent."""
+        return tuple(self.target[0].event_shape)
 
-    def stage_gains(mixture: MixtureBase) -> bool:
-        """Whether the first steps of a stage on the mixture tell data from its draws."""
-        ladder = Ladder(copy.deepcopy(mixture).to(device=device, dtype=dtype).requires_grad_(False))
-        aim = Target(latents, train, rows, whitening)
-        learner = StageLearner(aim, ladder, settings, tuple(latents.event_shape), seed)
+    @property
+    def given_distribution(self) -> torch.distributions.Distribution | None:
+        """The user's Distribution, which no file holds."""
+        return self.base if isinstance(self.base, torch.distributions.Distribution) else None
+
+    def aim(self, whitening: Whitening) -> Target:
+        """The rows in standardised coordinates."""
+        rows = standardised_rows(*self.held_out, self.seed, whitening)
+        return Target(self.target[0], self.target[1], rows, whitening)
+
+    def learner(self, aim: Target, ladder: Ladder, **options: Any) -> StageLearner:
+        """The learner of the next stage."""
+        return StageLearner(aim, ladder, self.settings, self.event_shape, self.seed, **options)
+
+    def start(self, with_stages: bool, deadline: float | None = None) -> tuple[LatentPrior, StageLearner | None]:
+        """Standardise the rows and fit the base.
+
+        Returns a prior without stages, and the learner of the first stage, if its first steps were tried. Where stages
+        follow a base that is no mixture, a mixture is fitted as the ladder's cover.
+        """
+        latents, train = self.target
+        kind: Kind = self.whitening or default_whitening(self.base)
+        blocks = latents.blocks(self._stream("whitening"))
+        whitening = Whitening.fit(blocks, kind).to(device=self.device, dtype=self.dtype)
+        _check_precision(whitening)
+        generator = derived_generator(self.device, self.seed, "base")
+        some = train[torch.randperm(len(train), generator=self._stream("base rows"))[:MOST_BASE_ROWS]]
+        rows = whitening.whiten(latents.draw(some, generator, device=self.device, dtype=self.dtype))
+
+        def redraw() -> Tensor:
+            """New draws of as many rows as a mixture takes."""
+            z = latents.draw(some[:FIT_ROWS], generator, device=self.device, dtype=self.dtype)
+            return whitening.whiten(z)
+
+        aim, fresh = self.aim(whitening), redraw if latents.is_posterior else None
+        base, learner = self._base(aim, rows, generator, fresh, deadline, with_stages)
+        cover = None
+        if with_stages and not isinstance(base, MixtureBase):
+            stream = derived_generator(self.device, self.seed, "cover")
+            near = fit_base("gmm", rows, aim.held_out, whitening, stream, fresh, deadline)
+            cover = near if isinstance(near, MixtureBase) else None
+        prior = LatentPrior(Ladder(base, (), cover), whitening, latents.event_shape)
+        log_prob_base = float(prior.log_prob_whitened(aim.held_out).mean())
+        return prior.with_ladder(prior.ladder, info={"log_prob_base": log_prob_base}), learner
+
+    def _base(
+        self,
+        aim: Target,
+        rows: Tensor,
+        generator: torch.Generator,
+        redraw: Callable[[], Tensor] | None,
+        deadline: float | None,
+        with_stages: bool,
+    ) -> tuple[Base, StageLearner | None]:
+        """Fit the base; where an average of mixtures is dear, try first whether a stage gains more on a single one."""
+        name = self.base if isinstance(self.base, str) else ""
+        if not name.startswith("gmm"):
+            return fit_base(self.base, rows, aim.held_out, aim.whitening, generator, redraw, deadline), None
+        kind, components = mixture_kind(name, *rows.shape)
+        search = MixtureSearch(
+            kind, rows, aim.held_out, generator=generator, redraw=redraw, deadline=deadline, coarse=with_stages
+        )
+        if components is not None:
+            return finished(search.fitted(components), rows), None
+        single = search.find()
+        if not with_stages or not search.average_is_optional:
+            return finished(search.average(), rows), None
+        learner = self._trial(aim, single, deadline)
+        if learner.best_gain.value > TRIAL_GAIN_NATS:
+            return finished(single, rows), learner
+        return finished(search.average(AVERAGE_SHARE), rows), None
+
+    def _trial(self, aim: Target, mixture: Base, deadline: float | None) -> StageLearner:
+        """Take the first steps of a stage on a mixture."""
+        learner = self.learner(aim, Ladder(finished(copy.deepcopy(mixture), aim.held_out)))
         # One that diverges is learned anew on the average, more slowly if need be.
         with torch.enable_grad(), contextlib.suppress(LearningDivergedError):
             learner.learn(learner.particles(), deadline=deadline, until=TRIAL_STEPS)
-        gains = learner.best_gain.value > TRIAL_GAIN
-        begun.extend([learner] if gains else [])
-        return gains
+        return learner
 
-    fresh = redraw if latents.is_posterior else None
-    fitted = fit_base(base, u, rows, whitening, generator, fresh, deadline, stage_gains if climb else None)
-    cover = None
-    if climb and not isinstance(fitted, MixtureBase):
-        drawn = derived_generator(device, seed, "cover")
-        near = fit_base("gmm", u, rows, whitening, drawn, fresh, deadline)
-        cover = near if isinstance(near, MixtureBase) else None
-    prior = LatentPrior(fitted, (), whitening, latents.event_shape, cover=cover)
-    prior.info["log_prob_base"] = float(prior.log_prob_whitened(rows).mean())
-    return prior, begun[0] if begun else None
+    def _stream(self, key: str) -> torch.Generator:
+        return derived_generator(torch.device("cpu"), self.seed, key)
+
+    def identity(self) -> str:
+        """A digest of everything that decides the outcome: settings, and a sample of the rows."""
+        digest = hashlib.sha256()
+        name = self.base if isinstance(self.base, str) else type(self.base).__name__
+        if self.given_distribution is not None:
+            plain = Whitening.fit(self.target[0].blocks(torch.Generator().manual_seed(0)), "none")
+            rows = self.target[0].draw(self.target[1][:16], torch.Generator().manual_seed(0), dtype=torch.float64)
+            digest.update(fit_base(self.base, rows, rows, plain).log_prob(rows).detach().numpy().tobytes())
+        digest.update(repr((name, self.seed, str(self.dtype), self.whitening, asdict(self.settings))).encode())
+        for latents, index in (self.target, self.held_out):
+            digest.update(repr((tuple(latents.event_shape), len(index), latents.is_posterior)).encode())
+            some = index[torch.linspace(0, len(index) - 1, min(64, len(index))).long()]
+            rows = latents.draw(some, torch.Generator().manual_seed(0), dtype=torch.float64)
+            digest.update(rows.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def default_whitening(base: object) -> Kind:
+    """The standardising map that suits a base: one that keeps the margins apart for a copula, else the full one."""
+    return "diagonal" if base == "copula" else "full"
 
 
 def _check_precision(whitening: Whitening) -> None:
@@ -139,28 +227,3 @@ def _check_precision(whitening: Whitening) -> None:
             f"latent coordinate(s) {lost.nonzero().flatten().tolist()[:5]} are too large, small or far from zero for "
             f"{whitening.loc.dtype}: shift and rescale them, or pass dtype=torch.float64"
         )
-
-
-def fit_identity(
-    target: Rows,
-    held_out: Rows,
-    base: str | torch.distributions.Distribution | Base,
-    seed: int,
-    dtype: torch.dtype,
-    whitening: Kind | None,
-    settings: StageSettings,
-) -> str:
-    """A digest of everything that decides the outcome: settings, and a sample of the rows."""
-    digest = hashlib.sha256()
-    name = base if isinstance(base, str) else type(base).__name__
-    if isinstance(base, torch.distributions.Distribution):
-        plain = Whitening.fit(target[0].blocks(torch.Generator().manual_seed(0)), "none")
-        rows = target[0].draw(target[1][:16], torch.Generator().manual_seed(0), dtype=torch.float64)
-        digest.update(fit_base(base, rows, rows, plain).log_prob(rows).detach().numpy().tobytes())
-    digest.update(repr((name, seed, str(dtype), whitening, asdict(settings))).encode())
-    for latents, index in (target, held_out):
-        digest.update(repr((tuple(latents.event_shape), len(index), latents.is_posterior)).encode())
-        some = index[torch.linspace(0, len(index) - 1, min(64, len(index))).long()]
-        rows = latents.draw(some, torch.Generator().manual_seed(0), dtype=torch.float64)
-        digest.update(rows.numpy().tobytes())
-    return digest.hexdigest()

@@ -6,19 +6,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..density.bases import Base
-from ..density.ladder import FreshParticles, Ladder, Stage
-from ..density.sampling import smc
+from ..density.ladder import FreshParticles, Ladder, Stage, carried
 from ..density.sampling.resampling import LogMean
-from ..runtime.processes import ALONE, Processes
+from ..runtime.processes import ALONE
 from ..runtime.seeding import derived_generator
+from .particles import StageParticles
+from .rows import Target
 from .settings import StageSettings
-from .stage import LearnedStage, StageLearner, Target
+from .stage import LearnedStage, StageLearner
 
 __all__ = ["Waypoint", "learn_waypoints"]
 
@@ -68,21 +68,18 @@ class _Positives(Target):
         return self.waypoint.draw(rows, generator)
 
 
-class _Negatives(Ladder):
-    """A waypoint where a stage learner looks for particles of the ladder."""
+class _WaypointParticles(StageParticles):
+    """Draws of a waypoint in the place of particles of the ladder: exact, and normalised like the base."""
 
-    def __init__(self, ladder: Ladder, waypoint: Waypoint) -> None:
-        super().__init__(ladder.base, ladder.ratios, ladder.cover)
+    def __init__(self, waypoint: Waypoint, ladder: Ladder, seed: int, device: torch.device) -> None:
+        super().__init__(ladder, seed, device, ALONE)
         self.waypoint = waypoint
 
-    def fresh_particles(self, n: int, generator: torch.Generator | None = None, **options: Any) -> FreshParticles:
-        assert generator is not None
-        return _exact(self.waypoint.draw(n, generator))
+    def fresh(self, n: int, *keys: int | str, draws: int | None = None, smc_particles: int = 0) -> FreshParticles:
+        return _exact(self.waypoint.draw(n, self.generator(*keys)))
 
-    def held_out_particles(
-        self, n: int, draws: int, generator: torch.Generator, processes: Processes = ALONE
-    ) -> FreshParticles:
-        return _exact(self.waypoint.held_out(n, generator))
+    def held_out(self, n: int, draws: int) -> FreshParticles:
+        return _exact(self.waypoint.held_out(n, self.generator("held-out particles")))
 
 
 def _exact(rows: Tensor) -> FreshParticles:
@@ -99,7 +96,7 @@ def learn_waypoints(
     deadline: float | None = None,
     on_step: Callable[[StageLearner], None] = lambda learner: None,
     on_learned: Callable[[StageLearner], None] = lambda learner: None,
-) -> list[Stage]:
+) -> Ladder:
     r"""Learn K = ``settings.waypoints`` stages on a ladder that has none yet.
 
     Stage k learns :math:`f_k \approx \log q_{k+1} / q_k` between neighbouring waypoints at the angles
@@ -113,40 +110,29 @@ def learn_waypoints(
     device, base, count = target.held_out.device, ladder.base, settings.waypoints
     path = [Waypoint(target, base, 0.5 * math.pi * k / count) for k in range(count + 1)]
     learned: list[tuple[LearnedStage, float]] = []
+    below = ladder
     for k in range(count):
-        begun = time.monotonic()
-        until = None if deadline is None else begun + (deadline - begun) / (count - k)
+        begin = time.monotonic()
+        until = None if deadline is None else begin + (deadline - begin) / (count - k)
         positives = _Positives.at(path[k + 1], derived_generator(device, seed, k, "held-out waypoint"))
-        learner = StageLearner(positives, _Negatives(ladder, path[k]), settings, event_shape, seed)
+        source = _WaypointParticles(path[k], below, seed, device)
+        learner = StageLearner(positives, below, settings, event_shape, seed, source=source)
         found = learner.learn(learner.particles(), deadline=until, on_step=on_step)
-        learned.append((found, time.monotonic() - begun))
-        ladder = ladder.extended(found.ratio)
+        learned.append((found, time.monotonic() - begin))
+        below = below.extended(Stage(found.ratio))
         on_learned(learner)
     return _measured(target, ladder, learned, seed)
 
 
 @torch.no_grad()
-def _measured(target: Target, ladder: Ladder, learned: list[tuple[LearnedStage, float]], seed: int) -> list[Stage]:
-    """One pass of fresh particles up the ladder: the normaliser of every stage."""
+def _measured(target: Target, ladder: Ladder, learned: list[tuple[LearnedStage, float]], seed: int) -> Ladder:
+    """Carry fresh particles up the ladder in one pass, which finds the constant of every stage."""
     generator = derived_generator(target.held_out.device, seed, "waypoints")
     position = ladder.base.sample(PARTICLES, generator)
-    rises = ladder.log_ratios(target.held_out).double().mean(0)
-    stages = []
-    for k, (found, seconds) in enumerate(learned):
-        passed = smc.run(
-            position, ladder, start=float(k), end=float(k + 1), islands=ISLANDS, moves=MOVES, generator=generator
-        )
-        position, (c, stderr, _) = passed.position, passed.log_normalizer
-        diagnostics = {
-            "ess": passed.ess,
-            "acceptance": passed.acceptance,
-            "particles": "waypoints",
-            "log_prob_rise": float(rises[k]) - c,
-            "log_prob_rise_stderr": stderr,
-            "seconds": seconds,
-            "steps": found.steps,
-            "saturated": found.saturated,
-            "history": found.history,
-        }
-        stages.append(Stage(found.ratio, c, stderr, found.gain.value, found.gain.stderr, diagnostics))
-    return stages
+    for found, seconds in learned:
+        position, passed = carried(ladder, found.ratio, position, islands=ISLANDS, moves=MOVES, generator=generator)
+        ladder = ladder.times(
+            found.ratio, passed._replace(source="waypoints"), found.gain, target.held_out,
+            seconds=seconds, steps=found.steps, saturated=found.saturated, history=found.history,
+        )  # fmt: skip
+    return ladder

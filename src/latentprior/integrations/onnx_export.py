@@ -13,14 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..density.bases import (
-    Base,
-    CopulaBase,
-    GaussianMixtureBase,
-    LowRankMixtureBase,
-    MixtureBase,
-    NormalBase,
-)
+from ..density.bases import Base, CopulaBase, GaussianMixtureBase, LowRankMixtureBase, MixtureBase, NormalBase
+from ..density.ladder import COVER_WIDTHS
 from ..density.prior import LatentPrior
 from ..density.ratios import BoundedRatio
 from ..errors import ExportError, MissingExtraError
@@ -160,7 +154,7 @@ class _Sampler(nn.Module):
         self.proposal = _proposal(prior)
         self.weighted = bool(prior.stages)
         # Where the base is the proposal its density cancels.
-        self.covered = prior.cover is not None
+        self.covered = prior.ladder.cover is not None
         self.register_buffer("cumulative", self.proposal.log_weights.exp().cumsum(0)[:-1].clone())
 
     def forward(self, normal: Tensor, uniform: Tensor) -> Tensor:
@@ -203,10 +197,10 @@ def _proposal(prior: LatentPrior) -> GaussianMixtureBase:
     if not isinstance(base, MixtureBase):
         raise ExportError(f"the base {base.name!r} has no ONNX sampler: fit with base='gmm' or 'normal' to export one")
     base = _full(base)
-    if prior.cover is None or not prior.stages:
+    if prior.ladder.cover is None or not prior.stages:
         return base
     # The blend of Ladder.start: half base, half cover at three widths.
-    cover = _full(prior.cover.widened((1.0, 1.5, 2.5)))
+    cover = _full(prior.ladder.cover.widened(COVER_WIDTHS))
     return GaussianMixtureBase(
         torch.cat([base.log_weights.exp(), cover.log_weights.exp()]),
         torch.cat([base.means, cover.means]),

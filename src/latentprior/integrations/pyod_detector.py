@@ -15,18 +15,17 @@ from torch import Tensor
 
 from ..data.latents import Latents
 from ..density.bases import CopulaBase, fit_base
-from ..density.ladder import (
-    MIN_ESS,
-    FreshParticles,
-    Ladder,
-    Stage,
-)
+from ..density.ladder import LEAST_EFFECTIVE_SHARE, FreshParticles, Ladder, Pass, Stage, passed_afresh
 from ..density.prior import LatentPrior
-from ..density.sampling.resampling import log_mean_exp, systematic
-from ..density.whitening import Kind, Whitening
+from ..density.whitening import Whitening
 from ..errors import LatentPriorError, MissingExtraError
+from ..fitting.climb import climb
+from ..fitting.rows import Target
+from ..fitting.run import FitRun
 from ..fitting.settings import StageSettings
-from ..fitting.stage import StageLearner, Target
+from ..fitting.stage import LearnedStage, StageLearner
+from ..fitting.start import default_whitening
+from ..runtime.processes import SingleProcess
 from ..runtime.progress import part_bar
 from ..runtime.seeding import derived_generator
 from .tables import Columns, held_out_rows, seed_from
@@ -224,8 +223,9 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         latents = Latents(mean, torch.full_like(mean, self.smoothing))
         out = torch.from_numpy(held_out_rows(u, HELD_OUT, seed))
         train, held_out = (mask.nonzero().flatten() for mask in (~out, out))
-        kind: Kind = "diagonal" if self.base == "copula" else "full"
-        whitening = Whitening.fit(latents.blocks(stream("whitening")), kind).to(dtype=torch.float32)
+        whitening = Whitening.fit(latents.blocks(stream("whitening")), default_whitening(self.base)).to(
+            dtype=torch.float32
+        )
 
         def draws(index: Tensor, rows: int, name: str) -> Tensor:
             repeats = math.ceil(rows / len(index)) if self.smoothing > 0 else 1
@@ -239,8 +239,22 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         # The loss and the optimiser that the detector's other defaults were chosen with.
         plain = StageSettings(batch_size=256, patience=2, odds=1.0, optimizer="adamw", weight_decay=0.1)
         settings = dataclasses.replace(plain, width=self.width, bound=self.bound, steps=self.steps)
-        stages = _climb(target, Ladder(base), settings, self.max_stages, seed)
-        return LatentPrior(base, stages, whitening, (u.shape[1],)).to(dtype=torch.float64)
+        shape = (u.shape[1],)
+
+        def begin_stage(ladder: Ladder) -> StageLearner:
+            return StageLearner(target, ladder, settings, shape, seed)
+
+        def measure(
+            learner: StageLearner, learned: LearnedStage, before: FreshParticles, last: bool
+        ) -> tuple[Pass, FreshParticles | None]:
+            longer = learner.ladder.extended(Stage(learned.ratio))
+            generator = stream("normalizer", learner.index)
+            after = longer.resampled_particles(len(before.position), generator, NORMALIZER_DRAWS)
+            return passed_afresh(before, after), None if after.ess < LEAST_EFFECTIVE_SHARE else after
+
+        run = FitRun(None, (), None, SingleProcess())
+        ladder, _ = climb(run, Ladder(base), begin_stage, self.max_stages, measure=measure)
+        return LatentPrior(ladder, whitening, shape).to(dtype=torch.float64)
 
 
 def _with_tails(base: CopulaBase, u: Tensor) -> CopulaBase:
@@ -252,30 +266,3 @@ def _with_tails(base: CopulaBase, u: Tensor) -> CopulaBase:
     centers = torch.cat([base.centers, 0.5 * (low + high)[:, None]], 1)
     widths = torch.cat([base.widths, (0.5 * (high - low)[:, None]).clamp_min(float(base.widths.min()))], 1)
     return CopulaBase(centers, widths)
-
-
-def _climb(target: Target, ladder: Ladder, settings: StageSettings, most: int, seed: int) -> list[Stage]:
-    """Learn stages while they raise the held-out log density and importance sampling can follow."""
-    stages: list[Stage] = []
-    shape = (target.held_out.shape[1],)
-    before: FreshParticles | None = None
-    while len(stages) < most:
-        learner = StageLearner(target, ladder, settings, shape, seed)
-        before = before or learner.particles()
-        learned = learner.learn(before)
-        if learned.bound <= 0:
-            break
-        ladder = ladder.extended(learned.ratio)
-        generator = derived_generator(torch.device("cpu"), seed, "detector", "normalizer", len(stages))
-        u, log_weights = ladder.importance(NORMALIZER_DRAWS, generator)
-        estimate = log_mean_exp(log_weights)
-        position = u[systematic(log_weights, len(before.position), generator)]
-        after = FreshParticles(position, "importance", estimate, estimate.ess, 1.0)
-        stage = Stage.measured(learned.ratio, learned.gain, before, after, target.held_out)
-        if not stage.is_worthwhile:
-            break
-        stages.append(stage)
-        before = after
-        if estimate.ess < MIN_ESS:
-            break
-    return stages

@@ -162,6 +162,4 @@ def _in_units(prior: LatentPrior, columns: Columns) -> LatentPrior:
         inner.log_abs_det - scale.log().sum(),
         inner.kind,
     )
-    return LatentPrior(
-        exact.base, exact.stages, whitening, exact.event_shape, exact.normalizer, exact.info, cover=exact.cover
-    )
+    return LatentPrior(exact.ladder, whitening, exact.event_shape, exact.normalizer, exact.info)

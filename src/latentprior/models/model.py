@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from ..data.latents import as_dense
 from ..density.bases import DistributionBase, NormalBase
+from ..density.ladder import Ladder
 from ..density.prior import LatentPrior
 from ..density.sampling import LogDensity, langevin, mala
 from ..density.whitening import identity_whitening
@@ -20,18 +21,8 @@ from ..errors import CheckpointError, InvalidImagesError, LatentPriorError
 from ..storage.checkpoint import UNFIT, load_state, tensors_under
 from ..storage.hub import find_folder
 from ..storage.sharing import Shareable
-from .checks import (
-    check_chain,
-    check_images,
-    check_latents,
-    check_mask,
-)
-from .inference import (
-    log_gaussian,
-    maximize,
-    posterior_density,
-    short_run,
-)
+from .checks import check_chain, check_images, check_latents, check_mask
+from .inference import log_gaussian, maximize, posterior_density, short_run
 from .interpolation import latent_path
 from .likelihood import LogLikelihood, log_likelihood
 from .networks import build_decoder, build_encoder, loaded_network
@@ -47,9 +38,8 @@ ROWS = 256
 
 def standard_normal_prior(event_shape: Sequence[int]) -> LatentPrior:
     r"""The prior :math:`\mathcal N(0, I)` that generators usually have: a ladder of no stages."""
-    return LatentPrior(
-        NormalBase(math.prod(event_shape)).float(), (), identity_whitening(math.prod(event_shape)), event_shape
-    )
+    dim = math.prod(event_shape)
+    return LatentPrior(Ladder(NormalBase(dim).float()), identity_whitening(dim), event_shape)
 
 
 class LatentVariableModel(nn.Module, Shareable):
@@ -101,7 +91,7 @@ class LatentVariableModel(nn.Module, Shareable):
         elif not isinstance(prior, LatentPrior):
             event = prior.batch_shape + prior.event_shape
             flat = identity_whitening(math.prod(event))
-            prior = LatentPrior(DistributionBase(prior, flat), (), flat, event)
+            prior = LatentPrior(Ladder(DistributionBase(prior, flat)), flat, event)
         self.decoder = decoder
         self.encoder = encoder
         self.sigma = float(sigma)

@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import (
-    CheckpointError,
-    InvalidImagesError,
-    InvalidLatentsError,
-    LatentPriorError,
-)
+from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from ..storage.checkpoint import tensors_under
 from ..storage.sized_networks import blank, built_for
 

@@ -17,13 +17,7 @@ from ..errors import CheckpointError, LatentPriorError
 from ..models.model import LatentVariableModel
 from ..models.networks import build_decoder, build_encoder, network_spec
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import (
-    UNFIT,
-    load_state,
-    read_config,
-    remove_checkpoint,
-    save_state,
-)
+from ..storage.checkpoint import UNFIT, load_state, read_config, remove_checkpoint, save_state
 from ..storage.sized_networks import built_for
 from .recipe import Recipe, read_recipe
 

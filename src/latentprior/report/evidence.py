@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..density.ladder import MIN_ESS
+from ..density.ladder import LEAST_EFFECTIVE_SHARE
 from ..density.prior import LatentPrior
 from ..density.sampling.resampling import effective_sample_size
 from ..evaluation.metrics import TwoSampleTest, two_sample_auc
@@ -92,13 +92,13 @@ def stage_draws(prior: LatentPrior, n: int, seed: int) -> list[StageDraws]:
     for k in shown_stages(ladder.length):
         log_weights = begin + ratios[:, :k].sum(1)
         share = effective_sample_size(log_weights) if k or ladder.cover is not None else 1.0
-        shared = share >= MIN_ESS and share * slots >= EFFECTIVE
+        shared = share >= LEAST_EFFECTIVE_SHARE and share * slots >= EFFECTIVE
         if shared:
             pick = (log_weights.reshape(n, slots) + noise).argmax(1)
             z = prior.whitening.unwhiten(u[torch.arange(n, device=u.device) * slots + pick])
         else:
             fresh = derived_generator(prior.device, seed, "report", "stage")
-            z = prior.replaced(prior.stages[:k]).sample((n,), generator=fresh)
+            z = prior.with_ladder(ladder.first(k)).sample((n,), generator=fresh)
         found.append(StageDraws(k, z.reshape(n, *prior.event_shape), shared))
     return found
 

@@ -14,14 +14,7 @@ from ..density.prior import LatentPrior
 from ..evaluation.metrics import TwoSampleTest
 from ..runtime.seeding import derived_generator
 from . import evidence, png
-from .figures import (
-    Points,
-    histogram,
-    intervals,
-    number,
-    quantiles,
-    scatter,
-)
+from .figures import Points, histogram, intervals, number, quantiles, scatter
 from .markup import Markup, tag
 from .sources import Rows, Subject
 
@@ -51,7 +44,7 @@ def measure(subject: Subject, seed: int) -> Measured:
     n = SAMPLES if rows is None else max(64, min(SAMPLES, len(rows.z)))
     draws = [derived_generator(prior.device, seed, "report", use) for use in ("ladder", "base")]
     ladder = prior.sample((n,), generator=draws[0], **subject.sampler).cpu()
-    base = prior.replaced(()).sample((n,), generator=draws[1]).cpu() if prior.stages else ladder
+    base = prior.with_ladder(prior.ladder.first(0)).sample((n,), generator=draws[1]).cpu() if prior.stages else ladder
     if rows is None:
         return Measured(ladder, base, None, None, [])
     auc = evidence.two_sample(ladder, rows.z, seed)

@@ -15,12 +15,7 @@ from ..data.images import Images, read_images
 from ..data.latents import Latents, as_latents
 from ..density.bases import DistributionBase
 from ..density.prior import LatentPrior
-from ..errors import (
-    CheckpointError,
-    InvalidImagesError,
-    InvalidLatentsError,
-    LatentPriorError,
-)
+from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model, sampler_options
 from ..runtime.seeding import derived_generator

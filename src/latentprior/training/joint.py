@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..data.images import Images
-from ..errors import (
-    LearningDivergedError,
-    LearningRetriedWarning,
-    warn,
-)
+from ..errors import LearningDivergedError, LearningRetriedWarning, warn
 from ..models.model import LatentVariableModel
 from ..runtime.events import TrainingEvent
-from ..runtime.processes import (
-    Processes,
-    SingleProcess,
-)
+from ..runtime.processes import Processes, SingleProcess
 from ..storage.checkpoint import locked
 from .config import TrainingConfig
 from .joint_learner import JointLearner

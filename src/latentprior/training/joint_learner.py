@@ -12,26 +12,13 @@ from torch import Tensor
 
 from ..data.images import Images
 from ..density import normalizers
-from ..density.ladder import Ladder, Stage
-from ..density.ratios import (
-    BoundedRatio,
-    Gain,
-    build_ratio,
-    gain,
-    logistic_loss,
-)
+from ..density.ladder import Ladder, Stage, passed_afresh
+from ..density.ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..density.sampling import langevin
-from ..errors import (
-    LatentPriorError,
-    LearningDivergedError,
-)
+from ..errors import LatentPriorError, LearningDivergedError
 from ..models.inference import log_gaussian, posterior_density, short_run
 from ..models.model import LatentVariableModel
-from ..runtime.processes import (
-    Processes,
-    agreed,
-    joined,
-)
+from ..runtime.processes import Processes, agreed, joined
 from ..runtime.seeding import derived_generator
 from .config import UNKNOWN, TrainingConfig
 from .resumable import epoch_rows
@@ -222,17 +209,18 @@ class JointLearner:
         ratio = self.ratio.eval().requires_grad_(False)
         before, after = (
             ladder.fresh_particles(8192, self._draws("normalizer", ladder.length))
-            for ladder in (self.ladder, self.ladder.extended(ratio))
+            for ladder in (self.ladder, self.ladder.extended(Stage(ratio)))
         )
         rows = self._held_out_posterior(self._held_out_images())
         seconds = time.monotonic() - self.began
-        stage = Stage.measured(ratio, self.gain, before, after, rows, seconds=seconds, steps=self.step)
-        votes = torch.tensor(float(stage.is_worthwhile), device=self.device)
+        passed = passed_afresh(before, after)
+        ladder = self.ladder.times(ratio, passed, self.gain, rows, seconds=seconds, steps=self.step)
+        votes = torch.tensor(float(ladder.stages[-1].is_worthwhile), device=self.device)
         self.processes.average([votes])
         if adaptive and votes <= 0.5:
             self.arrived = True
             return
-        self.model.prior = self.model.prior.replaced([*self.model.prior.stages, stage])
+        self.model.prior = self.model.prior.with_ladder(ladder)
         self._begin_stage()
 
     @torch.no_grad()
@@ -245,7 +233,7 @@ class JointLearner:
         prior = self.model.prior
         total = normalizers.estimate(prior.ladder, rows, self._draws("log Z"))
         info = {**prior.info, "training": asdict(self.config), "stopped": "no gain" if self.arrived else "stages"}
-        self.model.prior = prior.replaced(prior.stages, total, info)
+        self.model.prior = prior.with_ladder(prior.ladder.corrected(total.value, total.stderr), total, info)
 
     def _held_out_images(self) -> Tensor:
         return self.images.batch(self.held_out_rows, device=self.device).to(self.model.prior.dtype)

@@ -16,12 +16,7 @@ from ..density.prior import LatentPrior
 from ..density.ratios import Gain
 from ..errors import CheckpointError
 from ..runtime.events import TrainingEvent
-from ..storage.checkpoint import (
-    UNFIT,
-    load_state,
-    save_state,
-    tensors_under,
-)
+from ..storage.checkpoint import UNFIT, load_state, save_state, tensors_under
 from .resumable import foreign, images_identity, network_state, restore_network
 
 if TYPE_CHECKING:

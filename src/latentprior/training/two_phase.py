@@ -13,33 +13,15 @@ import torch
 
 from ..data.images import Images
 from ..data.latents import Latents
-from ..errors import (
-    CheckpointError,
-    LatentPriorError,
-    LearningDivergedError,
-    LearningRetriedWarning,
-    warn,
-)
+from ..errors import CheckpointError, LatentPriorError, LearningDivergedError, LearningRetriedWarning, warn
 from ..fitting.fit import fit
 from ..models.model import LatentVariableModel
 from ..runtime.events import Callback as FitCallback
 from ..runtime.events import TrainingEvent
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import (
-    UNFIT,
-    load_state,
-    locked,
-    save_state,
-)
+from ..storage.checkpoint import UNFIT, load_state, locked, save_state
 from .config import AutoencoderConfig
-from .resumable import (
-    epoch_rows,
-    foreign,
-    images_identity,
-    network_state,
-    phase_folder,
-    restore_network,
-)
+from .resumable import epoch_rows, foreign, images_identity, network_state, phase_folder, restore_network
 
 __all__ = ["AutoencoderConfig", "aggregate_posterior", "refit_prior", "train_autoencoder", "train_two_phase"]
 

@@ -18,6 +18,8 @@ from latentprior.density.bases import (
     mixture_base as mixtures,
 )
 from latentprior.density.bases.em import Moments
+from latentprior.density.bases.mixture_base import MixtureSearch
+from latentprior.density.ladder import Ladder
 from latentprior.density.ratios import MixtureFeatures, build_ratio
 from latentprior.errors import CheckpointError
 from latentprior.fitting.start import TRIAL_STEPS
@@ -72,7 +74,7 @@ def prior_on_an_average() -> lp.LatentPrior:
     base = GaussianMixtureBase.averaged([member(GaussianMixtureBase, s) for s in range(2)]).float()
     spec = {"kind": "residual", "event_shape": [DIM], "width": 8, "depth": 1, "bound": 2.0, "features": True}
     ratio = build_ratio(spec, g, base).requires_grad_(False)
-    return lp.LatentPrior(base, [lp.Stage(ratio, 0.1, 0.0, 0.2, 0.0)], start.whitening, (DIM,))
+    return lp.LatentPrior(Ladder(base, [lp.Stage(ratio, 0.1, 0.0, 0.2, 0.0)]), start.whitening, (DIM,))
 
 
 def test_a_saved_average_reads_the_same(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_an_average_saved_without_a_word_of_it_is_read_whole(tmp_path: Path) -> 
     spec = prior.stages[0].network.spec
     ratio = build_ratio(spec, torch.Generator().manual_seed(0), whole).requires_grad_(False)
     stage = lp.Stage(ratio, 0.1, 0.0, 0.2, 0.0)
-    older = lp.LatentPrior(whole, [stage], prior.whitening, (DIM,))
+    older = lp.LatentPrior(Ladder(whole, [stage]), prior.whitening, (DIM,))
     z = torch.randn(30, DIM, generator=torch.Generator().manual_seed(1))
     assert torch.equal(lp.LatentPrior.from_state(*older.state()).log_prob(z), older.log_prob(z))
     assert ratio.features is not None
@@ -125,37 +127,38 @@ def tailed(n: int, seed: int) -> Tensor:
     return torch.randn(n, 32, generator=g) * torch.exp(0.6 * torch.randn(n, 32, generator=g))
 
 
-@pytest.mark.parametrize("gains", [True, False])
-def test_time_goes_to_a_stage_that_gains(gains: bool) -> None:
-    asked: list[int] = []
-
-    def stage_gains(mixture: MixtureBase) -> bool:
-        asked.append(mixture.n_components)
-        return gains
-
-    def fitted(deadline: float | None) -> GaussianMixtureBase:
-        same = torch.Generator().manual_seed(0)
-        return GaussianMixtureBase.fit(
-            tailed(4500, 0), tailed(2000, 1), generator=same, deadline=deadline, stage_gains=stage_gains
-        )
-
-    with_time = fitted(None)
-    assert asked == []  # an average costs time alone
-    assert with_time.members > 1
-    in_a_hurry = fitted(time.monotonic() + 3600)
-    assert asked == [with_time.n_components // with_time.members]
-    assert in_a_hurry.members == (1 if gains else with_time.members)
-
-
-@pytest.mark.parametrize("stages", [True, False])
-def test_an_average_leaves_time_to_stages(monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
-    monkeypatch.setattr("latentprior.density.bases.mixture_base.SHARE_OF_TIME", 0.0)
+def search(deadline: float | None) -> MixtureSearch[GaussianMixtureBase]:
     same = torch.Generator().manual_seed(0)
-    fitted = GaussianMixtureBase.fit(
-        tailed(4500, 0), tailed(2000, 1), generator=same, deadline=time.monotonic() + 3600,
-        stage_gains=(lambda _: False) if stages else None,
-    )  # fmt: skip
-    assert (fitted.members == 1) is stages
+    return MixtureSearch(
+        GaussianMixtureBase, tailed(4500, 0), tailed(2000, 1), generator=same, deadline=deadline, coarse=True
+    )
+
+
+def test_an_average_is_optional_where_it_costs_time_that_is_short() -> None:
+    with_time, in_a_hurry = search(None), search(time.monotonic() + 3600)
+    single = with_time.find()
+    assert torch.equal(single.means, in_a_hurry.find().means)
+    assert not with_time.average_is_optional
+    assert in_a_hurry.average_is_optional
+    average = with_time.average()
+    assert average.members > 1
+    assert torch.equal(average.means, in_a_hurry.average().means)
+    assert single.members == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_average_keeps_to_its_share_of_the_time(share: float) -> None:
+    one = search(time.monotonic() + 3600)
+    one.find()
+    assert (one.average(share).members == 1) is (share == 0.0)
+
+
+@pytest.mark.parametrize("gain", [-9.0, 9.0])
+def test_time_goes_to_a_stage_that_gains(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
+    monkeypatch.setattr("latentprior.fitting.start.TRIAL_GAIN_NATS", gain)
+    settings = lp.StageSettings(width=32, depth=1, steps=100, batch_size=256)
+    prior = lp.fit(tailed(5000, 0), max_stages=1, settings=settings, time_budget=3600, validation=tailed(2000, 1))
+    assert (prior.base.members == 1) is (gain < 0)
 
 
 @pytest.mark.parametrize("name", ["ring", "normal"])
@@ -167,8 +170,8 @@ def test_first_steps_that_gain_are_kept(name: str) -> None:
         width=32, depth=1, steps=600, batch_size=256, average=0.95, learning_rate=0.01, weight_decay=0.1
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentprior.density.bases.full_mixture.MOST_COMPONENTS_BELOW_STAGES", 4)
-        patch.setattr("latentprior.fitting.start.TRIAL_GAIN", 0.02)
+        patch.setattr("latentprior.density.bases.full_mixture.MOST_COMPONENTS_COARSE", 4)
+        patch.setattr("latentprior.fitting.start.TRIAL_GAIN_NATS", 0.02)
         prior = lp.fit(z, max_stages=1, settings=settings, time_budget=300, callbacks=[events.append])
     begun = [event.step for event in events if event.kind == "stage"]
     assert begun == ([TRIAL_STEPS] if name == "ring" else [0])
@@ -186,14 +189,14 @@ def test_a_dear_size_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     centres = 9 * torch.randn(40, 2, generator=g)
     rows, held_out = (centres[torch.arange(n) % 40] + 0.1 * torch.randn(n, 2, generator=g) for n in (2000, 1000))
-    sizes = GaussianMixtureBase.plan(2000, 2, True).sizes
-    real, tried = mixtures._Search.fitted, []
-    monkeypatch.setattr(mixtures._Search, "fitted", lambda self, k: tried.append(k) or real(self, k))
+    sizes = GaussianMixtureBase.plan(2000, 2, coarse=True).sizes
+    real, tried = mixtures.MixtureSearch.fitted, []
+    monkeypatch.setattr(mixtures.MixtureSearch, "fitted", lambda self, k: tried.append(k) or real(self, k))
 
     def sizes_tried(dear: float, deadline: float | None) -> list[int]:
         tried.clear()
-        monkeypatch.setattr(mixtures, "DEAR", dear)
-        GaussianMixtureBase.fit(rows, held_out, generator=g, deadline=deadline, stage_gains=lambda _: True)
+        monkeypatch.setattr(mixtures, "DEAR_FACTOR", dear)
+        mixtures.MixtureSearch(GaussianMixtureBase, rows, held_out, generator=g, deadline=deadline, coarse=True).find()
         return list(dict.fromkeys(tried))
 
     late = time.monotonic() + 3600

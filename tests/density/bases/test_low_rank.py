@@ -176,7 +176,7 @@ def test_held_out_rows_choose_how_far_covariances_are_shrunk(flat: bool) -> None
 
     def level(*prior_rows: float) -> float:
         with pytest.MonkeyPatch.context() as patch:
-            plan = GaussianMixtureBase.plan(len(train), d, False)
+            plan = GaussianMixtureBase.plan(len(train), d)
             chosen = plan._replace(prior_rows=prior_rows or plan.prior_rows)
             patch.setattr(GaussianMixtureBase, "plan", classmethod(lambda *_: chosen))
             same = torch.Generator().manual_seed(0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import LatentPriorError
+from ...errors import CheckpointError, LatentPriorError
 
 __all__ = ["FIT_ROWS", "LOG_2PI", "Base", "BlendBase", "NormalBase", "device_of", "normal_noise"]
 
@@ -38,9 +39,22 @@ class Base(nn.Module):
         """Draw ``n`` independent rows ``(n, d)``."""
         raise LatentPriorError(f"{type(self).__name__} cannot be sampled")
 
+    @property
+    def dim(self) -> int:
+        """Number d of coordinates."""
+        raise LatentPriorError(f"{type(self).__name__} does not know its dimension")
+
     def config(self) -> dict[str, Any]:
-        """What :func:`base_from_state` needs beside the tensors; JSON."""
+        """What :meth:`from_state` needs beside the tensors, as JSON."""
         return {"name": self.name}
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Base:
+        """Rebuild from :meth:`config` and the state of the module.
+
+        Raises :class:`ValueError`, :class:`KeyError` or :class:`CheckpointError` where the two do not fit together.
+        """
+        raise CheckpointError(f"a base {cls.name!r} cannot be read from a file")
 
 
 def device_of(generator: torch.Generator | None) -> torch.device:
@@ -64,6 +78,14 @@ class NormalBase(Base):
         super().__init__()
         self.register_buffer("zero", torch.zeros(dim, dtype=torch.float64))
 
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> NormalBase:
+        return cls(len(tensors["zero"])).to(tensors["zero"].dtype)
+
+    @property
+    def dim(self) -> int:
+        return len(self.zero)
+
     def log_prob(self, u: Tensor) -> Tensor:
         return -0.5 * (u.square().sum(1) + u.shape[1] * LOG_2PI)
 
@@ -82,6 +104,10 @@ class BlendBase(Base):
     def __init__(self, first: Base, second: Base) -> None:
         super().__init__()
         self.first, self.second = first, second
+
+    @property
+    def dim(self) -> int:
+        return self.first.dim
 
     def log_prob(self, u: Tensor) -> Tensor:
         return torch.logaddexp(self.first.log_prob(u), self.second.log_prob(u)) - math.log(2)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import LatentPriorError
-from .base import (
-    FIT_ROWS,
-    LOG_2PI,
-    Base,
-    device_of,
-    normal_noise,
-)
+from .base import FIT_ROWS, LOG_2PI, Base, device_of, normal_noise
 
 __all__ = ["CopulaBase"]
 
@@ -38,6 +34,16 @@ class CopulaBase(Base):
         super().__init__()
         self.register_buffer("centers", centers)
         self.register_buffer("widths", widths)
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CopulaBase:
+        if tensors["centers"].shape != tensors["widths"].shape:
+            raise ValueError("the copula's shapes differ")
+        return cls(tensors["centers"], tensors["widths"])
+
+    @property
+    def dim(self) -> int:
+        return len(self.centers)
 
     @classmethod
     def fit(cls, train: Tensor, *, quantiles: int = 64) -> CopulaBase:

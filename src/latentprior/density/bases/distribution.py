@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import LatentPriorError
+from ...errors import CheckpointError, LatentPriorError
 from ..whitening import Whitening
 from .base import Base, device_of
 
@@ -34,6 +36,16 @@ class DistributionBase(Base):
                 "give a distribution of that many"
             )
         self.inside = self._draw(1, 0)
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DistributionBase:
+        raise CheckpointError(
+            "this prior stands on a torch Distribution of yours: pass it again, from_pretrained(dir, base=...)"
+        )
+
+    @property
+    def dim(self) -> int:
+        return len(self.whitening.loc)
 
     def log_prob(self, u: Tensor) -> Tensor:
         if not len(u):

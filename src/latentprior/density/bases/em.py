@@ -13,13 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import LatentPriorError
+
 __all__ = ["Moments", "Scatter", "expectation_maximisation"]
 
 RIDGE = 1e-4
 """What is added to variances, in the rows' own units."""
 LEAST_SHARE = 1e-4
 """Responsibilities below it are left out of moments: with many components nearly all of them are."""
-BLOCK = 8192
+CHOLESKY_RETRIES = 10
+"""How often more is added to a covariance before it is given up: the last time 10^5 rows' own units."""
+BLOCK_ROWS = 8192
 
 
 class Moments(NamedTuple):
@@ -33,12 +37,16 @@ class Moments(NamedTuple):
         """Lower factors of the covariances ``(K, d, d)``, with more on their diagonals where rounding asks for it."""
         more = 0.0
         factors: Tensor
-        while True:
+        for _ in range(CHOLESKY_RETRIES):
             # Rounding of the rows' type can leave a flat component less than semidefinite.
             factors, failed = torch.linalg.cholesky_ex(self.covariances + more * _ridge(self.means))
             if not failed.any():
                 return factors
             more = 10 * more + 1
+        raise LatentPriorError(
+            "a mixture's covariances are not finite or not positive: look for extreme, missing or too few rows, or use "
+            "base='normal'"
+        )
 
 
 class Scatter(NamedTuple):
@@ -109,7 +117,7 @@ def expectation_maximisation(
     overall = torch.cov(rows.T).double().reshape(rows.shape[1], -1) + _ridge(rows)
     centres = _centres(rows, n_components, generator)
     shares = rows.new_zeros(n_components, len(rows))
-    for block, part in zip(rows.split(BLOCK), shares.split(BLOCK, 1), strict=True):
+    for block, part in zip(rows.split(BLOCK_ROWS), shares.split(BLOCK_ROWS, 1), strict=True):
         part.scatter_(0, torch.cdist(block, centres).argmin(1)[None], 1.0)
     found, density = shrink(Scatter.of(rows, shares, overall)), float("nan")
     for _ in range(iterations):
@@ -117,7 +125,7 @@ def expectation_maximisation(
         rows, total, evaluate = draw(), 0.0, log_terms(found)
         if len(rows) != shares.shape[1]:
             shares = rows.new_zeros(n_components, len(rows))
-        for block, part in zip(rows.split(BLOCK), shares.split(BLOCK, 1), strict=True):
+        for block, part in zip(rows.split(BLOCK_ROWS), shares.split(BLOCK_ROWS, 1), strict=True):
             terms = evaluate(block)
             highest = terms.amax(1, keepdim=True)
             terms = terms.sub_(highest).exp_()
@@ -146,7 +154,7 @@ def _centres(rows: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
         distance = torch.minimum(distance, (some - some[picked[-1]]).square().sum(1))
     centres = some[picked]
     for _ in range(3):
-        nearest = torch.cat([torch.cdist(block, centres).argmin(1) for block in rows.split(BLOCK)])
+        nearest = torch.cat([torch.cdist(block, centres).argmin(1) for block in rows.split(BLOCK_ROWS)])
         count = torch.bincount(nearest, minlength=k)[:, None]
         moved = torch.zeros_like(centres).index_add_(0, nearest, rows) / count.clamp_min(1)
         centres = torch.where(count > 0, moved, centres)

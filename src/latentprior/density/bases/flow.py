@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import MissingExtraError
+from ...errors import CheckpointError, MissingExtraError
 from .base import Base, device_of, normal_noise
 
 __all__ = ["FlowBase"]
@@ -29,24 +31,49 @@ class FlowBase(Base):
             import zuko
         except ImportError:
             raise MissingExtraError("base='flow'", "flow") from None
-        self.dim, self.transforms, self.hidden = dim, transforms, tuple(hidden)
+        self.size, self.transforms, self.hidden = dim, transforms, tuple(hidden)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             self.flow = zuko.flows.NSF(dim, transforms=transforms, hidden_features=self.hidden, bins=8)
 
+    @property
+    def dim(self) -> int:
+        return self.size
+
     def config(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "dim": self.dim,
+            "dim": self.size,
             "transforms": self.transforms,
             "hidden": list(self.hidden),
             "log_prob_at_zero": self.at_zero(),
         }
 
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FlowBase:
+        dim, transforms, hidden = int(config["dim"]), int(config["transforms"]), tuple(map(int, config["hidden"]))
+        # A line of JSON must not ask for more memory than the weights beside it fill.
+        most = sum(v.numel() for v in tensors.values())
+        if not 0 < transforms <= len(tensors) or any(a * b > most for a, b in itertools.pairwise((dim, *hidden, dim))):
+            raise ValueError("a flow larger than its weights")
+        base = cls(dim, transforms, hidden)
+        dtype = next((v.dtype for v in tensors.values() if v.is_floating_point()), None)
+        # Releases of zuko give the constants of N(0, I), the flow's own base, names that differ.
+        constants = {k: v for k, v in base.to(dtype).state_dict().items() if k.startswith("flow.base.")}
+        learned = {k: v for k, v in tensors.items() if not k.startswith("flow.base.")}
+        base.load_state_dict({**learned, **constants})
+        then, now = float(config.get("log_prob_at_zero", base.at_zero())), base.at_zero()
+        if not abs(then - now) < 1e-3 * (1 + abs(then)):
+            raise CheckpointError(
+                f"flow of log density {then:.4f} at zero has {now:.4f} here: its splines are those of another release "
+                "of zuko; install the one that it was saved with"
+            )
+        return base.requires_grad_(False)
+
     @torch.no_grad()
     def at_zero(self) -> float:
         """Log density of the origin: by it a saved flow is known again, since splines differ between zukos."""
-        return float(self.log_prob(next(self.flow.parameters()).new_zeros(1, self.dim)))
+        return float(self.log_prob(next(self.flow.parameters()).new_zeros(1, self.size)))
 
     @classmethod
     @torch.enable_grad()
@@ -92,5 +119,5 @@ class FlowBase(Base):
         like = next(self.flow.parameters())
         with torch.no_grad():
             inverse = self.flow().transform.inv
-            noise = normal_noise((n, self.dim), like, generator)
+            noise = normal_noise((n, self.size), like, generator)
             return torch.cat([inverse(block) for block in noise.split(4096)])

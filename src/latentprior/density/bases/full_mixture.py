@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import LOG_2PI
 from .em import Moments
-from .mixture_base import WORTH, MixtureBase, Plan
+from .mixture_base import LEAST_RISE_NATS, MixtureBase, Plan, members_of
 
 __all__ = ["GaussianMixtureBase"]
 
 MOST_COMPONENTS = 64
-"""Of one mixture: more take over what the stages learn better."""
-MOST_COMPONENTS_BELOW_STAGES = 32
-"""Of few coordinates, where stages follow: they read each component, and more would slow their steps."""
-WORK = int(2.4e10)
+MOST_COMPONENTS_COARSE = 32
+"""Most components of a coarse mixture of few coordinates: stages read each of them, and more would slow their steps."""
+MOST_PRODUCTS = int(2.4e10)
 """Multiplications in an iteration of EM, beyond which no more components are tried."""
-MANY = 32
-"""Coordinates from which on rows are few for what could be learned of them: below, covariances need no shrinkage, and
-stages learn what an average gains sooner."""
-WORTH_BELOW_STAGES = 0.2
+SHRUNK_COORDINATES = 32
+"""Coordinates from which on covariances are shrunk, since rows are few for the parameters they have."""
+LEAST_RISE_COARSE_NATS = 0.2
+"""What one more mixture must add to the average of a coarse base of few coordinates: stages learn the rest sooner."""
 ITERATIONS = 30
-"""Of EM at most."""
+"""Most iterations of EM."""
 
 
 class GaussianMixtureBase(MixtureBase):
@@ -63,18 +63,27 @@ class GaussianMixtureBase(MixtureBase):
         return cls(moments.weights, moments.means, moments.cholesky())
 
     @classmethod
-    def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GaussianMixtureBase:
+        k, d = tensors["means"].shape
+        if tensors["cholesky"].shape != (k, d, d) or tensors["log_weights"].shape != (k,):
+            raise ValueError("the mixture's shapes differ")
+        weights = tensors["log_weights"].exp()
+        return cls(weights, tensors["means"], tensors["cholesky"], members=members_of(config, k))._filled(tensors)
+
+    @classmethod
+    def plan(cls, n: int, d: int, coarse: bool = False) -> Plan:
         """Double K up to 64, 16 (d + 1) rows a component, or a fixed amount of work an iteration of EM.
 
-        From 32 coordinates on covariances are shrunk, by d rows or by less; below, stages that follow learn what an
-        average gains in less time, and one more mixture must raise it by 0.2 nats.
+        From 32 coordinates on covariances are shrunk, by d rows or by less. Below, a coarse mixture has at most 32
+        components, and one more mixture must raise the average by 0.2 nats.
         """
-        limit = MOST_COMPONENTS_BELOW_STAGES if below_stages and d < MANY else MOST_COMPONENTS
-        most = max(1, min(limit, n // (16 * (d + 1)), WORK // (n * (d * d + 60 * d))))
+        coarse = coarse and d < SHRUNK_COORDINATES
+        limit = MOST_COMPONENTS_COARSE if coarse else MOST_COMPONENTS
+        most = max(1, min(limit, n // (16 * (d + 1)), MOST_PRODUCTS // (n * (d * d + 60 * d))))
         sizes = [2**i for i in range(most.bit_length())]
-        worth = WORTH_BELOW_STAGES if below_stages and d < MANY else WORTH
-        prior_rows = (d, d / 4, d / 16, 0) if d >= MANY else (0,)
-        return Plan(sizes, ITERATIONS, prior_rows, worth=worth, ask=True)
+        rise = LEAST_RISE_COARSE_NATS if coarse else LEAST_RISE_NATS
+        prior_rows = (d, d / 4, d / 16, 0) if d >= SHRUNK_COORDINATES else (0,)
+        return Plan(sizes, ITERATIONS, prior_rows, least_rise=rise, average_is_dear=True)
 
     @classmethod
     def averaged(cls, members: Sequence[GaussianMixtureBase]) -> GaussianMixtureBase:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +11,15 @@ from torch import Tensor
 from .base import LOG_2PI
 from .em import Moments
 from .full_mixture import GaussianMixtureBase
-from .mixture_base import MixtureBase, Plan
+from .mixture_base import MixtureBase, Plan, members_of
 
 __all__ = ["LowRankMixtureBase"]
 
 RANK = 64
 MOST_COMPONENTS = 16
 ITERATIONS = 10
-PRIOR_ROWS = 4
-"""By how many times d rows covariances are shrunk."""
+SHRINKAGE_ROWS = 4
+"""Covariances are shrunk by so many times d rows."""
 
 
 class LowRankMixtureBase(MixtureBase):
@@ -80,11 +81,20 @@ class LowRankMixtureBase(MixtureBase):
         return cls(moments.weights, moments.means, vectors, values[:, :rank], rest.mean(1))
 
     @classmethod
-    def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
-        """Try 8 components, then 16, of 10 d rows each at least; covariances shrunk by 4 d rows."""
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LowRankMixtureBase:
+        k, d, r = tensors["vectors"].shape
+        shapes = {"means": (k, d), "log_weights": (k,), "values": (k, r), "noise": (k,)}
+        if any(tensors[part].shape != shape for part, shape in shapes.items()):
+            raise ValueError("the mixture's shapes differ")
+        parts = (tensors[part] for part in ("means", "vectors", "values", "noise"))
+        return cls(tensors["log_weights"].exp(), *parts, members=members_of(config, k))._filled(tensors)
+
+    @classmethod
+    def plan(cls, n: int, d: int, coarse: bool = False) -> Plan:
+        """Try 8 components, then 16, of 10 d rows each at least; covariances are shrunk by 4 d rows."""
         limit = min(MOST_COMPONENTS, n // (10 * d))
         sizes = [1, *(k for k in (min(8, limit), 16) if 1 < k <= limit)]
-        return Plan(sizes, ITERATIONS, prior_rows=(PRIOR_ROWS * d,), patience=1)
+        return Plan(sizes, ITERATIONS, prior_rows=(SHRINKAGE_ROWS * d,), patience=1)
 
     @classmethod
     def averaged(cls, members: Sequence[LowRankMixtureBase]) -> LowRankMixtureBase:

@@ -6,36 +6,33 @@ import abc
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ...errors import LatentPriorError
-from .base import (
-    FIT_ROWS,
-    Base,
-    device_of,
-    normal_noise,
-)
+from .base import FIT_ROWS, Base, device_of, normal_noise
 from .em import Moments, Scatter, expectation_maximisation
 
-__all__ = ["WORTH", "MixtureBase", "Plan", "responsibilities"]
+__all__ = ["MixtureBase", "MixtureSearch", "Plan", "members_of", "responsibilities"]
 
-LEAST_RISE = 0.004
-"""Nats an iteration below which EM ends."""
-CHOICE = 4
-"""At which step of EM held-out rows choose how far covariances are shrunk."""
-DEAR = 20
-"""The last size but one is left out where so many times its own would not fit into the time left."""
-MEMBERS = 6
+LEAST_RISE_NATS = 0.05
+"""What one more mixture must add to the held-out log density of an average."""
+LEAST_RISE_OF_SIZE_NATS = 0.01
+"""What more components must add to the held-out log density."""
+LEAST_RISE_OF_ITERATION_NATS = 0.004
+"""Rise of the training rows' log density below which an iteration of EM counts as none: averaging mends the rest."""
+IDLE_ITERATIONS = 3
+"""Iterations without a rise after which EM ends: fresh draws make the density itself uncertain, so one says little."""
+SHRINKAGE_STEP = 4
+"""Iteration of EM at which held-out rows choose how far covariances are shrunk."""
+DEAR_FACTOR = 20
+"""The last size but one is left out where so many times its own seconds would not fit into the time left."""
+MOST_MEMBERS = 6
 """Most mixtures that are averaged."""
-SHARE_OF_TIME = 0.5
-"""Of the time that a search has, what an average may take where stages follow."""
-WORTH = 0.05
-"""Nats by which one more must raise an average."""
-NUMBERS = 1 << 18
+BLOCK_NUMBERS = 1 << 18
 """Most residuals of a block of rows: what fits a core's cache."""
 
 
@@ -43,21 +40,21 @@ B = TypeVar("B", bound="MixtureBase")
 
 
 class Plan(NamedTuple):
-    """How the mixtures of a kind are fitted to so many rows, and their size is searched for."""
+    """How the mixtures of a kind are fitted to so many rows, and how their size is searched for."""
 
     sizes: Sequence[int]
     """Numbers of components to try, rising from 1."""
     iterations: int
-    """Of EM at most."""
+    """Most iterations of EM."""
     prior_rows: Sequence[float]
-    """By how many rows covariances may be shrunk, :meth:`~latentprior.density.bases.em.Scatter.shrunk`; by the first
-    until held-out rows choose."""
+    """Numbers of rows by which covariances may be shrunk, :meth:`~latentprior.density.bases.em.Scatter.shrunk`. The
+    first holds until held-out rows choose."""
     patience: int = 2
     """How many sizes in turn may bring nothing."""
-    worth: float = WORTH
+    least_rise: float = LEAST_RISE_NATS
     """Nats by which one more mixture must raise the average."""
-    ask: bool = False
-    """Whether to ask, where time is short, if a stage would gain more than an average."""
+    average_is_dear: bool = False
+    """Whether an average slows down what reads it so much that a caller should ask if it is wanted."""
 
 
 class MixtureBase(Base, abc.ABC):
@@ -85,8 +82,8 @@ class MixtureBase(Base, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def plan(cls, n: int, d: int, below_stages: bool) -> Plan:
-        """How to fit it to ``n`` rows of ``d`` coordinates."""
+    def plan(cls, n: int, d: int, coarse: bool = False) -> Plan:
+        """How to fit it to ``n`` rows of ``d`` coordinates; ``coarse`` where others refine it."""
 
     @classmethod
     @abc.abstractmethod
@@ -123,39 +120,43 @@ class MixtureBase(Base, abc.ABC):
         generator: torch.Generator | None = None,
         redraw: Callable[[], Tensor] | None = None,
         deadline: float | None = None,
-        stage_gains: Callable[[MixtureBase], bool] | None = None,
     ) -> B:
         r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
 
-        The search takes more components, as the kind's :meth:`plan` says, while they raise the held-out log density
-        by 0.01 nats and two standard errors. Mixtures of that size from other starts then join in equal shares,
-        :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log density rises by two standard errors and what the plan
-        asks for: an average varies less with the rows than its members do (Ormoneit and Tresp 1998), and makes every
-        step of a stage slower. EM itself stops after three iterations without a rise of 0.004 nats, since averaging
-        and the ladder mend what a rough mixture leaves. Where time is short and stages follow, an average takes no more
-        than half of it, and where a stage would gain much on the single mixture, there is no average.
+        :class:`MixtureSearch` says how the size is chosen and what is averaged.
 
-        Arguments
-        ---------
-        redraw : new draws of the rows, where the latents are posteriors; each iteration of EM sees others.
-        deadline : no mixture is begun that would not be done by then (:func:`time.monotonic`), by the last one's time.
-        stage_gains : given where stages follow: whether one would gain much on the mixture that it is called with.
+        Parameters
+        ----------
+        train, validation : Tensor
+            Standardised rows ``(n, d)`` to fit, and ``(m, d)`` to choose by.
+        n_components : int, optional
+            Number of components, where it is not searched for.
+        generator : torch.Generator, optional
+            Where random numbers come from.
+        redraw : callable, optional
+            New draws of the rows, where the latents are posteriors; each iteration of EM sees others.
+        deadline : float, optional
+            No mixture is begun that would not be done by then (:func:`time.monotonic`), by the last one's time.
 
-        Raises :class:`LatentPriorError` for fewer rows than components.
+        Raises
+        ------
+        LatentPriorError
+            For fewer rows than components, or rows that no covariance fits.
         """
-        train = train[:FIT_ROWS]
-        n, d = train.shape
-        if n_components is not None and n_components > n:
-            raise LatentPriorError(
-                f"a mixture of {n_components} components needs at least {n_components} rows, got {n}"
-            )
-        if n < 2 and n_components is None:
-            one = torch.ones(1, dtype=torch.float64, device=train.device)
-            return cls.of(Moments(one, one.new_zeros(1, d), torch.eye(d).to(one)[None]))  # type: ignore[no-any-return]
-        plan = cls.plan(n, d, stage_gains is not None)
-        ask = stage_gains if plan.ask and deadline is not None else None
-        search = _Search(cls, plan, redraw or (lambda: train), validation.to(train), generator, deadline, ask)
-        return search.best() if n_components is None else search.fitted(n_components)
+        search = MixtureSearch(cls, train, validation, generator=generator, redraw=redraw, deadline=deadline)
+        if n_components is not None:
+            return search.fitted(n_components)
+        search.find()
+        return search.average()
+
+    def _filled(self: B, tensors: Mapping[str, Tensor]) -> B:
+        """The same mixture with its derived buffers as they were saved, so that they agree to their last bits."""
+        self.load_state_dict(dict(tensors))
+        return self
+
+    @property
+    def dim(self) -> int:
+        return self.means.shape[1]
 
     @property
     def n_components(self) -> int:
@@ -194,7 +195,7 @@ class MixtureBase(Base, abc.ABC):
         return torch.cat(values), torch.cat(grads)
 
     def _rows(self) -> int:
-        return max(64, NUMBERS // self.projection.shape[1])
+        return max(64, BLOCK_NUMBERS // self.projection.shape[1])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         device = device_of(generator)
@@ -209,87 +210,139 @@ class MixtureBase(Base, abc.ABC):
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
-class _Search(Generic[B]):
-    """Mixtures of one kind by EM, and the size that held-out rows choose within a time."""
+class MixtureSearch(Generic[B]):
+    r"""The search for the size of a mixture, and for how many mixtures to average, by held-out rows within a time.
+
+    The search takes more components, as the kind's :meth:`MixtureBase.plan` says, while they raise the held-out log
+    density by 0.01 nats and two standard errors. Mixtures of that size from other starts then join in equal shares,
+    :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log density rises by two standard errors and by what the plan
+    asks for: an average varies less with the rows than its members do (Ormoneit and Tresp 1998). EM itself stops after
+    three iterations without a rise of 0.004 nats.
+
+    Parameters
+    ----------
+    kind : type
+        The kind of mixture.
+    train, held_out : Tensor
+        Standardised rows ``(n, d)`` to fit, and ``(m, d)`` to choose by.
+    generator : torch.Generator, optional
+        Where random numbers come from.
+    redraw : callable, optional
+        New draws of the rows for every iteration of EM.
+    deadline : float, optional
+        When to end, by :func:`time.monotonic`.
+    coarse : bool
+        Whether the mixture will be refined by others.
+    """
 
     def __init__(
         self,
         kind: type[B],
-        plan: Plan,
-        rows: Callable[[], Tensor],
+        train: Tensor,
         held_out: Tensor,
-        generator: torch.Generator | None,
-        deadline: float | None,
-        stage_gains: Callable[[MixtureBase], bool] | None,
+        *,
+        generator: torch.Generator | None = None,
+        redraw: Callable[[], Tensor] | None = None,
+        deadline: float | None = None,
+        coarse: bool = False,
     ) -> None:
-        self.kind, self.plan, self.rows, self.held_out = kind, plan, rows, held_out
-        self.generator, self.deadline, self.stage_gains = generator, deadline, stage_gains
-        self.begun = time.monotonic()
+        train = train[:FIT_ROWS]
+        self.kind, self.train, self.held_out = kind, train, held_out.to(train)
+        self.rows = redraw or (lambda: train)
+        self.generator, self.deadline = generator, deadline
+        self.plan = kind.plan(max(2, len(train)), train.shape[1], coarse)
+        self.begin = time.monotonic()
+        self.single: B | None = None
+        self.single_seconds = 0.0
+
+    @property
+    def average_is_optional(self) -> bool:
+        """Whether the average of several mixtures is dear, and time is short, so that the caller may leave it out."""
+        several = self.single is not None and self.single.n_components > 1
+        return several and self.plan.average_is_dear and self.deadline is not None
 
     def fitted(self, k: int) -> B:
-        """A mixture of ``k`` components."""
+        """Fit one mixture of ``k`` components."""
+        n, d = self.train.shape
+        if k > n:
+            raise LatentPriorError(f"a mixture of {k} components needs at least {k} rows, got {n}")
+        if n < 2 and k == 1:
+            one = torch.ones(1, dtype=torch.float64, device=self.train.device)
+            return self.kind.of(Moments(one, one.new_zeros(1, d), torch.eye(d).to(one)[None]))  # type: ignore[no-any-return]
 
         def log_terms(moments: Moments) -> Callable[[Tensor], Tensor]:
             return self.kind.of(moments).to(self.held_out.dtype).log_terms  # type: ignore[no-any-return]
 
-        steps_done, prior_rows = 0, self.plan.prior_rows[0]
+        iteration, prior_rows = 0, self.plan.prior_rows[0]
 
-        def shrink(found: Scatter) -> Moments:
-            nonlocal steps_done, prior_rows
-            steps_done += 1
-            if steps_done == CHOICE and k > 1 and len(self.plan.prior_rows) > 1:
-                levels = {r: self._level(self.kind.of(found.shrunk(r))).mean() for r in self.plan.prior_rows}
+        def shrink(scatter: Scatter) -> Moments:
+            nonlocal iteration, prior_rows
+            iteration += 1
+            if iteration == SHRINKAGE_STEP and k > 1 and len(self.plan.prior_rows) > 1:
+                levels = {r: self._level(self.kind.of(scatter.shrunk(r))).mean() for r in self.plan.prior_rows}
                 prior_rows = max(levels, key=lambda r: levels[r])
-            return found.shrunk(prior_rows)
+            return scatter.shrunk(prior_rows)
 
         steps = expectation_maximisation(
             self.rows, k, log_terms, iterations=self.plan.iterations, shrink=shrink, generator=self.generator
         )
-        moments, highest, waited = next(steps)[0], -math.inf, 0
+        moments, highest, idle = next(steps)[0], -math.inf, 0
         for moments, density in steps:  # noqa: B007
-            # Fresh draws make the density itself uncertain: one iteration that does not rise says little.
-            waited = 0 if density > highest + LEAST_RISE else waited + 1
+            idle = 0 if density > highest + LEAST_RISE_OF_ITERATION_NATS else idle + 1
             highest = max(highest, density)
-            if waited == 3:
+            if idle == IDLE_ITERATIONS:
                 break
         return self.kind.of(moments)  # type: ignore[no-any-return]
 
-    def best(self) -> B:
-        """Take more components, then average."""
-        begun, (last, *sizes) = time.monotonic(), self.plan.sizes
-        failed, best = 0, self.fitted(last)
-        here, took = self._level(best), time.monotonic() - begun
+    def find(self) -> B:
+        """Fit mixtures of more and more components, and return the best one by held-out rows."""
+        begin, (last, *sizes) = time.monotonic(), self.plan.sizes
+        idle, best = 0, self.fitted(last)
+        level, seconds = self._level(best), time.monotonic() - begin
         for k in sizes:
-            expected = took * k / last
-            if len(sizes) > 3 and k == sizes[-2] and not self._in_time(DEAR * expected):
+            expected = seconds * k / last
+            if len(sizes) > 3 and k == sizes[-2] and not self._in_time(DEAR_FACTOR * expected):
                 continue
-            if failed == self.plan.patience or not self._in_time(expected):
+            if idle == self.plan.patience or not self._in_time(expected):
                 break
-            failed, begun, last = failed + 1, time.monotonic(), k
+            idle, begin, last = idle + 1, time.monotonic(), k
             candidate = self.fitted(k)
-            there, took = self._level(candidate), time.monotonic() - begun
-            if _rises(here, there, 0.01):
-                best, here, failed = candidate, there, 0
-        members, bag = [best], best
-        if self.stage_gains is not None and best.n_components > 1 and self.stage_gains(best):
-            return best
-        if self.stage_gains is not None and self.deadline is not None:
-            # Stages make more of the rest than further members would.
-            self.deadline = self.begun + SHARE_OF_TIME * (self.deadline - self.begun)
-        while best.n_components > 1 and len(members) < MEMBERS and self._in_time(took):
+            candidate_level, seconds = self._level(candidate), time.monotonic() - begin
+            if _rises(level, candidate_level, LEAST_RISE_OF_SIZE_NATS):
+                best, level, idle = candidate, candidate_level, 0
+        self.single, self.single_seconds = best, seconds
+        return best
+
+    def average(self, share_of_time: float = 1.0) -> B:
+        """Let further mixtures of the size found join, within a share of the time that the whole search has."""
+        assert self.single is not None
+        best = self.single
+        if self.deadline is not None:
+            self.deadline = self.begin + share_of_time * (self.deadline - self.begin)
+        members, average, level = [best], best, self._level(best)
+        while best.n_components > 1 and len(members) < MOST_MEMBERS and self._in_time(self.single_seconds):
             members.append(self.fitted(best.n_components))
             candidate = self.kind.averaged(members)
-            there = self._level(candidate)
-            if not _rises(here, there, self.plan.worth):
+            candidate_level = self._level(candidate)
+            if not _rises(level, candidate_level, self.plan.least_rise):
                 break
-            bag, here = candidate, there
-        return bag
+            average, level = candidate, candidate_level
+        return average
 
     def _level(self, mixture: MixtureBase) -> Tensor:
+        """Log density of every held-out row."""
         return copy.deepcopy(mixture).to(self.held_out.dtype).log_prob(self.held_out)
 
     def _in_time(self, seconds: float) -> bool:
         return self.deadline is None or time.monotonic() + seconds <= self.deadline
+
+
+def members_of(config: Mapping[str, Any], components: int) -> int:
+    """How many mixtures the saved one is the average of; files older than this entry hold a single mixture."""
+    members = int(config.get("members", 1))
+    if not 1 <= members <= components or components % members:
+        raise ValueError(f"{components} components of {members} mixtures")
+    return members
 
 
 def responsibilities(terms: Tensor) -> tuple[Tensor, Tensor]:

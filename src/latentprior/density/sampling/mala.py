@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from . import LogDensity
 from .langevin import noise_like
 
-__all__ = ["MALAInfo", "MALAState", "accept", "adapt", "init", "sample", "step"]
+__all__ = ["MALAInfo", "MALAState", "accept", "adapt", "init", "run", "sample", "step"]
 
 TARGET_ACCEPTANCE = 0.574
 
@@ -84,12 +86,24 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, float]:
     """Run chains: half the steps adapt the step size, the rest keep it. Returns positions and mean acceptance."""
-    state = init(position, log_density, step_size)
+    return run(
+        init(position, log_density, step_size), partial(step, log_density=log_density, generator=generator), steps
+    )
+
+
+def run(
+    state: MALAState,
+    step: Callable[[MALAState], tuple[MALAState, MALAInfo]],
+    steps: int,
+    target: float = TARGET_ACCEPTANCE,
+) -> tuple[Tensor, float]:
+    """Take ``steps`` of chains; half of them adapt the step size to the ``target`` acceptance, the rest keep it."""
     total, adapting = 0.0, steps // 2
     for i in range(steps):
-        state, info = step(state, log_density, generator)
+        state, info = step(state)
         if i < adapting:
-            state = state._replace(step_size=adapt(state.step_size, info.acceptance, rate=1 / math.sqrt(i + 1)))
+            rate = 1 / math.sqrt(i + 1)
+            state = state._replace(step_size=adapt(state.step_size, info.acceptance, target, rate))
         else:
             total += info.acceptance
     return state.position, total / max(1, steps - adapting)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...errors import LearningDivergedError
-from ...runtime.processes import (
-    ALONE,
-    Processes,
-    in_unison,
-    joined,
-)
 from . import LogDensity, mala
-from .resampling import (
-    LogMean,
-    combine_islands,
-    effective_sample_size,
-    systematic,
-)
+from .resampling import LogMean, combine_islands, effective_sample_size, systematic
 
 __all__ = ["SMCInfo", "SMCState", "TemperedPath", "init", "run", "step"]
 
@@ -47,8 +37,6 @@ class SMCState(NamedTuple):
     t: float
     log_normalizer: Tensor
     """``(islands,)`` log ratio of normalisers gathered since the start."""
-    family: Tensor
-    """``(n,)`` index of each particle's first ancestor."""
     step_size: float | None
 
 
@@ -67,9 +55,6 @@ class SMCResult(NamedTuple):
     ess: float
     """Smallest effective share met at a level."""
     acceptance: float
-    levels: int
-    family_share: float
-    """Share of particles that descend from the most fertile ancestor."""
 
 
 def init(position: Tensor, t: float, islands: int = 1) -> SMCState:
@@ -78,7 +63,7 @@ def init(position: Tensor, t: float, islands: int = 1) -> SMCState:
     if n % islands:
         raise ValueError(f"{n} particles do not divide into {islands} islands")
     zeros = torch.zeros(islands, dtype=torch.float64, device=position.device)
-    return SMCState(position, t, zeros, torch.arange(n, device=position.device), None)
+    return SMCState(position, t, zeros, None)
 
 
 def step(
@@ -116,7 +101,7 @@ def step(
         chains, info = mala.step(chains, density, generator)
         chains = chains._replace(step_size=mala.adapt(chains.step_size, info.acceptance, rate=0.5))
         acceptance += info.acceptance / moves
-    moved = SMCState(chains.position, t, state.log_normalizer + gained, state.family[index], chains.step_size)
+    moved = SMCState(chains.position, t, state.log_normalizer + gained, chains.step_size)
     return moved, SMCInfo(share, acceptance)
 
 
@@ -130,31 +115,24 @@ def run(
     ess: float = 0.5,
     moves: int = 8,
     generator: torch.Generator | None = None,
-    processes: Processes = ALONE,
+    on_level: Callable[[int], None] | None = None,
 ) -> SMCResult:
     r"""Carry particles of :math:`p_{start}` to :math:`p_{end}` (backwards too) and estimate the normaliser.
 
     :math:`\widehat{Z_{end}/Z_{start}}` is unbiased for each island (Del Moral 2004) up to the adaptation of
-    levels and step sizes; their spread gives the standard error. Each of several processes carries islands of its
-    own, on levels and with step sizes of its own: the normaliser and the diagnostics are those of all of them.
+    levels and step sizes; their spread gives the standard error. ``on_level`` is called before each level with the
+    number of those that are done.
     """
     end = float(path.length if end is None else end)
     state = init(position, start, islands)
     lowest, acceptance, levels = 1.0, 0.0, 0
-    with in_unison(processes):
-        while state.t != end:
-            state, info = step(state, path, end, ess=ess, moves=moves, generator=generator)
-            lowest, acceptance, levels = min(lowest, info.ess), acceptance + info.acceptance, levels + 1
-    accepted = processes.gather(acceptance / levels if levels else 1.0)
-    share = float(torch.bincount(state.family, minlength=len(position)).max()) / len(position)
-    return SMCResult(
-        state.position,
-        combine_islands(joined(processes, state.log_normalizer)),
-        min(processes.gather(lowest)),
-        sum(accepted) / len(accepted),
-        levels,
-        share,
-    )
+    while state.t != end:
+        if on_level is not None:
+            on_level(levels)
+        state, info = step(state, path, end, ess=ess, moves=moves, generator=generator)
+        lowest, acceptance, levels = min(lowest, info.ess), acceptance + info.acceptance, levels + 1
+    mean_acceptance = acceptance / levels if levels else 1.0
+    return SMCResult(state.position, combine_islands(state.log_normalizer), lowest, mean_acceptance)
 
 
 def _slope(t: float, target: float, length: int, like: Tensor) -> Tensor:

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidImagesError, LatentPriorError
-from .halves import (
-    AdaptedDecoder,
-    AdaptedEncoder,
-    rescaled,
-    weight_of,
-)
+from .halves import AdaptedDecoder, AdaptedEncoder, rescaled, weight_of
 
 __all__ = ["Autoencoder", "joined"]
 

@@ -9,12 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, joined
-from .halves import (
-    AdaptedDecoder,
-    AdaptedEncoder,
-    Range,
-    call_itself,
-)
+from .halves import AdaptedDecoder, AdaptedEncoder, Range, call_itself
 
 __all__ = ["from_callables", "from_methods"]
 
