@@ -24,7 +24,7 @@ from _features import NETWORKS, decoded_features
 from _latent_pictures import add_picture
 from _results import join_results
 from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase
-from latentprior.density.bases.by_name import WIDE
+from latentprior.density.bases.by_name import LOW_RANK_COORDINATES
 from latentprior.density.normalizers import check_from
 from latentprior.density.prior import LatentPrior
 from latentprior.density.samplers import draw
@@ -62,7 +62,7 @@ def checked(prior: LatentPrior, u: Tensor, generator: torch.Generator) -> list[A
     """Integrate from a mixture fitted to samples ``u``, both ways, a few rows at a time: pictures are expensive."""
     d = u.shape[1]
     size = max(1, min(16, len(u) // (2 * d)))
-    kind = GaussianMixtureBase if d < WIDE else LowRankMixtureBase
+    kind = GaussianMixtureBase if d < LOW_RANK_COORDINATES else LowRankMixtureBase
     fitted = kind.fit(u, u[:1], n_components=size, generator=generator).to(u.dtype).widened((1.05,))
     integral = check_from(
         prior.ladder, fitted, fitted.sample(FITTED, generator), "gmm", generator,

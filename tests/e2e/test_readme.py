@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# The lines are run at full length.
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -27,7 +30,6 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(600)
 def test_shell_lines(tmp_path: Path) -> None:
     (lines,) = [block.splitlines() for block in blocks("sh") if block.startswith("latentprior demo")]
     printed = {line: run(line.split(), tmp_path) for line in lines}
@@ -45,8 +47,6 @@ def test_shell_lines(tmp_path: Path) -> None:
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_python_lines_print_what_the_readme_shows(tmp_path: Path) -> None:
     code, _ = blocks("python")
     printed = run([sys.executable, "-W", "ignore", "-c", code], tmp_path)
@@ -58,7 +58,6 @@ def test_python_lines_print_what_the_readme_shows(tmp_path: Path) -> None:
     assert (tmp_path / "my-prior" / "config.json").exists()
 
 
-@pytest.mark.timeout(600)
 def test_python_lines_on_an_autoencoder(tmp_path: Path) -> None:
     """With a linear autoencoder of digits in the place of the reader's."""
     image = pytest.importorskip("PIL.Image")
