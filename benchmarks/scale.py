@@ -123,7 +123,7 @@ def member(path: str, threads: int) -> None:
 
 def in_processes(repeats: int) -> None:
     """Every launch in turn, several times over, so that what else the machine does meets all of them."""
-    launches: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
+    runs_by_launch: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         make(path, SHARED["n"], SHARED["dim"])
@@ -133,11 +133,11 @@ def in_processes(repeats: int) -> None:
                 several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['processes']}"]
                 command = [sys.executable, *([] if alone else several), __file__, "--threads", str(launch["threads"])]
                 ended = subprocess.run([*command, "--member", str(path)], check=True, capture_output=True, text=True)
-                launches[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
-                print(launch, launches[json.dumps(launch)][-1], flush=True)
+                runs_by_launch[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
+                print(launch, runs_by_launch[json.dumps(launch)][-1], flush=True)
     launches = [
         {**json.loads(launch), **{key: [run[key] for run in runs] for key in runs[0]}}
-        for launch, runs in launches.items()
+        for launch, runs in runs_by_launch.items()
     ]
     one, *_, two = (statistics.median(launch["seconds_1000_steps"]) for launch in launches)
     print(f"two processes of one thread: {one / two:.2f} times as fast as one")

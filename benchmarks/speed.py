@@ -45,14 +45,14 @@ SETTINGS = {"dim": DIM, "width": WIDTH, "depth": DEPTH, "stages": STAGES, "parti
 
 def seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[list[float]]:
     """Seconds of each call, in turn, ``(rounds, calls)``; a first round is not counted."""
-    rounds = []
+    durations = []
     for _ in range(rounds + 1):
-        rounds.append([])
+        durations.append([])
         for call in calls:
             start_time = time.process_time()
             call()
-            rounds[-1].append(time.process_time() - start_time)
-    return rounds[1:]
+            durations[-1].append(time.process_time() - start_time)
+    return durations[1:]
 
 
 def median_seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[float]:
