@@ -19,7 +19,7 @@ BENCHMARKS ?= $(filter-out benchmarks/report.py benchmarks/_% benchmarks/conftes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all test-oldest audit lock doctest lint format docs pictures benchmarks build clean
+.PHONY: help venv demo test test-slow test-all test-oldest audit lock doctest lint format docs pictures benchmarks build clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,7 +46,7 @@ $(TORCH): constraints.txt | $(VENV)/pyvenv.cfg
 
 $(DEV): pyproject.toml constraints.txt $(TORCH)
 	@echo "==> installing latentprior and the tools to work on it"
-	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report,images,datasets,features,tracking,distributed,pyod,hub,onnx,browser]"
+	@$(PIP) install --quiet -c constraints.txt -e ".[dev,flow,metrics,report,explore,images,datasets,features,tracking,distributed,pyod,hub,onnx,browser]"
 	@touch $(DEMO) $(DEV)
 
 $(DEMO): pyproject.toml constraints.txt $(TORCH)
@@ -62,12 +62,18 @@ $(DOCS): pyproject.toml constraints.txt $(DEV)
 demo: $(DEMO) ## learn a prior on bundled data; pictures and a report in demo-out
 	$(BIN)/latentprior demo --out "$(OUT)"
 
-# Two workers of one thread each: on networks this small a second thread costs more than it gives.
-test: lint ## lint, then the fast tests and the docstring examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs
+# Two workers of one thread each: on networks this small a second thread costs more than it gives. Tests of a file stay
+# in one worker, since they share what they learn from.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs
 
-test-all: lint ## lint, then all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu"
+test: lint ## lint, then the fast tests and the docstring examples
+	$(PYTEST)
+
+# One by one, whoever is free takes the next: they take seconds to minutes each.
+test-slow: $(DEV) ## what `make test` leaves out: long fits, kills, fuzzing, the README and the pages at full length
+	$(PYTEST) --dist worksteal -m "slow and not gpu"
+
+test-all: test test-slow ## all tests but those that need a GPU
 
 test-oldest: ## the fast tests on the oldest releases supported; give a Python 3.10: make PYTHON=python3.10 test-oldest
 	@"$(PYTHON)" -m venv $(OLDEST)
@@ -84,7 +90,7 @@ lock: $(DEV) ## rewrite requirements.lock: hashes of the core and of what the de
 	$(BIN)/python .ci/lock.py
 
 doctest: $(DEV) ## the examples in docstrings and in docs, and the scripts in examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs -m "not gpu" src tests/test_docs.py tests/test_examples.py
+	$(PYTEST) --dist worksteal -m "not gpu" src tests/test_docs.py tests/test_examples.py
 
 lint: $(DEV) ## ruff, mypy and the downward-imports rule
 	$(BIN)/ruff check .

@@ -143,9 +143,7 @@ def draw_scale(document: dict[str, Any], path: Path) -> None:
             # A label that would touch its neighbour is left out.
             labelled = [v for v, after in zip(x, [*x[1:], math.inf], strict=True) if after > 2 * v]
             axes.set_xticks(
-                labelled,
-                [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in labelled],
-                fontsize=8,
+                labelled, [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in labelled], fontsize=8
             )
             axes.minorticks_off()
             if column == 0:

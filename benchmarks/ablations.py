@@ -30,11 +30,7 @@ WIDTHS = (16, 64, 256)
 JOINT: dict[str, dict[str, Any]] = {
     "encoder's start, 5 steps; particles": {},
     "encoder's start, 20 steps": {"posterior_steps": 20},
-    "encoder's start in its scales, 2 steps": {
-        "posterior_steps": 2,
-        "posterior_step_size": 0.5,
-        "precondition": True,
-    },
+    "encoder's start in its scales, 2 steps": {"posterior_steps": 2, "posterior_step_size": 0.5, "precondition": True},
     "start at the prior, 5 steps": {"posterior_start": "prior"},
     "start at the prior, 20 steps (the paper)": {"posterior_start": "prior", "posterior_steps": 20},
     "persistent posterior chains, 5 steps": {"posterior_start": "persistent"},

@@ -61,7 +61,7 @@ def lebm(bench: Bench, points: int) -> Curve:
         baselines.train_lebm(model, bench.images, config, seed=bench.seed)
         # A run of a part of the steps takes a part of the time, so earlier runs are not counted again.
         curve.spent, curve.resumed = time.monotonic() - start, time.monotonic()
-        curve.measure(model, **model.prior.info["sampler"])
+        curve.measure(model, **model.sampler)
     return curve
 
 
@@ -84,7 +84,7 @@ def joint(bench: Bench) -> Curve:
     """One run of joint learning from N(0, I), measured whenever a stage has joined the ladder and at its end."""
     curve = Curve(bench)
 
-    def measure(event: lp.TrainingEvent) -> None:
+    def measure(event: lp.Event) -> None:
         if event.kind in ("learned", "end") and event.model is not None:
             curve.measure(copy.deepcopy(event.model))
 

@@ -25,11 +25,11 @@ from _latent_pictures import add_picture
 from _results import join_results
 from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase
 from latentprior.density.bases.by_name import LOW_RANK_COORDINATES
-from latentprior.density.normalizers import check_from
+from latentprior.density.normalizer_check import check_from
 from latentprior.density.prior import LatentPrior
 from latentprior.density.samplers import draw
 from latentprior.evaluation.metrics import frechet_distance, two_sample_auc
-from latentprior.runtime.progress import FitProgress
+from latentprior.runtime.progress import Progress
 from latentprior.runtime.seeding import derived_generator
 from latents import CPU, Bench, load_set
 
@@ -79,12 +79,12 @@ def measured(name: str, seed: int, ladder_seconds: float, seconds: float) -> dic
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ladder = lp.fit(
-            bench.train, validation=bench.validation, seed=seed, time_budget=ladder_seconds, callbacks=[FitProgress()]
+            bench.train, validation=bench.validation, seed=seed, time_budget=ladder_seconds, callbacks=[Progress()]
         )
         fitted = time.monotonic() - start
         refined = lp.refine(
             ladder, bench.train, NETWORKS[name](), validation=bench.validation, seed=seed, time_budget=seconds,
-            callbacks=[FitProgress()],
+            callbacks=[Progress()],
         )  # fmt: skip
     both = time.monotonic() - start
     assert torch.equal(ladder.whitening.matrix, bench.whitening.matrix)

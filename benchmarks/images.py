@@ -33,12 +33,7 @@ from _features import network_named, real_features
 from _results import FOLDER, join_results
 from latentprior import baselines
 from latentprior.data.images import Images
-from latentprior.evaluation.metrics import (
-    features,
-    frechet_distance,
-    kernel_distance,
-    mean_squared_error,
-)
+from latentprior.evaluation.metrics import features, frechet_distance, kernel_distance, mean_squared_error
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
 from latentprior.runtime.seeding import derived_generator
@@ -189,9 +184,9 @@ class Bench:
     def measure(self, name: str, made: tuple[LatentVariableModel, float]) -> dict[str, Any]:
         model, seconds = made
         draws = derived_generator(CPU, self.seed, "measure", name)
-        how = model.prior.info.get("sampler") or {"sampler": "smc"}
+        sampler = model.sampler
         start_time = time.monotonic()
-        x = model.generate(self.scale.test, generator=draws, **how)
+        x = model.generate(self.scale.test, generator=draws, **sampler)
         sampling = time.monotonic() - start_time
         self.pictures[name] = x[:64]
         made_features = features(self.network, x)

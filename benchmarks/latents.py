@@ -25,11 +25,11 @@ from _features import DECODERS, decoded_features, floor_features
 from _latent_pictures import add_picture
 from _latent_rivals import RIVALS, Rows
 from _results import join_results
-from latentprior.density.normalizers import check
+from latentprior.density.normalizer_check import check
 from latentprior.density.prior import LatentPrior
 from latentprior.density.whitening import Whitening
 from latentprior.evaluation.metrics import frechet_distance, two_sample_auc
-from latentprior.runtime.progress import FitProgress
+from latentprior.runtime.progress import Progress
 from latentprior.runtime.seeding import derived_generator
 
 SAMPLES = 10_000
@@ -121,7 +121,7 @@ class Bench:
                 validation=self.validation,
                 seed=self.seed,
                 time_budget=self.seconds / 2,
-                callbacks=[FitProgress()],
+                callbacks=[Progress()],
             )
         fitting = time.monotonic() - start
         assert torch.equal(ladder.whitening.matrix, self.whitening.matrix)

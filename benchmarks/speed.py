@@ -30,12 +30,7 @@ from _results import read_results, write_results
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
 from latentprior.density.ladder import Ladder, Stage
 from latentprior.density.ratios import build_ratio
-from latentprior.density.sampling import (
-    LogDensity,
-    hmc,
-    langevin,
-    mala,
-)
+from latentprior.density.sampling import LogDensity, hmc, langevin, mala
 from latentprior.evaluation.metrics import two_sample_auc
 
 DIM, WIDTH, DEPTH, STAGES, PARTICLES = 64, 256, 2, 5, 8192
@@ -162,10 +157,7 @@ def products_tried() -> dict[str, float]:
         "hidden layer, all stages in a batch": (k * hidden, lambda: torch.bmm(batch, weights, out=out_batch)),
         "first layer, one stage": (entry, lambda: torch.mm(narrow, first.t(), out=out)),
         "first layer, all stages in one": (k * entry, lambda: torch.mm(narrow, wide.t(), out=out_wide)),
-        "hidden layer in bfloat16, conversions included": (
-            hidden,
-            lambda: out.copy_(half.copy_(x) @ half_weight),
-        ),
+        "hidden layer in bfloat16, conversions included": (hidden, lambda: out.copy_(half.copy_(x) @ half_weight)),
     }
     repeats = [max(1, round(2e9 / work)) for work, _ in forms.values()]
 

@@ -11,13 +11,7 @@ author = "The latentprior contributors"
 project_copyright = author
 version = release = latentprior.__version__
 
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
-    "sphinx.ext.napoleon",
-    "sphinx_copybutton",
-]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -46,7 +40,7 @@ nitpicky = True
 nitpick_ignore = [("py:attr", "log_abs_det")]
 # Types of other packages, whose inventories a build without a network cannot read, and names for annotations only.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|np|pathlib|collections|typing|tqdm|os|types|time)\..*"),
+    (r"py:.*", r"(torch|numpy|np|pathlib|collections|typing|rich|os|types|time)\..*"),
     (
         r"py:.*",
         r"(Tensor|Array|NDArray|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|ClassVar|NamedTuple)",
@@ -54,7 +48,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(nn|constraints)\..*"),
     # Types of internals, in signatures of internals.
     (r"py:class", r"latentprior\.\w+\..*"),
-    (r"py:.*", r"(Distribution|Dataset|TextIO|Kind|Rows|Range|Method|Score|FitCallback|Callback|optional|Self)"),
+    (r"py:.*", r"(Distribution|Dataset|TextIO|Console|Kind|Rows|Range|Method|Score|FitCallback|Callback|optional|Self)"),
 ]
 
 

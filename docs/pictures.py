@@ -142,7 +142,7 @@ def rooms() -> plt.Figure:
         "recipes": "what train reads", "baselines": "the rivals", "training": "train, train_two_phase",
         "integrations": "LatentDensity, export_onnx", "models": "LatentVariableModel, from_any",
         "fitting": "fit, refine", "density": "LatentPrior", "data": "Latents, read_images",
-        "storage": "save_pretrained", "runtime": "seeds, events, processes", "evaluation": "metrics",
+        "storage": "save_pretrained", "runtime": "Progress, Event", "evaluation": "metrics",
         "errors": "errors and warnings",
     }  # fmt: skip
     figure, axis = plt.subplots(figsize=(8, 6.6), constrained_layout=True)

@@ -1,5 +1,6 @@
 """Guards and material shared by the tests."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import latentprior as lp
 from browsing import CHROMIUM
+from clocks import Clock
 from latentprior.evaluation.known_densities import Banana
 
 # A script for the extra `fuzz`, which instruments what it imports.
@@ -57,6 +59,14 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def seeded() -> Callable[[int], torch.Generator]:
     return lambda seed: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of this process, moved by the test alone."""
+    made = Clock()
+    monkeypatch.setattr(time, "monotonic", made)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -29,12 +29,8 @@ from latentprior.fitting import climb, stage, together
 from latentprior.fitting import fit as learning
 from latentprior.fitting import run as fit_run
 from latentprior.fitting.stage import StageLearner
-from latentprior.runtime.processes import (
-    Processes,
-    in_unison,
-    joined,
-    launched_processes,
-)
+from latentprior.runtime import run as resumable_run
+from latentprior.runtime.processes import Processes, in_unison, joined, launched_processes
 from latentprior.storage.checkpoint import locked
 
 SETTINGS = lp.StageSettings(width=16, depth=1, steps=400, batch_size=64, average=0.98, bound=1.5, weight_decay=0.1)
@@ -96,7 +92,7 @@ def clock(pace: float) -> Iterator[None]:
     ticks = itertools.count()
     fake = SimpleNamespace(monotonic=lambda: pace * next(ticks))
     with contextlib.ExitStack() as stack:
-        for module in (climb, fit_run, normalizers, stage, together):
+        for module in (climb, fit_run, normalizers, resumable_run, stage, together):
             stack.enter_context(mock.patch.object(module, "time", fake))
         yield
 
@@ -190,7 +186,7 @@ def command(folder: Path, task: str, processes: Processes) -> int:
         np.save(folder / "z.npy", rows().numpy())
     processes.wait()
     call = ["fit", str(folder / "z.npy"), "--out", str(folder / "out"), "--base", "normal", "--max-stages", "2"]
-    quick = mock.patch.object(cli.learning, "fit", partial(learning.fit, settings=SETTINGS))
+    quick = mock.patch.object(learning, "fit", partial(learning.fit, settings=SETTINGS))
     with quick, mock.patch.object(StageLearner, "_update", fatal):
         return cli.main([*call, "--json", *(["--resume"] if task == "go on" else [])])
 

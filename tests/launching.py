@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from clocks import HANG_SECONDS
+
 
 class Ended(NamedTuple):
     code: int
@@ -35,7 +37,7 @@ def launch(worker: Path, folder: Path, task: str, count: int = 2) -> list[Ended]
         command = [sys.executable, str(worker), str(folder), task]
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
-        texts = [process.communicate(timeout=280) for process in running]
+        texts = [process.communicate(timeout=HANG_SECONDS) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +14,12 @@ from latentprior import LatentPriorError
 from latentprior.data.images import Images
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
-from latentprior.runtime.events import TrainingEvent
+from latentprior.runtime.events import Event
 from latentprior.runtime.processes import Processes, joined, launched_processes
 from latentprior.training.config import TrainingConfig
 from latentprior.training.joint import train
 from latentprior.training.joint_learner import JointLearner
+from latentprior.training.joint_task import JointTask
 from linear_gaussian import PIXELS, LinearDecoder
 
 SPEC = network_spec("mlp", 2, 8, PIXELS)
@@ -41,23 +41,19 @@ def model() -> LatentVariableModel:
     return LatentVariableModel(build_decoder(SPEC, g), sigma=0.2, encoder=build_encoder(SPEC, g))
 
 
-class Drawless(JointLearner):
-    """Its posterior and prior samples are functions of the images, whichever process has them."""
-
-    def posterior_samples(self, x: Tensor, index: Tensor | None = None, use: str = "posterior") -> Tensor:
-        return x.flatten(1)[:, :2] + x.flatten(1)[:, 2:4]
-
-    def followed(self, updates: int) -> dict[str, Tensor]:
-        """Weights and gradients after some updates."""
-        for _ in range(updates):
-            x, _ = self.batch()
-            self.update_ratio(self.posterior_samples(x), 2 * x.flatten(1)[:, 4:])
-            self.update_decoder(x, self.posterior_samples(x))
-        found = {}
-        for name, network in (("networks", self.networks), ("ratio", self.ratio)):
-            for key, value in network.named_parameters():
-                found |= {f"{name}.{key}": value.detach(), f"{name}.{key}.grad": value.grad}
-        return found
+def followed(processes: Processes, updates: int) -> dict[str, Tensor]:
+    """Weights and gradients after some updates, with latents that are functions of the images alone."""
+    one = JointLearner(model(), images(), CONFIG, 0, processes)
+    for _ in range(updates):
+        x, _ = one.task.batch()
+        posterior = x.flatten(1)[:, :2] + x.flatten(1)[:, 2:4]
+        one.ratio.update(posterior, 2 * x.flatten(1)[:, 4:])
+        one.decoder.update(x, posterior)
+    found = {}
+    for name, network in (("networks", one.decoder.networks.module), ("ratio", one.ratio.ratio)):
+        for key, value in network.named_parameters():
+            found |= {f"{name}.{key}": value.detach(), f"{name}.{key}.grad": value.grad}
+    return found
 
 
 def messages(processes: Processes) -> dict[str, Tensor]:
@@ -74,22 +70,22 @@ def messages(processes: Processes) -> dict[str, Tensor]:
 def main(folder: Path, task: str) -> None:
     processes = launched_processes()
 
-    def die(event: TrainingEvent) -> None:
+    def die(event: Event) -> None:
         if task == "stop" and (event.kind, event.step) == ("step", 5):
             raise KeyboardInterrupt
 
     if task == "check":
-        found = messages(processes) | Drawless(model(), images(), replace(CONFIG), 0, processes).followed(5)
+        found = messages(processes) | followed(processes, 5)
         save_file({k: v.contiguous() for k, v in found.items()}, folder / f"found-{processes.rank}.safetensors")
     if task == "die" and processes.rank == 1:
-        batch = JointLearner.batch
+        batch = JointTask.batch
 
-        def fatal(self: JointLearner) -> tuple[Tensor, Tensor]:
+        def fatal(self: JointTask) -> tuple[Tensor, Tensor]:
             if self.step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
             return batch(self)
 
-        JointLearner.batch = fatal  # type: ignore[method-assign]
+        JointTask.batch = fatal  # type: ignore[method-assign]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = train(

@@ -82,7 +82,10 @@ NOT_MEASURED = {
     "3.13": "a version of Python",
     "2209.08739": "a paper",
     "200 times": "repetitions of an experiment that docs/pictures.py makes",
-    "20 seconds": "the time that a request has to arrive",
+    "8 MiB": "a limit of the explorer",
+    "64 MiB": "a limit of the explorer",
+    "20 seconds": "a limit of the explorer",
+    "120 seconds": "a limit of the explorer",
 }
 """Numbers of that kind that no results file has."""
 

@@ -76,9 +76,9 @@ def test_messages_are_one_line_whatever_a_file_holds(name: str) -> None:
 
 def test_long_messages_are_cut_in_their_middle() -> None:
     told = str(lp.CheckpointError("begin " + "x" * 10_000 + " end"))
-    assert len(told) <= errors.LONGEST
+    assert len(told) <= errors.LONGEST_MESSAGE
     assert told.startswith("begin xxx")
     assert told.endswith("xxx end")
     assert " [...] " in told
-    whole = "y" * errors.LONGEST
+    whole = "y" * errors.LONGEST_MESSAGE
     assert str(lp.CheckpointError(whole)) == whole

@@ -7,7 +7,7 @@ from ._version import __version__
 from .data.images import Images, read_images
 from .data.latents import Latents
 from .density.ladder import Stage
-from .density.normalizers import NormalizerCheck
+from .density.normalizer_check import NormalizerCheck
 from .density.prior import LatentPrior
 from .errors import (
     CheckpointError,
@@ -31,8 +31,8 @@ from .fitting.settings import StageSettings
 from .integrations.onnx_export import export_onnx
 from .models.model import LatentVariableModel
 from .report import Report, write_report
-from .runtime.events import Event, TrainingEvent
-from .runtime.progress import FitProgress
+from .runtime.events import Event
+from .runtime.progress import Progress
 from .storage.cards import model_card
 from .training.alternating import train_alternating, train_under_prior
 from .training.config import AutoencoderConfig, TrainingConfig
@@ -49,7 +49,6 @@ __all__ = [
     "CheckpointError",
     "Event",
     "ExportError",
-    "FitProgress",
     "HubError",
     "Images",
     "InvalidImagesError",
@@ -67,12 +66,12 @@ __all__ = [
     "NormalizerBracketWarning",
     "NormalizerCheck",
     "ProcessLostError",
+    "Progress",
     "Report",
     "Stage",
     "StageSaturatedWarning",
     "StageSettings",
     "TrainingConfig",
-    "TrainingEvent",
     "__version__",
     "export_onnx",
     "fit",
@@ -100,7 +99,7 @@ _LATE = {
     "from_diffusers": "models.adapters",
     "from_pythae": "models.adapters",
 }
-"""Names that are imported when they are asked for: scikit-learn takes as long to import as torch; PyOD is an extra."""
+"""Names that are imported when they are asked for, since scikit-learn and PyOD are extras and slow to import."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Named errors and warnings; each message says what was wrong, where, and how to mend it."""
+"""Named errors and warnings; each message says in one line what is wrong, where, and how to mend it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,26 @@ __all__ = [
 ]
 
 
-LONGEST = 1500
+LONGEST_MESSAGE = 1500
+"""Most characters of a message: about twenty lines of a terminal."""
+LAST_PART = 400
+"""Characters at the end of a longer message that are kept: the mend stands there."""
 
 
 def one_line(text: str) -> str:
-    """A message that a file's contents can neither break into lines nor drown: escaped, and cut in its middle."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 500]} [...] {shown[-400:]}"
+    """Escape what would break a message into lines, and cut a long one in its middle.
+
+    A message may quote a file, whose contents can then neither forge a second line nor hide the first.
+    """
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(escaped) <= LONGEST_MESSAGE:
+        return escaped
+    return f"{escaped[: LONGEST_MESSAGE - LAST_PART - 100]} [...] {escaped[-LAST_PART:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return what another library's error says without line breaks, or its name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class LatentPriorError(Exception):
@@ -40,42 +53,50 @@ class LatentPriorError(Exception):
 
 
 class InvalidLatentsError(LatentPriorError, ValueError):
-    """The latents cannot be learned from or scored: wrong shape, type, or non-finite numbers."""
+    """The latents have a wrong shape or type, or hold NaN or infinite values: mend or remove what the message names."""
 
 
 class InvalidImagesError(LatentPriorError, ValueError):
-    """The images cannot be learned from or scored: wrong shape, type, range, or a damaged file."""
+    """The images have a wrong shape, type or range, or are damaged: mend or replace what the message names."""
 
 
 class CheckpointError(LatentPriorError, ValueError):
-    """A file or folder on disk is not what it should be: absent, damaged, foreign or from another version."""
+    """A file or folder is absent, damaged, foreign or of another version: give another, or write it anew."""
 
 
 class HubError(LatentPriorError, RuntimeError):
-    """The Hugging Face hub refused what was pushed, or was not reached."""
+    """The Hugging Face hub was not reached or refused: check the network, the name and your token, then try again."""
 
 
 class ExportError(LatentPriorError, RuntimeError):
-    """A part has no form in the format asked for: a base, a tilt or a network of your own."""
+    """A base, a tilt or a network has no form in the format asked for: export without it, or fit with another base."""
 
 
 class MissingExtraError(LatentPriorError, ImportError):
-    """A feature needs an optional dependency; the message names the extra to install."""
+    """A feature needs a package that is not installed: run the ``pip install`` that the message gives.
+
+    Parameters
+    ----------
+    feature : str
+        What needs the package, as the subject of the message.
+    extra : str
+        The extra of latentprior that installs it.
+    """
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an extra: pip install 'latentprior[{extra}]'")
-        self.what = feature, extra
+        self.feature, self.extra = feature, extra
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        return type(self), self.what
+        return type(self), (self.feature, self.extra)
 
 
 class LearningDivergedError(LatentPriorError, RuntimeError):
-    """Learning ran away, also after one retry with a smaller step: a loss, chains or particles are no use any more."""
+    """Learning diverged, and again after one retry with a smaller step: lower the rate that the message names."""
 
 
 class ProcessLostError(LatentPriorError, RuntimeError):
-    """Another process of the same run has ended: start all again, they go on from the last checkpoint."""
+    """Another process of the same run has ended: start all of them again, and they resume from the last checkpoint."""
 
 
 class LatentPriorWarning(UserWarning):
@@ -83,37 +104,38 @@ class LatentPriorWarning(UserWarning):
 
 
 class NormalizerBracketWarning(LatentPriorWarning):
-    """The log normaliser from the base's end and from the data's end differ by more than 0.1 nats.
+    """The log normaliser from the base's end and that from the data's end differ by more than 0.1 nats.
 
-    Densities may then be off by as much as the bracket is wide: use a better base (``base="gmm"``), more
-    particles, or treat ``log_prob`` as known up to that constant only.
+    Densities may be off by as much as the bracket is wide. Use a better base (``base="gmm"``) or more particles, or
+    treat ``log_prob`` as known up to that constant only.
     """
 
 
 class StageSaturatedWarning(LatentPriorWarning):
     """The ladder ended while its last stage still told data from samples almost perfectly.
 
-    The prior has not arrived: raise ``max_stages`` or start from a better base (``base="gmm"``).
+    The prior has not reached the data: raise ``max_stages``, or start from a better base (``base="gmm"``).
     """
 
 
 class LearningRetriedWarning(LatentPriorWarning):
     """Learning diverged, went back to the last good state and goes on with a smaller step.
 
-    What comes out is whole; lower the learning rate that the message names, or look for extreme rows.
+    The result is sound. To avoid the retry, lower the learning rate that the message names, or look for extreme rows.
     """
 
 
 class LowESSWarning(LatentPriorWarning):
-    """A weighted population stands on too few effective particles for its result to be trusted."""
+    """Too few effective particles stand behind a result: use more draws or particles, or a better base."""
 
 
-INSIDE = {"latentprior", "torch", "contextlib"}
+INNER_PACKAGES = frozenset({"latentprior", "torch", "contextlib"})
+"""Packages whose lines a warning does not name: the user's own line called them."""
 
 
 def warn(message: str, category: type[LatentPriorWarning]) -> None:
-    """Warn of the line that called this package, however deep inside the reason was found."""
+    """Warn at the line that called this package, however deep inside the cause was found."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INNER_PACKAGES:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

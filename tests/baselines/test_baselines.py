@@ -1,5 +1,6 @@
 """Each rival on pictures of a blob on two broken rings: latents of two dimensions, and nothing like N(0, I)."""
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -38,9 +39,10 @@ from latentprior.errors import CheckpointError, LatentPriorError, LearningDiverg
 from latentprior.models.inference import short_run
 from latentprior.models.model import LatentVariableModel
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
-from latentprior.runtime.events import TrainingEvent
-from latentprior.training import joint_learner, two_phase
-from latentprior.training.joint_learner import JointLearner
+from latentprior.runtime.events import Event
+from latentprior.training import autoencoder as autoencoder_training
+from latentprior.training import joint_learner
+from latentprior.training.chains import PosteriorChains, PriorChains
 
 VAE = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
 CHAINS = {"steps": 150, "batch_size": 64, "learning_rate": 5e-3, "average": 0.98}
@@ -100,7 +102,7 @@ def integral(model: LatentVariableModel, reach: float = 12.0, points: int = 400)
 @pytest.mark.parametrize("name", RIVALS)
 def test_rival_generates_reconstructs_and_scores(name: str) -> None:
     model, real = trained(name), pictures(300, 1)
-    images = model.generate(300, generator=draws(), **model.prior.info["sampler"])
+    images = model.generate(300, generator=draws(), **model.sampler)
     assert images.shape == (300, 1, 8, 8)
     # An untrained model stands at 14.7, real pictures against real ones at 0.36.
     assert distance(images, real) < 0.35 * distance(untrained().generate(300, generator=draws()), real)
@@ -126,7 +128,7 @@ def test_rival_is_a_function_of_its_seed_and_tells_every_step(name: str) -> None
         config = replace(config, second_steps=4)
     if name == "ncp_vae":
         config = replace(config, ratio=replace(RATIO, steps=20, batch_size=64))
-    heard: list[TrainingEvent] = []
+    heard: list[Event] = []
     made = [
         RIVALS[name](untrained(), x, config, seed=seed, callbacks=told)
         for seed, told in ((1, [heard.append]), (1, ()), (2, ()))
@@ -147,8 +149,8 @@ class Halt(Exception):
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.filterwarnings("ignore::latentprior.errors.NormalizerBracketWarning")
 def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 4)
-    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 4)
+    monkeypatch.setattr(autoencoder_training, "SAVE_STEPS", 4)
+    monkeypatch.setattr(two_stage_vae, "SAVE_STEPS", 4)
     config, x = replace(CONFIGS[name], steps=10), Images(pictures(120, 0))
     if name == "two_stage_vae":
         config = replace(config, second_steps=10)
@@ -162,9 +164,9 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, mo
         return RIVALS[name](untrained(), x, config, seed=1, callbacks=callbacks, **options)
 
     def stop_after(events: int) -> Any:
-        seen: list[TrainingEvent] = []
+        seen: list[Event] = []
 
-        def heard(event: TrainingEvent) -> None:
+        def heard(event: Event) -> None:
             seen.append(event)
             if len(seen) == events:
                 raise Halt
@@ -177,7 +179,7 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(name: str, tmp_path: Path, mo
         if events:
             with pytest.raises(Halt):
                 learned([stop_after(events)], **options)
-    heard: list[TrainingEvent] = []
+    heard: list[Event] = []
     again = learned([heard.append], **options)
     assert heard[0].step == (5 if name == "two_stage_vae" else 9)
     for one, other in zip(whole.state()[1].items(), again.state()[1].items(), strict=True):
@@ -198,8 +200,8 @@ def test_rival_saves_and_loads(name: str, tmp_path: Path) -> None:
     again = LatentVariableModel.from_pretrained(tmp_path)
     z = model.prior.sample((20,), generator=draws())
     assert torch.equal(again.prior.log_prob(z), model.prior.log_prob(z))
-    sampler = again.prior.info["sampler"]
-    assert sampler == model.prior.info["sampler"]
+    sampler = again.sampler
+    assert sampler == model.sampler
     assert torch.equal(again.generate(9, generator=draws(), **sampler), model.generate(9, generator=draws(), **sampler))
 
 
@@ -315,6 +317,20 @@ def test_two_stage_density_of_latents_beats_the_normal() -> None:
     assert 0.9 < integral(model, points=150) < 1.02
 
 
+def test_two_stage_state_gives_the_same_distribution_and_a_damaged_one_is_refused() -> None:
+    distribution = trained("two_stage_vae").prior.base.distribution
+    config, tensors = distribution.state()
+    z = torch.randn(20, 2, generator=draws())
+    again = TwoStageDistribution.from_state(json.loads(json.dumps(config)), tensors)
+    assert torch.equal(again.log_prob(z), distribution.log_prob(z))
+    assert (config["width"], config["depth"]) == (32, 2)
+    for damaged in ({**config, "width": 31}, {**config, "depth": 10**9}, {**config, "gamma": 0.0}, {}):
+        with pytest.raises(CheckpointError, match="do not fit together"):
+            TwoStageDistribution.from_state(damaged, tensors)
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        TwoStageDistribution.from_state(config, {k: v for k, v in tensors.items() if k != "noise"})
+
+
 def test_two_stage_diverging_says_what_to_lower() -> None:
     config = TwoStageVAEConfig(second_learning_rate=1e20, second_steps=9, width=8)
     with pytest.raises(LearningDivergedError, match="second_learning_rate"):
@@ -382,7 +398,7 @@ def test_ncp_learns_exactly_one_ratio_in_the_models_own_coordinates() -> None:
     assert model.prior.whitening.kind == "none"
     # Proposals come from N(0, I) alone.
     assert model.prior.ladder.start is model.prior.base
-    assert model.prior.info["sampler"] == {"sampler": "sir", "candidates": 256}
+    assert model.sampler == {"sampler": "sir", "candidates": 256}
 
 
 def test_ncp_density_is_normalised_and_better_than_the_normal() -> None:
@@ -434,7 +450,7 @@ def test_lebm_prior_is_one_normalised_unbounded_energy() -> None:
     plain = stage.network.network(torch.full((1, 2), 200.0))
     torch.testing.assert_close(stage.network(torch.full((1, 2), 200.0)), plain)
     assert abs(integral(model) - 1) < 0.01 + 3 * model.prior.log_prob_stderr
-    assert model.prior.info["sampler"] == {"sampler": "langevin", "steps": 15, "step_size": 0.4}
+    assert model.sampler == {"sampler": "langevin", "steps": 15, "step_size": 0.4}
 
 
 def test_lebm_prior_raises_the_density_of_inferred_latents() -> None:
@@ -448,23 +464,23 @@ def test_lebm_prior_raises_the_density_of_inferred_latents() -> None:
 def test_lebm_chains_follow_the_energy_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, list[Tensor]]] = []
 
-    def watch(name: str) -> None:
-        plain = getattr(JointLearner, name)
+    def watch(chains: type, name: str) -> None:
+        plain = chains.sample
 
         def watched(*arguments: Any, **options: Any) -> Tensor:
             z: Tensor = plain(*arguments, **options)
             seen[-1].setdefault(name, []).append(z)
             return z
 
-        monkeypatch.setattr(JointLearner, name, watched)
+        monkeypatch.setattr(chains, "sample", watched)
 
-    watch("posterior_samples")
-    watch("prior_samples")
+    watch(PosteriorChains, "posterior")
+    watch(PriorChains, "prior")
     for rate in (1e-9, 0.1):
         seen.append({})
         config = replace(CONFIGS["lebm"], steps=2, learning_rate=1e-9, energy_learning_rate=rate, held_out=10)
         train_lebm(untrained(), Images(pictures(100, 0)), config)
-    for name in ("posterior_samples", "prior_samples"):
+    for name in ("posterior", "prior"):
         still, moving = (run[name] for run in seen)
         assert torch.equal(still[0], moving[0])
         assert (still[1] - moving[1]).abs().mean() > 1e-3

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -6,29 +7,24 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import latentprior as lp
 from latentprior.cli import demo
 
-FILES = ("samples.png", "normal.png", "ladder.png", "reconstructions.png", "data.png", "vae.safetensors")
+FILES = ("samples.png", "report.html", "model/config.json", "prior/config.json")
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     """A run with a hurried autoencoder and one short stage."""
     out = tmp_path_factory.mktemp("a folder") / "demo"
-    scale = demo._Scale(
-        vae_epochs=15,
-        classifier_epochs=3,
-        max_stages=1,
-        stage=lp.StageSettings(width=32, depth=1, steps=100, batch_size=128),
-        check_draws=20_000,
-    )
-    state = torch.random.get_rng_state()
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        found = demo._run(out, 0, False, scale)
+    state, printed = torch.random.get_rng_state(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed):
+        patched.setattr(demo, "AUTOENCODER", dataclasses.replace(demo.AUTOENCODER, steps=150))
+        patched.setattr(demo, "STAGE", lp.StageSettings(width=32, depth=1, steps=100, batch_size=128))
+        patched.setattr(demo, "CHECK_DRAWS", 20_000)
+        patched.setattr(demo, "FIT_SECONDS", None)
+        found = demo.run_demo(out, 0, progress=False)
     assert torch.equal(torch.random.get_rng_state(), state)
     return out, found, printed.getvalue()
 
@@ -36,14 +32,7 @@ def short(tmp_path_factory):
 def test_writes_what_it_returns(short):
     out, found, _ = short
     assert json.loads((out / "results.json").read_text()) == found
-    assert list(found["rows"]) == [
-        "N(0, I)",
-        "fitted Gaussian",
-        "GMM",
-        "ladder",
-        "reconstructions",
-        "training data",
-    ]
+    assert list(found["rows"]) == ["N(0, I)", "fitted Gaussian", "GMM", "ladder", "reconstructions", "training data"]
     for name in FILES:
         assert (out / name).stat().st_size > 500
 
@@ -52,8 +41,8 @@ def test_the_saved_prior_scores_the_saved_latents_as_reported(short):
     out, found, _ = short
     prior = lp.LatentPrior.from_pretrained(out / "prior")
     z = torch.from_numpy(np.load(out / "test_latents.npy"))
-    assert z.shape == (400, demo.DIM)
-    assert np.load(out / "latents.npy").shape == (1147, demo.DIM)
+    assert z.shape == (400, demo.LATENT_DIM)
+    assert np.load(out / "latents.npy").shape == (1147, demo.LATENT_DIM)
     # Written in double precision, scored in single: 1e-3 nats of rounding at most.
     assert float(prior.log_prob(z).mean()) == pytest.approx(found["rows"]["ladder"]["log_prob"], abs=1e-3)
     normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1).mean()
@@ -81,13 +70,12 @@ def test_figures_follow_from_the_files(short):
         assert {name: len(images[name]) for name in images.files} == {
             "x_train": 1147, "y_train": 1147, "x_test": 400, "y_test": 400,
         }  # fmt: skip
-        x = torch.from_numpy(images["x_test"]).flatten(1) / 255
-    vae = demo._built(demo._VAE, 0)
-    vae.load_state_dict(load_file(out / "vae.safetensors"))
-    misfit = float((vae.decode(z) - x).square().mean())
-    # Pixels were rounded to 1/255: their squares' mean errs by far less than a thousandth.
-    assert misfit == pytest.approx(found["vae"]["test_mean_squared_error"], abs=1e-4)
-    assert found["vae"]["test_mean_squared_error"] < float((x - x.mean(0)).square().mean())
+        x = torch.from_numpy(images["x_test"])[:, None] / 127.5 - 1
+    model = lp.LatentVariableModel.from_pretrained(out / "model")
+    error = float((model.decode(z) - x).square().mean())
+    assert error == pytest.approx(found["vae"]["test_mean_squared_error"], rel=1e-5)
+    assert error < float((x - x.mean(0)).square().mean())
+    assert torch.equal(model.prior.log_prob(z), prior.log_prob(z))
 
 
 def cell(row, name, digits):
@@ -111,27 +99,29 @@ def test_prints_what_it_writes(short):
     assert f"independent mixture: {check['value']:.4f} ± {check['stderr']:.4f} " in printed
     assert f"log Z is known to ± {check['log_normalizer_stderr']:.4f})" in printed
     total, fitting = round(seconds["total"]), round(seconds["fit"])
-    assert f"{found['stages']} stages; {total} s, of which {fitting} s for the prior" in printed
-    assert seconds["vae_and_classifier"] + seconds["fit"] <= seconds["total"]
+    # The one stage may have been left out.
+    count = {0: "0 stages", 1: "1 stage"}[found["stages"]]
+    assert f"{count}; {total} s, of which {fitting} s for the prior" in printed
+    assert seconds["vae"] + seconds["fit"] <= seconds["total"]
 
 
 def test_prints_commands_that_can_be_pasted(short):
     out, _, printed = short
-    for command in ("sample", "score", "fit"):
+    for command in ("sample", "score", "generate", "fit", "train"):
         assert f" {command} " in printed
     assert f"'{out / 'prior'}'" in printed  # the folder has a space
 
 
 def test_the_split_is_disjoint_and_stratified():
     parts = demo._digits()
-    assert [len(part.images) for part in parts] == [1147, 250, 400]
+    assert [len(part) for part in parts] == [1147, 250, 400]
     shares = torch.stack([torch.bincount(part.labels, minlength=10) / len(part.labels) for part in parts])
     assert (shares - shares[0]).abs().max() < 0.01
-    rows = [{tuple(row.tolist()) for row in part.images} for part in parts]
+    rows = [{tuple(row.flatten().tolist()) for row in part.batch(range(len(part)))} for part in parts]
     assert not rows[0] & rows[2]
 
 
-@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "report"), ("torchmetrics", "metrics")])
+@pytest.mark.parametrize(("module", "extra"), list(demo.EXTRAS.items()))
 def test_names_the_extra_before_it_works(module, extra, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == module else object())
     with pytest.raises(lp.MissingExtraError, match=rf"latentprior\[{extra}\]"):
@@ -144,8 +134,9 @@ def test_the_ladder_beats_the_nominal_prior_and_does_not_fall_behind_its_base(tm
     found = demo.run_demo(tmp_path / "out", progress=False)
     rows, above, check = found["rows"], found["ladder_above_gmm"], found["normalizer_check"]
     assert rows["ladder"]["log_prob"] > rows["N(0, I)"]["log_prob"] + 3
-    assert rows["ladder"]["frechet_distance"] < rows["N(0, I)"]["frechet_distance"] / 5
-    # Two standard errors: the seed is fixed, and the ladder rises by many of them.
-    assert above["log_prob"] > -2 * above["stderr"]
+    assert rows["ladder"]["frechet_distance"] < rows["N(0, I)"]["frechet_distance"] / 2
+    assert rows["ladder"]["auc"] < rows["GMM"]["auc"]
+    # 2.3 nats were measured; a machine so slow that the time budget ends the stage reaches less.
+    assert above["log_prob"] > 1
     # Four joint standard errors: a false alarm once in 16,000.
     assert abs(check["value"] - 1) < 4 * np.hypot(check["stderr"], check["log_normalizer_stderr"])

@@ -11,7 +11,10 @@ import urllib.request
 
 import pytest
 
+from clocks import HANG_SECONDS
 from latentprior.cli.main import main
+
+pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +24,15 @@ def prior(tmp_path_factory, learned):
     return folder
 
 
+def test_without_the_extra_its_name_is_said(prior, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "latentprior.explorer.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["explore", str(prior)]) == 2
+    assert "pip install 'latentprior[explore]'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_serves_until_it_is_stopped(prior, number):
     command = [sys.executable, "-m", "latentprior", "explore", str(prior), "--port", "0", "--no-browser"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -33,10 +43,10 @@ def test_serves_until_it_is_stopped(prior, number):
         url = re.match(r"http://127\.0\.0\.1:\d+/", line)
         assert url, line + process.stderr.read()
         assert "samples of the prior" in line
-        with urllib.request.urlopen(f"{url[0]}api/info", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url[0]}api/info", timeout=HANG_SECONDS) as answer:
             assert json.load(answer)["name"] == "crescent"
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(HANG_SECONDS) == 0
         assert process.stderr.read() == ""
 
 

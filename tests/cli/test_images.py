@@ -2,7 +2,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import types
@@ -13,20 +12,18 @@ import torch
 from PIL import Image
 
 import latentprior as lp
+from clocks import HANG_SECONDS
 from latentprior.baselines import two_stage_vae
 from latentprior.cli import train as training_command
 from latentprior.cli.main import main
 from latentprior.data.images import read_images
-from latentprior.errors import CheckpointError
 from latentprior.evaluation.metrics import average_precision
-from latentprior.fitting import fit as learning
-from latentprior.recipes.model_folders import load_model, sampler_options
+from latentprior.recipes.model_folders import load_model
 from latentprior.recipes.recipe import METHODS, OURS, read_recipe
-from latentprior.runtime.events import TrainingEvent
-from latentprior.runtime.progress import Stopped
+from latentprior.runtime import run as resumable_run
+from latentprior.runtime.stopping import Stopped
 from latentprior.storage.checkpoint import read_config
-from latentprior.training import joint_run as training_run
-from latentprior.training import two_phase
+from latentprior.training import autoencoder
 
 NETWORK = ("network.width=16", "network.latent_dim=2")
 CHAINS = (
@@ -294,12 +291,12 @@ def test_a_recipe_without_encoder_gives_one_to_methods_that_need_it(run, work, t
     assert math.isfinite(strict(out)["mean_squared_error"])
 
 
-def stop_at(monkeypatch, kind, cls, number=1):
-    """Make the ``number``-th event of this kind and class end the run, as a signal would."""
+def stop_at(monkeypatch, kind, number=1, *, of_fit=None):
+    """Make the ``number``-th event of this kind end the run, as a signal would; of a fit alone, if ``of_fit``."""
     seen = []
 
     def check(self, event):
-        seen.extend([event] if event.kind == kind and isinstance(event, cls) else [])
+        seen.extend([event] if event.kind == kind and of_fit in (None, event.model is None) else [])
         if len(seen) >= number:
             raise Stopped
 
@@ -309,7 +306,7 @@ def stop_at(monkeypatch, kind, cls, number=1):
 def test_a_stopped_training_goes_on_to_the_same_bytes(run, work, tmp_path):
     call = ["train", work / "i.npz", "--out", tmp_path / "p", *settings(*NETWORK, *JOINT)]
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, "evaluate", object)
+        stop_at(patch, "evaluate")
         code, out, err = run(*call)
     assert (code, out) == (1, "")
     assert err.startswith(f"stopped: state saved in {tmp_path / 'p' / 'checkpoint'}; go on with: latentprior train ")
@@ -330,14 +327,14 @@ def test_a_stopped_two_phase_run_goes_on_to_the_same_bytes(run, work, tmp_path, 
 
     assert run(*call("whole"))[0] == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, "autoencoder", object)
+        stop_at(patch, "autoencoder")
         assert run(*call("p"))[2] == "stopped: nothing was saved\n"
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 10)
+    monkeypatch.setattr(autoencoder, "SAVE_STEPS", 10)
     with monkeypatch.context() as patch:
-        stop_at(patch, "autoencoder", object, 15)
+        stop_at(patch, "autoencoder", 15)
         assert "state saved" in run(*call("p"))[2]
     with monkeypatch.context() as patch:
-        stop_at(patch, "evaluate", learning.Event)
+        stop_at(patch, "evaluate", of_fit=True)
         assert "state saved" in run(*call("p"), "--resume")[2]
 
     def forbidden(*_):
@@ -345,7 +342,7 @@ def test_a_stopped_two_phase_run_goes_on_to_the_same_bytes(run, work, tmp_path, 
 
     with monkeypatch.context() as patch:
         assert_refused(run(*call("p"), "--resume", "--set", "autoencoder.steps=31"), "another folder")
-        patch.setattr(two_phase._AutoencoderLearner, "update", forbidden)
+        patch.setattr(autoencoder.AutoencoderLearner, "update", forbidden)
         assert run(*call("p"), "--resume")[0] == 0
     assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [
@@ -369,14 +366,13 @@ def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path
     assert '"autoencoder/' in log
     assert '"settle/' in log
     # One stop in every part, each found again by the next call; the last one is in the second fit.
-    fit = learning.Event
-    stops = [("autoencoder", TrainingEvent, 30), ("evaluate", fit, 1), ("evaluate", TrainingEvent, 1)]
-    for kind, event, number in [*stops, ("settle", TrainingEvent, 24), ("evaluate", fit, 1)]:
+    stops = [("autoencoder", False, 30), ("evaluate", True, 1), ("evaluate", False, 1)]
+    for kind, of_fit, number in [*stops, ("settle", False, 24), ("evaluate", True, 1)]:
         with monkeypatch.context() as patch:
-            stop_at(patch, kind, event, number)
+            stop_at(patch, kind, number, of_fit=of_fit)
             assert "state saved" in run(*call("p"), "--resume")[2]
     assert_refused(run(*call("p"), "--resume", "--set", "joint.steps=41"), "another folder", code=1)
-    monkeypatch.setattr(two_phase._AutoencoderLearner, "update", None)
+    monkeypatch.setattr(autoencoder.AutoencoderLearner, "update", None)
     assert run(*call("p"), "--resume")[0] == 0
     assert tensors(tmp_path / "p" / "model") == tensors(tmp_path / "whole" / "model")
     assert not (tmp_path / "p" / "checkpoint").exists()
@@ -384,8 +380,8 @@ def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path
 
 @pytest.mark.parametrize(("method", "kind", "event"), [("vae", "autoencoder", 2), ("two-stage-vae", "prior", 3)])
 def test_a_stopped_rival_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypatch, method, kind, event):
-    monkeypatch.setattr(two_phase, "SAVE_EVERY", 2)
-    monkeypatch.setattr(two_stage_vae, "SAVE_EVERY", 2)
+    monkeypatch.setattr(autoencoder, "SAVE_STEPS", 2)
+    monkeypatch.setattr(two_stage_vae, "SAVE_STEPS", 2)
 
     def call(name):
         chosen = settings(f"method={method}", *NETWORK, *RIVALS[method])
@@ -393,7 +389,7 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypa
 
     assert run(*call("whole"))[0] == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, kind, TrainingEvent, event)
+        stop_at(patch, kind, event)
         assert "go on with: latentprior train " in run(*call("p"))[2]
     folder = tmp_path / "p" / "checkpoint" / ("second" if kind == "prior" else "autoencoder")
     assert read_config(folder, folder.name)["step"] == 2
@@ -405,7 +401,7 @@ def test_a_stopped_rival_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypa
 def test_a_run_of_another_method_is_not_gone_on_with(run, work, tmp_path):
     call = ["train", work / "i.npz", "--out", tmp_path / "p"]
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, "evaluate", object)
+        stop_at(patch, "evaluate")
         assert run(*call, *settings(*NETWORK, *JOINT))[0] == 1
     assert_refused(run(*call, *settings(*NETWORK, STEPS, "method=vae"), "--resume"), "another method than vae")
     assert (tmp_path / "p" / "checkpoint" / "config.json").exists()
@@ -415,42 +411,23 @@ def test_a_second_vae_is_read_with_its_own_model_alone(run, work, tmp_path):
     def trained(method, *more):
         chosen = settings(f"method={method}", *NETWORK, *RIVALS[method])
         assert run("train", work / "i.npz", "--out", tmp_path / "m", *chosen, *more)[0] == 0
+        return load_model(tmp_path / "m").prior
 
-    trained("two-stage-vae")
-    second = tmp_path / "m" / "model" / "second"
-    assert load_model(tmp_path / "m").prior.base.name == "distribution"
-    shutil.copytree(second, tmp_path / "old")
-    trained("two-stage-vae", "--seed", "7")
-    # As a kill between the two would leave it.
-    shutil.rmtree(second)
-    shutil.copytree(tmp_path / "old", second)
-    with pytest.raises(CheckpointError, match="networks of another run"):
-        load_model(tmp_path / "m")
-    trained("vae")
-    assert not second.exists()
-    shutil.copytree(tmp_path / "old", second)
-    assert load_model(tmp_path / "m").prior.base.name == "normal"
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [{"sampler": "x"}, {"sampler": ["smc"]}, {"sampler": "smc", "generator": 5}, {"sampler": "sir", "n": 2}, {}],
-)
-def test_a_models_own_sampler_is_checked(work, sampler):
-    model = load_model(work / "run")
-    model.prior.info["sampler"] = sampler
-    with pytest.raises(CheckpointError, match="own sampler cannot be used"):
-        sampler_options(model)
+    z, first = torch.zeros(1, 2), trained("two-stage-vae")
+    assert first.base.name == "distribution"
+    assert torch.equal(load_model(tmp_path / "m").prior.log_prob(z), first.log_prob(z))
+    assert not torch.equal(trained("two-stage-vae", "--seed", "7").log_prob(z), first.log_prob(z))
+    assert trained("vae").base.name == "normal"
 
 
 def test_an_unfinished_run_is_named_before_it_is_started_anew(run, work, tmp_path, monkeypatch):
     call = ["train", work / "i.npz", "--out", tmp_path, *settings(*NETWORK, *TWO_PHASE)]
     with monkeypatch.context() as patch:
-        stop_at(patch, "stage", learning.Event)
+        stop_at(patch, "stage")
         assert run(*call)[0] == 1
     (tmp_path / "checkpoint" / "mine.txt").write_text("keep")
     with monkeypatch.context() as patch:
-        stop_at(patch, "autoencoder", object, 2)
+        stop_at(patch, "autoencoder", 2)
         code, _, err = run(*call)
     assert code == 1
     assert err.splitlines()[0].startswith("warning: ")
@@ -607,7 +584,7 @@ def test_a_full_disk_while_training_exits_1(run, work, tmp_path, monkeypatch):
     def full(*_, **__):
         raise lp.CheckpointError("cannot save (No space left on device)")
 
-    monkeypatch.setattr(training_run, "save_state", full)
+    monkeypatch.setattr(resumable_run, "save_state", full)
     call = ("train", work / "i.npz", "--out", tmp_path, *settings(*NETWORK, *JOINT))
     assert_refused(run(*call), "No space left", code=1)
 
@@ -646,7 +623,7 @@ def test_two_processes_learn_one_model(work, tmp_path):
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=200, check=False
+        list(map(str, call)), capture_output=True, text=True, env=environment, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert strict(done.stdout)["images"] == 160

@@ -188,37 +188,14 @@ def test_images_are_a_data_set() -> None:
     assert torch.equal(latents.draw(torch.arange(5)), everything(images).flatten(1))
 
 
-def test_batches_in_order_and_shuffled(generator: torch.Generator) -> None:
+def test_batches_give_every_image_once_in_order() -> None:
     images = Images(PIXELS)
     batches = list(images.batches(2))
     assert [len(x) for x in batches] == [2, 2, 1]
     assert torch.equal(torch.cat(batches), everything(images))
-    first, second = (torch.cat(list(images.batches(2, generator, shuffle=True))) for _ in range(2))
-    assert not torch.equal(first, second)
-    again = torch.cat(list(images.batches(2, torch.Generator().manual_seed(0), shuffle=True)))
-    assert torch.equal(first, again)
-    assert sorted(first.flatten(1).sum(1).tolist()) == sorted(everything(images).flatten(1).sum(1).tolist())
     for wrong in (0, -1, 2.0, True):
         with pytest.raises(LatentPriorError, match="whole number of at least 1"):
             list(images.batches(wrong))  # type: ignore[arg-type]
-    with pytest.raises(LatentPriorError, match=r"shuffle=True draws at random: pass generator="):
-        list(images.batches(2, shuffle=True))
-
-
-def test_flips_mirror_half_of_the_images_when_asked(generator: torch.Generator) -> None:
-    pixels = np.broadcast_to(np.array([[0, 9, 255]], np.uint8), (400, 1, 3))
-    images = Images(pixels)
-    index = torch.arange(400)
-    assert torch.equal(images.batch(index, generator), everything(images))
-    x = images.batch(index, generator, flip=True)[:, 0, 0]
-    mirrored = (x == x.new_tensor([1, 9 / 127.5 - 1, -1])).all(1)
-    assert (mirrored | (x == x.new_tensor([-1, 9 / 127.5 - 1, 1])).all(1)).all()
-    # A share of 400 has standard error 0.025: five of them, 1 in 1.7 million.
-    assert abs(mirrored.float().mean() - 0.5) < 0.125
-    again = torch.cat(list(images.batches(400, torch.Generator().manual_seed(0), flip=True)))
-    assert torch.equal(again[:, 0, 0], x)
-    with pytest.raises(LatentPriorError, match=r"flip=True draws at random: pass generator="):
-        images.batch(index, flip=True)
 
 
 def test_resizing_cuts_the_centre_and_averages() -> None:
@@ -246,7 +223,7 @@ def test_resizing_keeps_flat_colours_subsets_and_floats() -> None:
 
 def test_resizing_by_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = everything(Images(COLOUR).resized(3))
-    monkeypatch.setattr("latentprior.data.images.BLOCK", 2)
+    monkeypatch.setattr("latentprior.data.images.BLOCK_IMAGES", 2)
     assert torch.equal(everything(Images(COLOUR).resized(3)), whole)
 
 
@@ -613,7 +590,7 @@ def test_grey_among_colour_becomes_colour(tmp_path: Path, grey_first: bool) -> N
 def test_many_pictures_go_to_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grey_files(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("latentprior.data.pictures.IN_MEMORY", 10)
+    monkeypatch.setattr("latentprior.data.pictures.MEMORY_BYTES", 10)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "out"))
     images = read_images(tmp_path / "in", size=3)
     assert isinstance(images._source, np.memmap)
@@ -738,11 +715,7 @@ def encoded(image: Any) -> dict[str, Any]:
 def test_hugging_face_data_sets() -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
-        {
-            "img": datasets.Image(),
-            "label": datasets.ClassLabel(num_classes=4),
-            "text": datasets.Value("string"),
-        }
+        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=4), "text": datasets.Value("string")}
     )
     table = datasets.Dataset.from_dict({"img": PICTURES, "label": LABELS, "text": ["t"] * 5}, features=features)
     assert_pixels(read_images(table), COLOUR, LABELS)

@@ -145,7 +145,7 @@ def test_bad_rows_are_named(values: Any, says: str) -> None:
 
 
 def test_bad_row_is_counted_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentprior.data.latents.BLOCK", 4)
+    monkeypatch.setattr("latentprior.data.latents.BLOCK_ROWS", 4)
     values = np.zeros((11, 2))
     values[9, 1] = np.inf
     with pytest.raises(InvalidLatentsError, match="row 9"):
@@ -184,14 +184,7 @@ class Nested(Dictionaries):
 
 @pytest.mark.parametrize(
     "dataset",
-    [
-        INPUTS,
-        INPUTS.numpy(),
-        TensorDataset(INPUTS),
-        TensorDataset(INPUTS, torch.arange(10)),
-        Dictionaries(),
-        Nested(),
-    ],
+    [INPUTS, INPUTS.numpy(), TensorDataset(INPUTS), TensorDataset(INPUTS, torch.arange(10)), Dictionaries(), Nested()],
 )
 @pytest.mark.parametrize("batch_size", [3, 256])
 def test_encoding_every_kind_of_data_set(dataset: Any, batch_size: int) -> None:

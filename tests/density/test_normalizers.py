@@ -8,19 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from clocks import Clock
 from ladders import ladder_of
 from latentprior import LowESSWarning, NormalizerBracketWarning, NormalizerCheck
 from latentprior.density.bases import GaussianMixtureBase, NormalBase
 from latentprior.density.ladder import Ladder
-from latentprior.density.normalizers import (
-    PARTS_A_ROUND,
-    bracket,
-    check,
-    check_from,
-    estimate,
-    expected_seconds,
-    importance_estimate,
-)
+from latentprior.density.normalizer_check import check, check_from
+from latentprior.density.normalizers import PARTS_A_ROUND, bracket, estimate, expected_seconds, importance_estimate
 from latentprior.density.sampling import mala, smc
 from latentprior.density.sampling.resampling import LogMean, systematic
 from quadrature import integral
@@ -58,13 +52,7 @@ def test_no_stages_need_no_estimate() -> None:
 def test_estimate_agrees_with_quadrature(ladder: Ladder, held_out: Tensor, log_z: float) -> None:
     for seed in range(3):
         got = estimate(
-            ladder,
-            held_out,
-            torch.Generator().manual_seed(seed),
-            draws=1 << 16,
-            particles=1024,
-            islands=16,
-            moves=4,
+            ladder, held_out, torch.Generator().manual_seed(seed), draws=1 << 16, particles=1024, islands=16, moves=4
         )
         assert got.source == "importance"
         # 4.5 standard errors, of many draws: 1 in 150,000.
@@ -89,8 +77,7 @@ def test_poor_overlap_gives_the_middle_of_the_bracket_and_warns() -> None:
     steep = ladder_of(NormalBase(2).float(), [Slope(8.0, 3.0), Slope(8.0, 4.0), Slope(8.0, 5.0)])
     data = torch.tensor([5.5, 0.0]) + 0.2 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     with pytest.warns(
-        NormalizerBracketWarning,
-        match=r"from the base and .* from the data: the bracket is .* wide; use a better base",
+        NormalizerBracketWarning, match=r"from the base and .* from the data: the bracket is .* wide; use a better base"
     ):
         got = estimate(steep, data, torch.Generator().manual_seed(0), draws=1 << 15, particles=64, islands=16, moves=1)
     assert got.source == "smc"
@@ -313,15 +300,19 @@ def test_a_mode_hidden_from_the_sampler_is_seen_from_the_data(generator: torch.G
     assert found.bracket.width > 0.5
 
 
-def test_what_an_estimate_takes_is_foreseen(ladder: Ladder, held_out: Tensor) -> None:
-    begun = time.monotonic()
+def test_what_an_estimate_takes_is_foreseen(
+    ladder: Ladder, held_out: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clock by which every row takes a microsecond to be evaluated, and nothing else any time.
+    real = Slope.forward
+    monkeypatch.setattr(Slope, "forward", lambda self, u: clock.advance(1e-6 * len(u)) or real(self, u))
+    begun = clock.now
     foreseen = expected_seconds(ladder, held_out)
-    # Nothing is drawn for it.
-    assert time.monotonic() - begun < 0.2 * foreseen
-    begun = time.monotonic()
+    begun, foreseeing = clock.now, clock.now - begun
     estimate(ladder, held_out, torch.Generator().manual_seed(0), tolerance=1.0)
-    # By a handful of evaluations, on a machine that may have other work.
-    assert 0.1 * foreseen < time.monotonic() - begun < 10 * foreseen
+    # Nothing is drawn for it, and a handful of evaluations are enough to say.
+    assert foreseeing < 0.2 * foreseen
+    assert 0.1 * foreseen < clock.now - begun < 10 * foreseen
 
 
 def test_more_stages_are_foreseen_to_take_longer(

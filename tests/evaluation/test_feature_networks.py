@@ -12,7 +12,7 @@ from torch import nn
 
 from latentprior.errors import CheckpointError, InvalidImagesError, LatentPriorError, MissingExtraError
 from latentprior.evaluation import feature_networks
-from latentprior.evaluation.feature_networks import check_images, feature_network, list_feature_networks
+from latentprior.evaluation.feature_networks import check_normalised, feature_network, list_feature_networks
 from latentprior.evaluation.metrics import features
 
 
@@ -87,13 +87,13 @@ class TestFeatureNetwork:
     )
     def test_refuses_what_is_no_batch_of_images(self, value, message):
         with pytest.raises(InvalidImagesError, match=message):
-            check_images(value)
+            check_normalised(value)
         with pytest.raises(InvalidImagesError, match=message):
             feature_network("pixels")(value)
 
     def test_accepts_the_ends_of_the_range(self):
         x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-        assert check_images(x) is x
+        assert check_normalised(x) is x
 
 
 class TestPixels:

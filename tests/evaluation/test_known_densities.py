@@ -32,11 +32,7 @@ TWO = {
     "correlated": (CorrelatedGaussian(2, rho=-0.9), 8.0, 801),
     "near": (two_component_mixture(2, distance=2.0), 9.0, 401),
     "far, 20:1": (two_component_mixture(2, distance=12.0, ratio=20.0), 14.0, 601),
-    "unequal": (
-        GaussianMixture(torch.tensor([[0.0, 1.0], [3.0, -2.0]]), torch.tensor([0.5, 1.5])),
-        14.0,
-        801,
-    ),
+    "unequal": (GaussianMixture(torch.tensor([[0.0, 1.0], [3.0, -2.0]]), torch.tensor([0.5, 1.5])), 14.0, 801),
     "funnel": (Funnel(2, scale=0.7), 14.0, 1201),
     "banana": (Banana(), 30.0, 1201),
     "rings": (Rings(), 5.0, 800),

@@ -7,7 +7,6 @@ import pytest
 
 from digits_model import as_images, digits, digits_model
 from latentprior.explorer.explorer import open_explorer
-from latentprior.explorer.server import Server
 
 
 @pytest.fixture(scope="session")
@@ -36,19 +35,21 @@ def prior_explorer(saved):
 @pytest.fixture(scope="session")
 def served():
     """Function that serves an explorer until the session ends, and returns the server."""
+    pytest.importorskip("uvicorn")
+    from latentprior.explorer.server import Server
+
     servers = []
 
-    def call(explorer, **options):
-        server = Server(explorer, port=0, **options)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    def call(explorer):
+        server = Server(explorer, port=0)
+        thread = threading.Thread(target=server.serve, daemon=True)
         thread.start()
         servers.append((server, thread))
         return server
 
     yield call
     for server, thread in servers:
-        server.shutdown()
-        server.close()
+        server.stop()
         thread.join(10)
         assert not thread.is_alive()
 

@@ -39,7 +39,7 @@ def test_samples_repeat_and_stages_are_coupled(model_explorer):
 def test_few_sets_of_samples_are_kept(prior_explorer):
     for seed in range(12):
         prior_explorer.sample(Fields({"seed": seed, "n": 2}))
-    assert len(prior_explorer._kept) == 8
+    assert len(prior_explorer._samples) == 8
 
 
 def test_walk_joins_its_ends_and_avoids_the_void(prior_explorer):
@@ -214,7 +214,7 @@ def test_pictures_read_in_strips_are_those_read_at_once(monkeypatch, mode):
         for shape in ((1, 8, 8), (3, 16, 12), (3, 64, 64), (1, 3, 5)):
             wanted = at_once(buffer.getvalue(), shape)
             for strip in (700, 1 << 20):
-                monkeypatch.setattr("latentprior.explorer.uploads.STRIP", strip)
+                monkeypatch.setattr("latentprior.explorer.uploads.STRIP_PIXELS", strip)
                 got = read_picture(buffer.getvalue(), f"image/{kind.lower()}", shape)
                 assert torch.equal(got, wanted)
             if min(width, height) > 1:

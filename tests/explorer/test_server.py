@@ -1,5 +1,6 @@
 """The server against friends and foes: every answer is JSON or the page, none is a 500."""
 
+import asyncio
 import base64
 import contextlib
 import gc
@@ -11,22 +12,25 @@ import re
 import socket
 import struct
 import threading
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from latentprior.explorer.requests import Refused
-from latentprior.explorer.server import Server, is_loopback
 from latentprior.explorer.work import Bodies, Worker
+
+pytest.importorskip("uvicorn")
+from uvicorn.server import ServerState
+
+from latentprior.explorer.guard import Protocol, is_loopback, is_ours
 
 
 def call(server, method, path, body=None, headers=None, kind="application/json"):
     """Status, headers, body of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     given = {} if body is None else {"Content-Type": kind}
     if isinstance(body, (dict, list)):
         body = json.dumps(body).encode()
@@ -50,7 +54,7 @@ def refused(server, status, *args, **options):
 
 def raw(server, data, wait=10.0):
     """Everything that comes back for these bytes."""
-    with socket.create_connection(server.server_address[:2], timeout=wait) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=wait) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         parts = []
@@ -243,7 +247,7 @@ def test_lengths(model_server):
         (b"Content-Length: 1_0", b"400"),
         (b"Content-Length: " + b"9" * 30, b"400"),
         (b"Content-Length: 999999999999", b"413"),
-        (b"Content-Length: 2\r\nContent-Length: 2", b"411"),
+        (b"Content-Length: 2\r\nContent-Length: 1", b"400"),
         (b"Transfer-Encoding: chunked", b"411"),
         (b"X: y", b"411"),
         (b"Content-Length: 50", b"400"),
@@ -322,7 +326,7 @@ def test_names_that_are(model_server, host):
 
 
 def test_other_sites_are_refused(model_server):
-    own = f"http://localhost:{model_server.server_address[1]}"
+    own = f"http://localhost:{model_server.port}"
     host = {"Host": own.removeprefix("http://")}
     for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
         refused(model_server, 403, "POST", "/api/sample", {"n": 1}, headers={**host, **headers})
@@ -332,19 +336,19 @@ def test_other_sites_are_refused(model_server):
     assert call(model_server, "GET", "/", headers={**host, "Sec-Fetch-Site": "cross-site"})[0] == 200
 
 
-def test_hosts_of_a_server_that_is_open(monkeypatch, prior_explorer):
-    server = Server.__new__(Server)
-    server.host = "0.0.0.0"
+def test_hosts_of_a_server_that_is_open(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "Box")
-    assert all(map(server.is_ours, ("192.168.0.7:7860", "localhost", "box:80", "[fe80::1]:1")))
-    assert not any(map(server.is_ours, ("evil.example", "", "box.evil.example:80")))
+    assert all(is_ours(host, "0.0.0.0") for host in ("192.168.0.7:7860", "localhost", "box:80", "[fe80::1]:1"))
+    assert not any(is_ours(host, "0.0.0.0") for host in ("evil.example", "", "box.evil.example:80"))
     assert not is_loopback("0.0.0.0")
     assert not is_loopback("example.org")
 
 
-def test_two_hundred_at_once(model_server):
+def test_two_hundred_at_once(model_server, monkeypatch):
     """All are answered, with 200 or 503, in bounded memory."""
     pytest.importorskip("PIL")
+    # Slow machines need not send 350 MiB within 20 seconds.
+    monkeypatch.setattr("latentprior.explorer.guard.REQUEST_SECONDS", 300.0)
     answers, gate = [], threading.Barrier(200)
     upload = png(8, 8) + bytes(7 << 20)
 
@@ -361,13 +365,13 @@ def test_two_hundred_at_once(model_server):
         answers.append((i, got))
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(200)]
-    # 50 uploads of 7 MiB at once take 490 MiB where nothing bounds them, since each is copied when it has arrived;
-    # 16 places hold 112 MiB, what arrives 64, answers and what malloc keeps the rest of 280, the most that was seen.
+    # 50 uploads of 7 MiB at once take 490 MiB where nothing bounds them, since each is copied when it has arrived.
+    # 16 places hold 112 MiB at most, and what arrives 64; answers and what malloc keeps come on top. 163 were seen.
     with most_memory(370 << 20):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join()
     assert len(answers) == 200
     counts = {}
     for i, (status, headers, _) in answers:
@@ -380,70 +384,62 @@ def test_two_hundred_at_once(model_server):
     assert call(model_server, "POST", "/api/sample", {"n": 1})[0] == 200
 
 
-def test_slow_clients_hold_nobody_up(model_server, monkeypatch):
-    monkeypatch.setattr("latentprior.explorer.server.REQUEST_SECONDS", 0.5)
-    head = (
-        b"POST /api/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n"
-    )
-    slow = [socket.create_connection(model_server.server_address[:2], timeout=10) for _ in range(40)]
-    for i, connection in enumerate(slow):
-        connection.sendall(head if i % 2 else head[:30])
-    assert call(model_server, "GET", "/api/info")[0] == 200
-    began = time.monotonic()
-    for i, connection in enumerate(slow):
-        answer = b""
-        while block := connection.recv(4096):
-            answer += block
-        assert answer.split()[1] == b"408" if i % 2 else answer == b""
-        connection.close()
-    assert time.monotonic() - began < 5
-    assert call(model_server, "POST", "/api/sample", {"n": 1})[0] == 200
-
-
-def test_bodies_that_drip_in_keep_no_place(model_server, monkeypatch):
-    """More of them than there are places, in total time bounded however steadily bytes come: others are answered."""
-    monkeypatch.setattr("latentprior.explorer.server.REQUEST_SECONDS", 3.0)
+def test_slow_clients_hold_nobody_up(model_server):
+    """More of them than there are places for the model, each with a part of its head or body: others are answered."""
     head = b"POST /api/%b HTTP/1.1\r\nHost: localhost\r\nContent-Type: %b\r\nContent-Length: 4000\r\n\r\n "
     kinds = ((b"sample", b"application/json"), (b"score", b"image/png"))
-    slow = [socket.create_connection(model_server.server_address[:2], timeout=20) for _ in range(40)]
-    for i, connection in enumerate(slow):
-        connection.sendall(head % kinds[i % 2])
-    began, answered = time.monotonic(), []
-    while time.monotonic() - began < 2.5:
-        answered.append(call(model_server, "POST", "/api/sample", {"n": 1})[0])
-        for connection in slow:
-            connection.sendall(b" ")
-        time.sleep(0.2)
-    assert set(answered) == {200}
-    for connection in slow:
-        with connection:
-            assert connection.recv(4096).split()[1] == b"408"
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", model_server.port)
+        slow = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(60)]
+        for i, connection in enumerate(slow):
+            connection.sendall((head % kinds[i % 2])[: 30 if i % 3 == 0 else None])
+        for _ in range(5):
+            assert call(model_server, "POST", "/api/sample", {"n": 1})[0] == 200
+            assert call(model_server, "GET", "/api/info")[0] == 200
+            for connection in slow:
+                connection.sendall(b" ")
+
+
+def test_an_answer_that_nobody_reads_is_given_up(model_server, monkeypatch):
+    monkeypatch.setattr("latentprior.explorer.guard.ANSWER_SECONDS", 0.0)
+
+    async def run():
+        given_up = asyncio.Event()
+        transport = Mock(get_extra_info=lambda name: None, is_closing=lambda: True, abort=given_up.set)
+        protocol = Protocol(model_server._uvicorn.config, ServerState(), {})
+        protocol.connection_made(transport)
+        protocol.on_response_complete()
+        await asyncio.wait_for(given_up.wait(), 60)
+
+    asyncio.run(run())
 
 
 def test_bodies_that_stop_before_their_end_hold_bounded_memory():
     """The one that began first is dropped, so the next is read."""
-    bodies, wait = Bodies(100), 20
-    ends = [socket.socketpair() for _ in range(3)]
-    streams = [theirs.makefile("rb") for _, theirs in ends]
-    with ThreadPoolExecutor(3) as pool:
-        futures = []
-        for (ours, _), stream, sent, held in zip(ends, streams, (60, 30, 0), (60, 90, 90), strict=True):
-            futures.append(pool.submit(bodies.read, stream, 64))
-            ours.sendall(bytes(sent))
-            late = time.monotonic() + wait
-            while sum(map(len, bodies._held.values())) != held:
-                assert time.monotonic() < late
-                time.sleep(0.01)
-        ends[2][0].sendall(bytes(64))
-        assert futures[2].result(wait) == bytes(64)
-        ends[1][0].sendall(bytes(34))
-        assert futures[1].result(wait) == bytes(64)
-        ends[0][0].sendall(bytes(4))
+
+    async def blocks(queue):
+        while block := await queue.get():
+            yield block
+        yield b""
+
+    async def run():
+        bodies, queues = Bodies(100), [asyncio.Queue() for _ in range(3)]
+        tasks = [asyncio.create_task(bodies.read(blocks(queue))) for queue in queues]
+        for queue, size, held in zip(queues, (60, 30, 64), (60, 90, 94), strict=True):
+            queue.put_nowait(bytes(size))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert sum(map(len, bodies._arriving.values())) == held
+        for i, size in ((2, 0), (1, 34)):
+            queues[i].put_nowait(bytes(size))
+            queues[i].put_nowait(b"")
+            assert len(await tasks[i]) == 64
+        queues[0].put_nowait(bytes(4))
         with pytest.raises(Refused, match="busy"):
-            futures[0].result(wait)
-    assert not bodies._held
-    for opened in (*streams, *(end for pair in ends for end in pair)):
-        opened.close()
+            await tasks[0]
+        assert not bodies._arriving
+
+    asyncio.run(run())
 
 
 def test_a_defect_is_not_shown_to_the_client(prior_explorer, served, monkeypatch, capfd):
@@ -454,19 +450,22 @@ def test_a_defect_is_not_shown_to_the_client(prior_explorer, served, monkeypatch
 
 
 def test_worker_refuses_what_waits_too_long():
-    worker = Worker(places=2, seconds=0.05)
-    free = threading.Event()
-    with worker.place(), worker.place(), pytest.raises(Exception, match="busy"), worker.place():
-        pass
-    with pytest.raises(Exception, match="no result within"):
-        worker(lambda: free.wait(10))
-    free.set()
+    worker, free = Worker(places=1, seconds=0.05), threading.Event()
+
+    async def run():
+        slow = asyncio.create_task(worker.run(free.wait))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="busy"):
+            await worker.run(free.wait)
+        with pytest.raises(Refused, match="no result within"):
+            await slow
+        free.set()
+
+    asyncio.run(run())
     worker.close()
-    with pytest.raises(Exception, match="stopping"):
-        worker(lambda: 1)
 
 
 def test_worker_keeps_no_gradients():
     worker = Worker()
-    assert worker(torch.is_grad_enabled) is False
+    assert asyncio.run(worker.run(torch.is_grad_enabled)) is False
     worker.close()

@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,14 @@ from torch.distributions import MultivariateNormal
 
 import latentprior as lp
 import latentprior.evaluation.known_densities
+from clocks import Clock
 from ladders import ladder_of
 from latentprior import CheckpointError, Event, InvalidLatentsError, LatentPriorError, Latents
 from latentprior.density.bases import NormalBase
 from latentprior.density.ladder import Ladder, Stage, passed_afresh
 from latentprior.density.ratios import Gain
 from latentprior.evaluation.known_densities import Banana, SkewedProduct
-from latentprior.fitting.run import FitRun
+from latentprior.fitting.run import Budget
 from latentprior.fitting.stage import StageLearner
 from latentprior.runtime.processes import SingleProcess
 
@@ -107,7 +107,7 @@ def test_events_come_in_order(quick: Fit) -> None:
     ]
     steps = [e.step for e in events if e.kind == "step" and e.stage == 0]
     assert steps == list(range(1, len(steps) + 1))
-    assert events[-1].seconds <= prior.info["total_seconds"] + 0.1
+    assert events[-2].seconds <= prior.info["total_seconds"] <= events[-1].seconds
 
 
 @pytest.mark.parametrize(("rise", "stderr", "kept"), [(0.3, 0.01, True), (0.04, 0.001, False), (0.3, 0.16, False)])
@@ -188,38 +188,45 @@ def test_no_gain_ends_the_ladder(generator: torch.Generator) -> None:
     assert prior.info["stopped"] in ("no gain", "no rise")
 
 
-def test_time_budget_is_kept_roughly(crescent: Tensor) -> None:
+def test_time_budget_is_kept_roughly(crescent: Tensor, clock: Clock) -> None:
     endless = lp.StageSettings(width=32, steps=10**6, batch_size=256, patience=10**6)
-    begun = time.monotonic()
+    begun, clock.pace = clock.now, 0.005
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LatentPriorWarning)
         prior = lp.fit(crescent, base="normal", max_stages=50, settings=endless, time_budget=3)
-    assert time.monotonic() - begun < 6
+    assert clock.now - begun < 4
     assert prior.info["stopped"] == "time_budget"
     assert len(prior.stages) >= 1
 
 
 def test_the_normaliser_is_left_what_it_takes_and_a_fifth_at_most() -> None:
-    run = FitRun(100.0, (), None, SingleProcess())
-    assert run.deadline is not None
-    assert run.end is not None
-    for seconds, kept in ((3.0, 3.0), (50.0, 20.0)):
-        run.keep(seconds)
-        assert run.end - run.deadline == pytest.approx(kept)
-    endless = FitRun(None, (), None, SingleProcess())
-    endless.keep(3.0)
+    budget = Budget(100.0, SingleProcess())
+    assert budget.deadline is not None
+    assert budget.end is not None
+    for seconds, reserved in ((3.0, 3.0), (50.0, 20.0)):
+        budget.reserve(seconds)
+        assert budget.end - budget.deadline == pytest.approx(reserved)
+    endless = Budget(None, SingleProcess())
+    endless.reserve(3.0)
     assert endless.deadline is None
 
 
-@pytest.mark.parametrize(("seconds", "least", "most"), [(0.2, 5.6, 6.6), (100.0, 4.6, 5.6)])
+@pytest.mark.filterwarnings("ignore::latentprior.LatentPriorWarning")
+@pytest.mark.parametrize(("seconds", "begins"), [(0.2, 5.8), (100.0, 4.8)])
 def test_a_stage_goes_on_until_the_normaliser_needs_the_time(
-    crescent: Tensor, monkeypatch: pytest.MonkeyPatch, seconds: float, least: float, most: float
+    crescent: Tensor, clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: float, begins: float
 ) -> None:
     monkeypatch.setattr("latentprior.fitting.fit.expected_seconds", lambda *_: seconds)
     endless = lp.StageSettings(width=16, depth=1, steps=10**6, batch_size=128, patience=10**6)
     events: list[Event] = []
-    lp.fit(crescent, base="normal", max_stages=1, settings=endless, time_budget=6, callbacks=[events.append])
-    assert least < next(event.seconds for event in events if event.kind == "normalizer") < most
+
+    def tick(event: Event) -> None:
+        # A step takes 5 ms, and nothing else takes any time. A stage looks at the clock every 100 steps.
+        clock.advance(0.005 * (event.kind == "step"))
+
+    lp.fit(crescent, base="normal", max_stages=1, settings=endless, time_budget=6, callbacks=[tick, events.append])
+    normalizer = next(event.seconds for event in events if event.kind == "normalizer")
+    assert begins - 1e-6 < normalizer < begins + 0.5 + 1e-6
 
 
 def test_no_time_at_all_is_told_as_such(quick: Fit) -> None:
@@ -237,7 +244,7 @@ def test_ample_time_changes_nothing(quick: Fit) -> None:
 # Determinism and resuming
 
 
-@pytest.mark.parametrize("base", ["normal", "gmm:2", pytest.param("copula", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", ["gmm:2", *(pytest.param(b, marks=pytest.mark.slow) for b in ("normal", "copula"))])
 def test_same_seed_same_bits(quick: Fit, base: str) -> None:
     assert_same(quick(base=base, max_stages=1, seed=3), quick(base=base, max_stages=1, seed=3))
 
@@ -353,13 +360,13 @@ def test_checkpoint_of_another_run_is_refused(
     quick(max_stages=0, checkpoint_dir=tmp_path)
     if other.get("z") == "shifted":
         other = {"z": crescent + 1e-3}
-    with pytest.raises(CheckpointError, match="a run on other latents or settings; choose another folder"):
+    with pytest.raises(CheckpointError, match="a run on other data or settings; choose another folder"):
         quick(checkpoint_dir=tmp_path, resume=True, **other)
 
 
 def test_other_parameters_of_a_distribution_are_another_run(quick: Fit, tmp_path: Path) -> None:
     quick(max_stages=0, base=MultivariateNormal(torch.zeros(2), torch.eye(2)), checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="other latents or settings"):
+    with pytest.raises(CheckpointError, match="other data or settings"):
         quick(max_stages=0, base=MultivariateNormal(torch.ones(2), torch.eye(2)), checkpoint_dir=tmp_path, resume=True)
 
 
@@ -379,18 +386,18 @@ def test_prior_folder_is_no_checkpoint(quick: Fit, tmp_path: Path) -> None:
 def test_tampered_checkpoint_is_a_named_error(
     quick: Fit, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentprior.fitting import run as fit_run
+    from latentprior.runtime import run as resumable_run
 
     with pytest.raises(Interruption):
         quick(checkpoint_dir=tmp_path, callbacks=[interrupt("step", 0, 150)])
-    real = fit_run.load_state
+    real = resumable_run.load_state
 
     def tampered(*args: Any) -> Any:
         document, tensors = real(*args)
         document[missing] = {} if missing == "learner" else None
         return document, tensors
 
-    monkeypatch.setattr(fit_run, "load_state", tampered)
+    monkeypatch.setattr(resumable_run, "load_state", tampered)
     with pytest.raises(CheckpointError):
         quick(checkpoint_dir=tmp_path, resume=True)
 

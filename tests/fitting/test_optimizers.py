@@ -93,8 +93,7 @@ def test_matrices_without_a_gradient_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "hidden"),
-    [("residual", [8], 4), ("mlp", [8], 1), ("quadratic", [8], 0), ("conv", [3, 4, 4], 0)],
+    ("kind", "shape", "hidden"), [("residual", [8], 4), ("mlp", [8], 1), ("quadratic", [8], 0), ("conv", [3, 4, 4], 0)]
 )
 def test_hidden_layers_are_orthogonalized_and_all_parameters_move(kind: str, shape: list[int], hidden: int) -> None:
     # As wide as the latents are long: a first layer or a quadratic form that is square is no hidden layer.

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 import latentprior as lp
-from latentprior.density.bases import (
-    CopulaBase,
-    GaussianMixtureBase,
-    LowRankMixtureBase,
-    MixtureBase,
-    NormalBase,
-)
+from latentprior.density.bases import CopulaBase, GaussianMixtureBase, LowRankMixtureBase, MixtureBase, NormalBase
 from latentprior.density.ladder import Ladder
 from latentprior.density.ratios import build_ratio
 from latentprior.density.whitening import identity_whitening

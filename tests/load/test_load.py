@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from clocks import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 
 def script(name: str, *words: object) -> list[Any]:
     call = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / f"{name}.py", "--json", *words]
-    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from latentprior import InvalidImagesError, LatentPriorError
-from latentprior.models.adapters import (
-    Autoencoder,
-    from_any,
-    from_callables,
-    from_diffusers,
-    from_pythae,
-)
+from latentprior.models.adapters import Autoencoder, from_any, from_callables, from_diffusers, from_pythae
 from latentprior.models.model import LatentVariableModel
 
 

@@ -2,17 +2,20 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 
 from latentprior.density.sampling import mala
-from latentprior.models.inference import (
-    log_gaussian,
-    maximize,
-    posterior_density,
-    short_run,
-)
+from latentprior.models.inference import Posterior, log_gaussian, maximize, posterior_density, short_run
 from latentprior.models.model import LatentVariableModel
-from linear_gaussian import LinearDecoder, assert_standard_normal, images, posterior, residuals
+from linear_gaussian import (
+    LinearDecoder,
+    assert_standard_normal,
+    correlated_prior,
+    images,
+    log_evidence,
+    posterior,
+    residuals,
+)
 
 
 @pytest.fixture
@@ -42,6 +45,19 @@ def test_posterior_density_and_gradient(
     torch.testing.assert_close(grad, -u + temperature * (miss.flatten(1) @ model.decoder.matrix.detach()) / 0.25)
     assert not value.requires_grad
     assert not grad.requires_grad
+
+
+def test_the_posterior_peaks_at_its_mean_in_standardised_coordinates() -> None:
+    model = LatentVariableModel(LinearDecoder(), correlated_prior(), sigma=0.5)
+    x = images(model, 3)
+    mean, covariance = posterior(model, x)
+    u = model.prior.whitening.whiten(mean)
+    value, grad = Posterior(x, model.prior, model.decode, 0.5).density()(u)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-9, rtol=0)
+    # log p(x, u) at the mode is log p(x) plus the posterior's peak in the standardised coordinates.
+    whitened = model.prior.whitening.matrix @ covariance @ model.prior.whitening.matrix.T
+    peak = MultivariateNormal(torch.zeros(3, dtype=torch.float64), whitened).log_prob(torch.zeros(3).double())
+    torch.testing.assert_close(value, log_evidence(model, x) + peak)
 
 
 def test_posterior_density_leaves_weights_without_gradients(model: LatentVariableModel) -> None:

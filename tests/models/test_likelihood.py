@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentprior.models.inference import log_gaussian
+from latentprior.models.inference import Posterior, log_gaussian
 from latentprior.models.likelihood import annealed_log_likelihood, log_mean
 from latentprior.models.model import LatentVariableModel
 from linear_gaussian import LinearDecoder, images, log_evidence
@@ -25,9 +25,8 @@ def test_log_mean_is_the_log_of_the_mean(generator: torch.Generator) -> None:
 
 def annealed(model: LatentVariableModel, x: Tensor, temperatures: int, g: torch.Generator, chains: int = 32) -> Tensor:
     start = model.prior.sample((len(x) * chains,), g)
-    found = annealed_log_likelihood(
-        start, model.decode, model.prior.log_prob, x, model.sigma, chains=chains, temperatures=temperatures, generator=g
-    )
+    posterior = Posterior(x, model.prior, model.decode, model.sigma)
+    found = annealed_log_likelihood(posterior, start, chains=chains, temperatures=temperatures, generator=g)
     return torch.stack(found)
 
 

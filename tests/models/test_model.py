@@ -213,12 +213,11 @@ def test_arrays_serve_as_images_everywhere(given: Any) -> None:
     torch.testing.assert_close(
         model.inpaint(given(x), mask, steps=1, generator=torch.Generator().manual_seed(0)), expected
     )
-    assert torch.equal(model.log_posterior(given(x))(z)[0], model.log_posterior(expected)(z)[0])
 
 
 @pytest.mark.parametrize("x", [None, "pixels", [[1.0], [1.0, 2.0]], torch.zeros(1, *PIXELS, device="meta"), 1j])
 def test_what_are_no_images_is_named(x: Any) -> None:
-    for call in (linear().infer, lambda x: linear().inpaint(x, torch.ones(1)), linear().log_posterior):
+    for call in (linear().infer, lambda x: linear().inpaint(x, torch.ones(1)), linear().anomaly_score):
         with pytest.raises(InvalidImagesError, match=r"images (are|have type|must be)"):
             call(x)
 
@@ -458,17 +457,62 @@ def test_interpolation_at_its_ends(generator: torch.Generator) -> None:
         model.interpolate(start, end, 1)
 
 
-def test_log_posterior_is_for_samplers(generator: torch.Generator) -> None:
-    model = linear("correlated")
-    x = images(model, 3)
-    mean, covariance = posterior(model, x)
-    u = model.prior.whitening.whiten(mean)
-    value, grad = model.log_posterior(x)(u)
-    torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-9, rtol=0)
-    # log p(x, u) at the mode is log p(x) plus the posterior's peak in the standardised coordinates.
-    whitened = model.prior.whitening.matrix @ covariance @ model.prior.whitening.matrix.T
-    peak = MultivariateNormal(torch.zeros(3, dtype=torch.float64), whitened).log_prob(torch.zeros(3).double())
-    torch.testing.assert_close(value, log_evidence(model, x) + peak)
+# The sampler
+
+
+def langevin_model(generator: torch.Generator) -> LatentVariableModel:
+    model = LatentVariableModel(build_decoder(SPEC, generator), correlated_prior())
+    model.sampler = {"sampler": "langevin", "steps": 2, "step_size": 0.3}
+    return model
+
+
+def test_generate_uses_the_models_own_sampler(generator: torch.Generator) -> None:
+    model = langevin_model(generator)
+    expected = model.decode(model.prior.sample((4,), torch.Generator().manual_seed(1), **model.sampler))
+    assert torch.equal(model.generate(4, generator=torch.Generator().manual_seed(1)), expected)
+    # A single option changes that option alone; a sampler that is named comes with its own defaults.
+    longer = model.prior.sample((4,), torch.Generator().manual_seed(1), "langevin", steps=9, step_size=0.3)
+    found = model.generate(4, steps=9, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found, model.decode(longer))
+    plain = model.decode(model.prior.sample((4,), torch.Generator().manual_seed(1)))
+    assert torch.equal(model.generate(4, sampler="smc", generator=torch.Generator().manual_seed(1)), plain)
+    assert not torch.equal(found, plain)
+
+
+def test_the_sampler_is_saved_and_older_folders_have_the_default(generator: torch.Generator) -> None:
+    model = langevin_model(generator)
+    config, tensors = model.state()
+    assert LatentVariableModel.from_state(config, tensors).sampler == model.sampler
+    older = {key: value for key, value in config.items() if key != "sampler"}
+    assert LatentVariableModel.from_state(older, tensors).sampler == {"sampler": "smc"}
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [{"sampler": "x"}, {"sampler": ["smc"]}, {"sampler": "smc", "generator": 5}, {"sampler": "sir", "n": 2}, {}, "smc"],
+)
+def test_a_sampler_that_cannot_be_used_is_refused(sampler: Any, generator: torch.Generator) -> None:
+    model = langevin_model(generator)
+    with pytest.raises(LatentPriorError, match=r"sampler|option"):
+        model.sampler = sampler
+    config, tensors = model.state()
+    with pytest.raises(CheckpointError, match="own sampler cannot be used"):
+        LatentVariableModel.from_state({**config, "sampler": sampler}, tensors)
+
+
+class Square(nn.Module):
+    """A decoder that does not say what images it makes."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.reshape(-1, 1, 2, 2)
+
+
+def test_the_image_shape_is_the_decoders_or_that_of_an_image(generator: torch.Generator) -> None:
+    assert LatentVariableModel(build_decoder(SPEC, generator)).image_shape == PIXELS
+    model = LatentVariableModel(Square(), standard_normal_prior((4,)))
+    assert model.image_shape == (1, 2, 2)
+    with pytest.raises(InvalidImagesError, match=r"the decoder makes \(1, 2, 2\)"):
+        model.infer(torch.zeros(1, 1, 1, 4))
 
 
 # Saving

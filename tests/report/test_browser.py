@@ -1,9 +1,12 @@
 """The page in a real browser; skipped where Playwright (extra ``browser``) or Chromium is absent."""
 
+import io
 import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import latentprior as lp
 from browsing import keep_screenshot
@@ -61,7 +64,7 @@ def test_slider_changes_the_picture(show, name):
 def test_names_do_not_run(show):
     page = show("points")
     assert page.title().startswith("Latent prior report: ")
-    assert page.locator("img").count() == 0
+    assert page.locator("img:not([src^='data:image/'])").count() == 0
 
 
 def test_all_stages_are_printed(show):
@@ -92,6 +95,15 @@ def test_fits_a_phone_and_has_contrast(show, scheme):
     )
     for colour, least in ((ink, 7), (quiet, 4.5)):
         assert contrast(colour, paper) >= least
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_have_the_colours_of_the_page(show, scheme):
+    page = show("points", color_scheme=scheme)
+    picture = Image.open(io.BytesIO(page.locator("figure:visible .chart").first.screenshot())).convert("RGB")
+    colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in np.unique(np.array(picture).reshape(-1, 3), axis=0)}
+    wanted = {"light": ("#fdfdfb", "#1f5fa8"), "dark": ("#14171b", "#74aff0")}[scheme]
+    assert colours.issuperset(wanted)
 
 
 @pytest.mark.slow

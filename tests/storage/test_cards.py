@@ -84,6 +84,31 @@ def test_a_failed_check_is_said_aloud(gaussian: lp.LatentPrior) -> None:
     assert "importance sampling" not in lp.model_card(wrong, check=False)
 
 
+@pytest.mark.parametrize(("method", "words"), [("importance", "importance sampling"), ("annealing", "annealing")])
+def test_the_method_of_the_check_is_told(
+    gaussian: lp.LatentPrior, method: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = gaussian.check_normalizer()._replace(method=method, reference="a_b")
+    monkeypatch.setattr(lp.LatentPrior, "check_normalizer", lambda self: check)
+    assert f"| integral, by {words} from another density (a\\_b, ESS " in lp.model_card(gaussian)
+
+
+def test_without_the_extra(gaussian: lp.LatentPrior, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **options: Any) -> Any:
+        if name.partition(".")[0] == "huggingface_hub":
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(lp.MissingExtraError, match=r"latentprior\[hub\]"):
+        lp.model_card(gaussian)
+    with pytest.raises(lp.MissingExtraError, match=r"latentprior\[hub\]"):
+        gaussian.save_pretrained(tmp_path, card=True)
+    gaussian.save_pretrained(tmp_path, card="# Mine")
+
+
 def test_a_picture_stands_beside_the_card_if_matplotlib_is_there(
     saved: Path, card: str, gaussian: lp.LatentPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,9 +178,7 @@ def test_models_and_parts_of_your_own(learned: lp.LatentPrior, gaussian: lp.Late
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("torch.Size([16, 1, 6, 6])")
     mine = lp.LatentVariableModel(
-        torch.nn.Unflatten(1, (1, 1, 2)),
-        MultivariateNormal(torch.zeros(2), torch.eye(2)),
-        encoder=torch.nn.Flatten(),
+        torch.nn.Unflatten(1, (1, 1, 2)), MultivariateNormal(torch.zeros(2), torch.eye(2)), encoder=torch.nn.Flatten()
     )
     card = lp.model_card(mine, check=False)
     assert 'from_pretrained("my-prior", prior=distribution, decoder=decoder, encoder=encoder)' in card

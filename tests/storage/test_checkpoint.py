@@ -16,12 +16,7 @@ from torch import Tensor
 import latentprior
 from latentprior import CheckpointError
 from latentprior.storage import checkpoint
-from latentprior.storage.checkpoint import (
-    load_state,
-    locked,
-    read_config,
-    save_state,
-)
+from latentprior.storage.checkpoint import load_state, locked, read_config, save_state
 
 OLD = {"a": torch.arange(6.0).reshape(2, 3)}
 NEW = {"a": torch.ones(2, 3), "b": torch.tensor(3.0, dtype=torch.float64)}
@@ -304,7 +299,7 @@ def test_nested_configurations_are_damaged_at_any_depth(saved: Path, depth: int)
         load_state(saved, "prior")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
 def test_links_put_in_place_of_what_is_written_lead_nowhere(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -319,11 +314,10 @@ def test_links_put_in_place_of_what_is_written_lead_nowhere(tmp_path: Path) -> N
     assert victim.read_text() == "mine"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_a_folder_is_one_runs_only(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     with locked(folder):
-        with pytest.raises(CheckpointError, match=rf"another run \(process {os.getpid()} on .*choose another folder"):
+        with pytest.raises(CheckpointError, match=r"another run is writing there; .*choose another folder"):
             locked(folder).__enter__()
         save_state(folder, "fit", {}, OLD)
     assert not (folder / ".lock").exists()
@@ -335,6 +329,29 @@ def test_a_folder_is_one_runs_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot save"), locked(tmp_path / "file"):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path / "a"), locked(tmp_path / "a"):
+        save_state(tmp_path / "a", "prior", {"number": 1}, OLD)
+    assert load_state(tmp_path / "a", "prior")[0]["number"] == 1
+
+
+def test_locks_that_killed_processes_left_keep_nobody_out(saved: Path) -> None:
+    for name in (".lock", ".save.lock"):
+        (saved / name).touch()
+    with locked(saved):
+        save_state(saved, "prior", {"number": 2}, NEW)
+    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".safetensors"]
 
 
 def test_savers_and_readers_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_pushed_prior_comes_back(hub: FakeHub, learned: lp.LatentPrior, points
     assert done.commit_url.startswith(f"{hub.url}/someone/crescent/commit/")
     assert repository.messages[-1] == "Upload prior with latentprior"
     card = repository.files["README.md"].decode()
-    assert 'license: "mit"' in card
+    assert "license: mit\n" in card
     assert 'from_pretrained("someone/crescent")' in card
     assert ("samples.png" in repository.files) == ("](samples.png)" in card)
     back = lp.LatentPrior.from_pretrained("someone/crescent", token=TOKEN)
@@ -212,7 +212,7 @@ def test_the_command_line_pushes_priors_and_models(
     repository = hub.repositories["someone/pushed"]
     assert json.loads(capsys.readouterr().out)["commit"] == repository.branches["main"]
     assert repository.private
-    assert b'license: "mit"' in repository.files["README.md"]
+    assert b"license: mit\n" in repository.files["README.md"]
     assert len(lp.LatentPrior.from_pretrained("someone/pushed").stages) == 2
     spec = network_spec("mlp", latent_dim=2, width=8, image_shape=(1, 6, 6))
     model = lp.LatentVariableModel(build_decoder(spec, torch.Generator().manual_seed(0)))

@@ -25,12 +25,12 @@ from latentprior.density.sampling import langevin
 from latentprior.density.whitening import Whitening
 from latentprior.models.model import LatentVariableModel, standard_normal_prior
 from latentprior.models.networks import build_decoder, build_encoder, network_spec
-from latentprior.runtime.events import TrainingEvent
+from latentprior.runtime.events import Event
 from latentprior.runtime.processes import SingleProcess
 from latentprior.training.config import TrainingConfig
-from latentprior.training.joint import train
+from latentprior.training.decoder_learner import DecoderLearner
+from latentprior.training.joint import joint_run, save, start, train
 from latentprior.training.joint_learner import JointLearner
-from latentprior.training.joint_run import TrainingRun
 from linear_gaussian import PIXELS, LinearDecoder, posterior
 
 # Short runs leave posterior samples off the ladder they are to follow, and so the two ends of log Z apart.
@@ -82,7 +82,7 @@ def learner(images: Images, model: LatentVariableModel | None = None, **changes:
 
 
 @pytest.fixture(scope="module")
-def learned(images: Images) -> tuple[LatentVariableModel, list[TrainingEvent]]:
+def learned(images: Images) -> tuple[LatentVariableModel, list[Event]]:
     model, events = LatentVariableModel(decoder(), sigma=SIGMA), []
     config = TrainingConfig(
         stages=2, steps=160, batch_size=64, posterior_steps=10, prior_sampler="particles", ratio_width=24,
@@ -93,7 +93,7 @@ def learned(images: Images) -> tuple[LatentVariableModel, list[TrainingEvent]]:
     return model, events
 
 
-def test_stages_find_the_clusters(learned: tuple[LatentVariableModel, list[TrainingEvent]], images: Images) -> None:
+def test_stages_find_the_clusters(learned: tuple[LatentVariableModel, list[Event]], images: Images) -> None:
     model, _ = learned
     none = train(LatentVariableModel(decoder(), sigma=SIGMA), images, replace(HURRIED, stages=0))
     assert len(model.prior.stages) >= 1
@@ -113,7 +113,7 @@ def test_stages_find_the_clusters(learned: tuple[LatentVariableModel, list[Train
 
 
 def test_images_of_the_learned_model_show_the_clusters(
-    learned: tuple[LatentVariableModel, list[TrainingEvent]], images: Images
+    learned: tuple[LatentVariableModel, list[Event]], images: Images
 ) -> None:
     model, _ = learned
     x = model.generate(2000, generator=torch.Generator().manual_seed(2))
@@ -124,12 +124,12 @@ def test_images_of_the_learned_model_show_the_clusters(
     assert float((skew[0] - skew[1]).norm()) < 0.6 * float((skew[2] - skew[1]).norm())
 
 
-def test_gains_are_told_and_kept(learned: tuple[LatentVariableModel, list[TrainingEvent]]) -> None:
+def test_gains_are_told_and_kept(learned: tuple[LatentVariableModel, list[Event]]) -> None:
     model, events = learned
     first = model.prior.stages[0]
     assert first.gain > 5 * first.gain_stderr
     assert 0 < first.gain < 2 * math.log(2)
-    heard = [e.gain for e in events if e.kind == "evaluate" and e.stage == 0]
+    heard = [(e.gain, e.gain_stderr) for e in events if e.kind == "evaluate" and e.stage == 0]
     assert (first.gain, first.gain_stderr) == heard[-1]
     assert model.prior.info["training"]["steps"] == 160
     assert model.prior.normalizer.stderr < 0.05
@@ -163,13 +163,13 @@ def test_a_stage_that_the_posterior_ran_away_from_may_catch_up(
 ) -> None:
     one = learner(images, steps=30, evaluate_every=10, patience=2, switch=switch)
     for value, stderr in gains:
-        assert not one.stage_finished
-        one.step += 10
-        one.gain, one.waited = Gain(value, stderr), one.waited + 1
-        if value > one.best_gain:
-            one.best_gain, one.waited = value, 0
-    assert one.stage_finished
-    assert one.step == ended
+        assert not one.ratio.finished
+        one.task.step += 10
+        one.ratio.gain, one.ratio.waited = Gain(value, stderr), one.ratio.waited + 1
+        if value > one.ratio.best_gain:
+            one.ratio.best_gain, one.ratio.waited = value, 0
+    assert one.ratio.finished
+    assert one.task.step == ended
 
 
 def test_nothing_to_learn_ends_the_ladder(generator: torch.Generator) -> None:
@@ -185,7 +185,7 @@ def test_nothing_to_learn_ends_the_ladder(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("encoder", [False, True])
 def test_joint_learning_lowers_the_reconstruction_error(images: Images, encoder: bool) -> None:
-    events: list[TrainingEvent] = []
+    events: list[Event] = []
     config = replace(HURRIED, stages=0, settle_steps=80, batch_size=64, posterior_steps=15, learning_rate=1e-2)
     model = train(perceptrons(encoder), images, config, callbacks=[events.append])
     losses = [e.losses for e in events if e.kind == "settle"]
@@ -218,11 +218,11 @@ def test_every_training_image_once_an_epoch(images: Images) -> None:
     one = learner(images, batch_size=20)
     seen = []
     for _ in range(2 * 580 // 20):
-        x, index = one.batch()
+        x, index = one.task.batch()
         assert torch.equal(x, images.batch(index))
         seen.append(index)
-        one.updates += 1
-    held_out = set(one.held_out_rows.tolist())
+        one.task.updates += 1
+    held_out = set(one.task.held_out_rows.tolist())
     for epoch in (torch.cat(seen[:29]).tolist(), torch.cat(seen[29:]).tolist()):
         assert len(set(epoch)) == 580
         assert not held_out & set(epoch)
@@ -230,12 +230,12 @@ def test_every_training_image_once_an_epoch(images: Images) -> None:
 
 
 def test_processes_share_a_batch(images: Images) -> None:
-    whole = learner(images).batch()[1]
+    whole = learner(images).task.batch()[1]
     parts = []
     for rank in range(2):
         process = SingleProcess()
         process.rank, process.count = rank, 2
-        parts.append(JointLearner(perceptrons(), images, HURRIED, 0, process).batch()[1])
+        parts.append(JointLearner(perceptrons(), images, HURRIED, 0, process).task.batch()[1])
     assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
     assert len(parts[0]) == len(parts[1])
     process = SingleProcess()
@@ -246,12 +246,12 @@ def test_processes_share_a_batch(images: Images) -> None:
 
 def test_the_generator_climbs_the_likelihood(images: Images, generator: torch.Generator) -> None:
     one = learner(images)
-    x, _ = one.batch()
+    x, _ = one.task.batch()
     z = torch.randn(16, 2, generator=generator)
-    network = one.model.decoder
+    network = one.task.model.decoder
     matrix, shift = network.matrix.detach().clone(), network.shift.detach().clone()
     miss = (z @ matrix.T + shift) - x.flatten(1)
-    losses = one.update_decoder(x, z)
+    losses = one.decoder.update(x, z)
     torch.testing.assert_close(network.shift.grad, miss.mean(0) / SIGMA**2)
     torch.testing.assert_close(network.matrix.grad, miss.T @ z / (16 * SIGMA**2))
     assert losses["reconstruction"] == pytest.approx(float(miss.square().mean()), rel=1e-5)
@@ -259,50 +259,31 @@ def test_the_generator_climbs_the_likelihood(images: Images, generator: torch.Ge
     torch.testing.assert_close(network.shift.detach(), shift - 1e-3 * network.shift.grad.sign(), atol=1e-6, rtol=0)
 
 
-def test_mixed_precision_is_the_generators_alone(images: Images) -> None:
-    halves, one = [], learner(images, perceptrons(encoder=False), mixed_precision=True)
-    last = [m for m in one.model.decoder.modules() if isinstance(m, nn.Linear)][-1]
-    last.register_forward_hook(lambda _, __, out: halves.append(out.dtype))
-    x, index = one.batch()
-    z = one.posterior_samples(x, index)
-    losses = one.update_decoder(x, z)
-    assert set(halves) == {torch.bfloat16}
-    assert z.dtype == x.dtype == torch.float32
-    assert {p.dtype for p in one.networks.parameters()} == {p.grad.dtype for p in one.networks.parameters()}
-    assert {p.dtype for p in one.networks.parameters()} == {torch.float32}
-    whole = learner(images, perceptrons(encoder=False))
-    same = whole.posterior_samples(x, index)
-    # bfloat16 keeps 8 bits: pixels are off by 2^-8, and three short steps of 0.1 amplify nothing.
-    torch.testing.assert_close(z, same, atol=0.02, rtol=0)
-    assert losses["reconstruction"] == pytest.approx(whole.update_decoder(x, same)["reconstruction"], rel=0.02)
-    assert not torch.equal(z, same)
-
-
 def test_the_ratio_descends_the_logistic_loss(images: Images, generator: torch.Generator) -> None:
     one = learner(images)
     high, low = torch.randn(2, 200, 2, generator=generator) + torch.tensor([[[1.0]], [[-1.0]]])
-    exact = logistic_loss(one.ratio(high), one.ratio(low))
-    losses = [one.update_ratio(high, low)["ratio"] for _ in range(50)]
+    exact = logistic_loss(one.ratio.ratio(high), one.ratio.ratio(low))
+    losses = [one.ratio.update(high, low)["ratio"] for _ in range(50)]
     assert losses[0] == pytest.approx(float(exact.detach()), rel=1e-6)
     assert losses[-1] < 0.75 * losses[0]
     # A ratio of q to p_k, not of p_k to q.
-    assert float((one.ratio(high).mean() - one.ratio(low).mean()).detach()) > 0.5
+    assert float((one.ratio.ratio(high).mean() - one.ratio.ratio(low).mean()).detach()) > 0.5
 
 
 def test_posterior_chains_start_where_asked(images: Images) -> None:
-    for start in ("prior", "encoder", "persistent"):
-        one = learner(images, perceptrons(), posterior_start=start, posterior_steps=1, posterior_step_size=1e-6)
-        x, index = one.batch()
-        z = one.posterior_samples(x, index)
-        draws = one._draws("posterior", 0, 0)
-        if start == "prior":
-            begin = one.model.prior.base.sample(16, draws)
-        elif start == "persistent":
-            assert one.latents is not None
-            assert torch.equal(one.latents[index], z)
-            begin = one.model.prior.base.sample(600, one._draws("latents"))[index]
+    for origin in ("prior", "encoder", "persistent"):
+        one = learner(images, perceptrons(), posterior_start=origin, posterior_steps=1, posterior_step_size=1e-6)
+        x, index = one.task.batch()
+        z = one.posterior.sample(x, index)
+        draws = one.task.draws("posterior", 0, 0)
+        if origin == "prior":
+            begin = one.task.model.prior.base.sample(16, draws)
+        elif origin == "persistent":
+            assert one.posterior.latents is not None
+            assert torch.equal(one.posterior.latents[index], z)
+            begin = one.task.model.prior.base.sample(600, one.task.draws("latents"))[index]
         else:
-            mean, scale = one.model.encoder(x)
+            mean, scale = one.task.model.encoder(x)
             begin = mean + scale * torch.randn(16, 2, generator=draws)
         torch.testing.assert_close(z, begin.detach(), atol=1e-4, rtol=0)
 
@@ -318,8 +299,8 @@ def correlated(images: Images, **changes: Any) -> JointLearner:
 def test_chains_start_at_the_encoders_draws_in_standardised_coordinates(images: Images) -> None:
     x = images.batch(torch.zeros(20_000, dtype=torch.long))
     one = correlated(images, posterior_steps=1, posterior_step_size=1e-6)
-    z = one.whitening.unwhiten(one.posterior_samples(x))
-    mean, scale = one.model.encode(x[:1])
+    z = one.task.model.prior.whitening.unwhiten(one.posterior.sample(x))
+    mean, scale = one.task.model.encode(x[:1])
     # A mean of 20,000 errs by 0.7% of its scale, a scale by 0.5%, a correlation by 0.007.
     torch.testing.assert_close(z.mean(0), mean[0], atol=0.03 * float(scale.max()), rtol=0)
     torch.testing.assert_close(z.std(0), scale[0], atol=0, rtol=0.025)
@@ -329,8 +310,8 @@ def test_chains_start_at_the_encoders_draws_in_standardised_coordinates(images: 
 def test_preconditioned_chains_reach_the_posterior(images: Images) -> None:
     x = images.batch(torch.tensor([3])).expand(4000, -1, -1, -1)
     one = correlated(images, posterior_steps=300, posterior_step_size=0.05, precondition=True)
-    z = one.whitening.unwhiten(one.posterior_samples(x))
-    mean, covariance = posterior(one.model, x[:1])
+    z = one.task.model.prior.whitening.unwhiten(one.posterior.sample(x))
+    mean, covariance = posterior(one.task.model, x[:1])
     spread = covariance.diagonal().sqrt()
     torch.testing.assert_close(z.mean(0), mean[0], atol=0.08 * float(spread.max()), rtol=0)
     torch.testing.assert_close(z.std(0), spread, atol=0, rtol=0.06)
@@ -347,23 +328,24 @@ def test_the_encoder_learns_marginals_from_chains_and_conditionals_by_the_bound(
 ) -> None:
     one = correlated(images, precondition=precondition)
     with torch.no_grad():
-        one.model.decoder.matrix.copy_(one.model.decoder.matrix @ torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+        one.task.model.decoder.matrix.copy_(one.task.model.decoder.matrix @ torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     x = images.batch(torch.arange(200))
-    optimizer = torch.optim.Adam(one.model.encoder.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(one.task.model.encoder.parameters(), 3e-3)
     for step in range(800):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / 800)
-        loss = one._encoder_loss(x, one.whitening.whiten(exact_draws(one.model, x, generator)))
+        posterior_draws = one.task.model.prior.whitening.whiten(exact_draws(one.task.model, x, generator))
+        loss = one.decoder.encoder_loss(x, posterior_draws)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        one.updates += 1
+        one.task.updates += 1
     # The generator takes no part in the bound, and goes on learning.
-    assert all(p.requires_grad and p.grad is None for p in one.model.decoder.parameters())
-    exact, covariance = posterior(one.model, x)
+    assert all(p.requires_grad and p.grad is None for p in one.task.model.decoder.parameters())
+    exact, covariance = posterior(one.task.model, x)
     marginal, conditional = covariance.diagonal().sqrt(), covariance.inverse().diagonal().rsqrt()
     assert float((marginal / conditional).min()) > 1.5
-    mean, scale = one.model.encode(x)
+    mean, scale = one.task.model.encode(x)
     torch.testing.assert_close(scale.mean(0), conditional if precondition else marginal, atol=0, rtol=0.2)
     assert float((mean - exact).square().mean(0).sqrt().max()) < 0.7 * float(marginal.min())
 
@@ -373,10 +355,10 @@ def test_sigma_goes_to_the_noise_of_the_images(generator: torch.Generator) -> No
     for learn_sigma in (False, True):
         one = learner(images, LatentVariableModel(decoder(), sigma=0.2), learn_sigma=learn_sigma, learning_rate=1e-6)
         for _ in range(800):
-            x, _ = one.batch()
-            one.update_decoder(x, exact_draws(one.model, x, generator))
+            x, _ = one.task.batch()
+            one.decoder.update(x, exact_draws(one.task.model, x, generator))
         # Its maximum of the likelihood; images are cut off at 1, which takes a little of the noise.
-        assert one.model.sigma == (pytest.approx(SIGMA, rel=0.1) if learn_sigma else 0.2)
+        assert one.task.model.sigma == (pytest.approx(SIGMA, rel=0.1) if learn_sigma else 0.2)
 
 
 def test_an_encoder_is_needed_to_precondition() -> None:
@@ -389,19 +371,19 @@ def test_prior_chains_go_on_where_asked(images: Images) -> None:
     for sampler in ("langevin", "persistent", "particles"):
         model = train(LatentVariableModel(decoder(), sigma=SIGMA), images, replace(HURRIED, switch="schedule"))
         one = learner(images, model, prior_sampler=sampler)
-        first = one.prior_samples(16)
-        one.updates += 1
-        found[sampler] = (first, one.prior_samples(16))
-        density = one.ladder.density(1)
-        begin = first if sampler == "persistent" else one.ladder.base.sample(16, one._draws("prior", 1, 0))
+        first = one.prior.sample(16)
+        one.task.updates += 1
+        found[sampler] = (first, one.prior.sample(16))
+        density = one.task.ladder.density(1)
+        begin = first if sampler == "persistent" else one.task.ladder.base.sample(16, one.task.draws("prior", 1, 0))
         if sampler != "particles":
-            draws = one._draws("prior", 1, 0)
+            draws = one.task.draws("prior", 1, 0)
             if sampler == "langevin":
-                begin = one.ladder.base.sample(16, draws)
+                begin = one.task.ladder.base.sample(16, draws)
             z = langevin.sample(begin, density, steps=3, step_size=0.4, generator=draws)
             torch.testing.assert_close(found[sampler][1], z)
         else:
-            rows = torch.cat([one.prior_samples(16) for _ in range(60)])
+            rows = torch.cat([one.prior.sample(16) for _ in range(60)])
             # Resampled particles repeat, but no row is handed out twice: most are different.
             assert len(torch.unique(rows, dim=0)) > 600
     assert torch.equal(found["langevin"][0], found["persistent"][0])
@@ -409,19 +391,18 @@ def test_prior_chains_go_on_where_asked(images: Images) -> None:
 
 def test_held_out_rows_share_no_noise(images: Images) -> None:
     one = learner(images, posterior_steps=1, posterior_step_size=1e-6)
-    x = images.batch(one.held_out_rows)
     with torch.no_grad():
-        z = one._held_out_posterior(x)
+        z = one.posterior.sample_held_out()
     assert z.shape == (20, 2)
     assert len(torch.unique(z.round(decimals=3), dim=0)) == 20
-    trained = one.posterior_samples(one.batch()[0])
+    trained = one.posterior.sample(one.task.batch()[0])
     assert not torch.isclose(z[0], trained, atol=1e-3).all(1).any()
 
 
 def test_networks_end_with_the_average_of_their_weights(images: Images) -> None:
     model, path = perceptrons(), []
 
-    def keep(event: TrainingEvent) -> None:
+    def keep(event: Event) -> None:
         if event.kind in ("step", "settle"):
             path.append({k: v.detach().clone() for k, v in model.named_parameters()})
 
@@ -440,11 +421,11 @@ def test_networks_end_with_the_average_of_their_weights(images: Images) -> None:
 
 def test_learning_rates_fall_every_epoch(images: Images) -> None:
     one = learner(images, decay=0.5)
-    x, _ = one.batch()
+    x, _ = one.task.batch()
     for updates, rate in ((0, 1e-3), (36, 1e-3), (37, 5e-4), (73, 2.5e-4)):
-        one.updates = updates
-        one.update_decoder(x, torch.zeros(16, 2))
-        assert one.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        one.task.updates = updates
+        one.decoder.update(x, torch.zeros(16, 2))
+        assert one.decoder.networks.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 # Settings and errors
@@ -504,7 +485,7 @@ def test_divergence_is_retried_once_then_named(images: Images, changes: dict[str
     config = replace(HURRIED, posterior_step_size=1e20, **changes)
     says = r"stage 0: 100% of the posterior chains have run away at step 0; lower"
     with (
-        pytest.warns(LearningRetriedWarning, match=f"{says}.* gone back to step 0 of stage 0, on at a quarter"),
+        pytest.warns(LearningRetriedWarning, match=f"{says}.* gone back to step 0 of stage 0, to learn on"),
         pytest.raises(LearningDivergedError, match=says),
     ):
         train(LatentVariableModel(decoder(), sigma=SIGMA), images, config)
@@ -513,14 +494,14 @@ def test_divergence_is_retried_once_then_named(images: Images, changes: dict[str
 def test_divergence_is_mended_by_a_smaller_step(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = JointLearner.update_decoder
+    real = DecoderLearner.update
 
-    def poisoned(self: JointLearner, x: Tensor, posterior: Tensor) -> dict[str, float]:
-        if (self.updates, self.pace) == (3, 1):
-            next(self.networks.parameters()).data.fill_(math.nan)
+    def poisoned(self: DecoderLearner, x: Tensor, posterior: Tensor) -> dict[str, float]:
+        if (self.task.updates, self.task.pace) == (3, 1):
+            next(self.networks.module.parameters()).data.fill_(math.nan)
         return real(self, x, posterior)
 
-    monkeypatch.setattr(JointLearner, "update_decoder", poisoned)
+    monkeypatch.setattr(DecoderLearner, "update", poisoned)
 
     def call(**options: Any) -> LatentVariableModel:
         return train(perceptrons(encoder=False), images, HURRIED, **options)
@@ -530,9 +511,9 @@ def test_divergence_is_mended_by_a_smaller_step(
         whole = call()
     assert caught[0].filename == __file__
     assert all(p.isfinite().all() for p in whole.decoder.parameters())
-    seen: list[TrainingEvent] = []
+    seen: list[Event] = []
 
-    def stop(event: TrainingEvent) -> None:
+    def stop(event: Event) -> None:
         seen.extend([event] if event.kind == "evaluate" else [])
         if len(seen) == 2:
             raise KeyboardInterrupt
@@ -545,8 +526,8 @@ def test_divergence_is_mended_by_a_smaller_step(
 
 
 def test_events_come_in_order(images: Images) -> None:
-    first: list[TrainingEvent] = []
-    second: list[TrainingEvent] = []
+    first: list[Event] = []
+    second: list[Event] = []
     model = perceptrons()
     config = replace(HURRIED, stages=2, steps=2, settle_steps=2, switch="schedule")
     train(model, images, config, callbacks=iter([first.append, second.append]))
@@ -554,7 +535,7 @@ def test_events_come_in_order(images: Images) -> None:
     assert [e.kind for e in first] == [*stage, *stage, "settle", "settle", "normalizer", "end"]
     assert first == second
     assert [e.step for e in first if e.kind == "step"] == [1, 2, 1, 2]
-    assert [e.stage for e in first if e.kind == "learned"] == [1, 2]
+    assert [(e.stage, e.step) for e in first if e.kind == "learned"] == [(0, 2), (1, 2)]
     assert [(e.step, e.steps) for e in first if e.kind == "settle"] == [(1, 2), (2, 2)]
     assert [e.seconds for e in first] == sorted(e.seconds for e in first)
     assert all(set(e.losses) == {"ratio", "reconstruction", "encoder"} for e in first if e.kind == "step")
@@ -584,15 +565,15 @@ class Stop(Exception):
     pass
 
 
-def stopping(kind: str, step: int, stage: int = 0) -> Callable[[TrainingEvent], None]:
-    def callback(event: TrainingEvent) -> None:
+def stopping(kind: str, step: int, stage: int = 0) -> Callable[[Event], None]:
+    def callback(event: Event) -> None:
         if (event.kind, event.step, event.stage) == (kind, step, stage):
             raise Stop
 
     return callback
 
 
-MOMENTS = [("step", 1, 0), ("evaluate", 2, 0), ("step", 3, 0), ("learned", 0, 1), ("settle", 3, 1), ("end", 0, 1)]
+MOMENTS = [("step", 1, 0), ("evaluate", 2, 0), ("step", 3, 0), ("learned", 4, 0), ("settle", 3, 1), ("end", 0, 1)]
 STATEFUL = replace(HURRIED, switch="schedule", settle_steps=4, posterior_start="persistent", prior_sampler="persistent")
 
 
@@ -602,7 +583,7 @@ STATEFUL = replace(HURRIED, switch="schedule", settle_steps=4, posterior_start="
         (STATEFUL, MOMENTS),
         (
             replace(STATEFUL, stages=2, prior_sampler="particles", posterior_start="encoder"),
-            [("step", 3, 1), ("evaluate", 4, 1), ("learned", 0, 2), ("normalizer", 0, 2)],
+            [("step", 3, 1), ("evaluate", 4, 1), ("learned", 4, 1), ("normalizer", 0, 2)],
         ),
         (replace(HURRIED, steps=40, patience=1), [("evaluate", 2, 0)]),
     ],
@@ -618,7 +599,7 @@ def test_resumed_run_ends_with_the_same_bits(
                 perceptrons(), images, config, seed=3, checkpoint_dir=tmp_path, resume=True,
                 callbacks=[stopping(*moment)],
             )  # fmt: skip
-    events: list[TrainingEvent] = []
+    events: list[Event] = []
     resumed = train(
         perceptrons(), images, config, seed=3, checkpoint_dir=tmp_path, resume=True, callbacks=[events.append]
     )
@@ -631,20 +612,20 @@ def test_resumed_run_ends_with_the_same_bits(
 @pytest.mark.parametrize(("best", "now"), [(0.25, Gain(0.2, 0.1)), (-math.inf, None)])
 def test_counters_are_restored(images: Images, tmp_path: Path, best: float, now: Gain | None) -> None:
     one, two = learner(images), learner(images)
-    counters = {"step": 3, "updates": 7, "settled": 1, "waited": 2, "arrived": True, "best_gain": best}
-    for name, value in counters.items():
-        setattr(one, name, value)
-    one.gain = now or one.gain
-    TrainingRun(one, tmp_path, ()).save()
-    TrainingRun(two, tmp_path, ()).load()
-    assert {name: getattr(two, name) for name in counters} == counters
-    assert two.gain == now if now else math.isnan(two.gain.value)
+    one.task.step, one.task.updates, one.task.settled, one.arrived = 3, 7, 1, True
+    one.ratio.waited, one.ratio.best_gain = 2, best
+    one.ratio.gain = now or one.ratio.gain
+    save(joint_run(one, tmp_path, ()), one)
+    start(joint_run(two, tmp_path, ()), two, resume=True)
+    assert (two.task.step, two.task.updates, two.task.settled, two.arrived) == (3, 7, 1, True)
+    assert (two.ratio.waited, two.ratio.best_gain) == (2, best)
+    assert two.ratio.gain == now if now else math.isnan(two.ratio.gain.value)
 
 
 def test_another_seed_is_another_run(images: Images) -> None:
     a, b, c = (train(perceptrons(), images, HURRIED, seed=seed) for seed in (1, 1, 2))
     assert_same(a, b)
-    assert not torch.equal(outcome(a)[1]["generator.layers.0.weight"], outcome(c)[1]["generator.layers.0.weight"])
+    assert not torch.equal(outcome(a)[1]["decoder.layers.0.weight"], outcome(c)[1]["decoder.layers.0.weight"])
 
 
 def test_resume_needs_a_folder(images: Images) -> None:
@@ -662,7 +643,7 @@ def test_checkpoints_of_another_run_are_refused(images: Images, tmp_path: Path) 
         lambda: train(perceptrons(), images, replace(plain, batch_size=8), checkpoint_dir=tmp_path, resume=True),
         lambda: train(perceptrons(False), images, plain, checkpoint_dir=tmp_path, resume=True),
     ):
-        with pytest.raises(CheckpointError, match="holds a run on other images or settings"):
+        with pytest.raises(CheckpointError, match="holds a run on other data or settings"):
             call()
     weights = next(tmp_path.glob("training-*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from ..models.model import LatentVariableModel
-from .latent_flow import LatentFlowConfig, train_latent_flow
-from .latent_gmm import LatentGMMConfig, train_latent_gmm
 from .lebm import LEBMConfig, train_lebm
 from .ncp_vae import NCPVAEConfig, train_ncp_vae
 from .rae import RAEConfig, train_rae
 from .sri import SRIConfig, train_sri
-from .two_stage_vae import TwoStageDistribution, TwoStageVAEConfig, train_two_stage_vae
-from .vae import VAEConfig, train_vae
+from .two_stage_distribution import TwoStageDistribution
+from .two_stage_vae import TwoStageVAEConfig, train_two_stage_vae
+from .vae import LatentFlowConfig, LatentGMMConfig, VAEConfig, train_latent_flow, train_latent_gmm, train_vae
 
 __all__ = [
     "RIVALS",
@@ -48,9 +47,8 @@ RIVALS: Mapping[str, Callable[..., LatentVariableModel]] = MappingProxyType(
         "latent_flow": train_latent_flow,
     }
 )
-"""Every rival's training function: ``train(model, images, config, *, seed, checkpoint_dir, resume, callbacks)``.
+"""The training function of every rival: ``train(model, images, config, *, seed, checkpoint_dir, resume, callbacks)``.
 
-With a ``checkpoint_dir`` each saves its state there, and ``resume=True`` goes on from it to the same weights.
-
-How the rival's paper samples stands in its prior: ``model.generate(n, **model.prior.info["sampler"])``.
+With a ``checkpoint_dir`` each saves its state there, and ``resume=True`` goes on from it to the same weights. Each sets
+``model.sampler`` to the sampler of its paper, which ``model.generate(n)`` then uses.
 """

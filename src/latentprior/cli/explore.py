@@ -10,21 +10,15 @@ from typing import Annotated
 import typer
 
 from ..errors import LatentPriorError
-from ..explorer.explorer import open_explorer
-from ..explorer.server import Server, is_loopback
-from ..runtime.progress import Stopped, note, part_bar
-from .options import Device, WorkFailed, check_device
+from ..runtime.progress import note, work_bar
+from ..runtime.stopping import Stopped
+from .options import Device, SavedFolder, WorkFailed, check_device
 
 __all__ = ["explore"]
 
 
 def explore(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="Folder that [bold]fit[/], [bold]train[/] or [bold]demo[/] wrote, or a saved model."
-        ),
-    ],
+    folder: SavedFolder,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -54,6 +48,10 @@ def explore(
 
     latentprior explore my-prior --calibration test_latents.npy --port 0 --no-browser
     """
+    # Starlette and uvicorn come with an extra, which no other command needs.
+    from ..explorer.explorer import open_explorer
+    from ..explorer.server import Server, is_loopback
+
     if not is_loopback(host):
         if not allow_remote:
             raise LatentPriorError(
@@ -61,10 +59,10 @@ def explore(
             )
         note("warning", f"the page on {host} has no password: whoever reaches it can use the model and this machine")
     check_device(device)
-    with part_bar(task=f"opening {folder}"):
+    with work_bar(f"opening {folder}"):
         explorer = open_explorer(folder, calibration, device=device)
     try:
-        with part_bar(task="calibrating"):
+        with work_bar("calibrating"):
             server = Server(explorer, host, port)
     except OSError as error:
         raise WorkFailed(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port") from None

@@ -15,24 +15,26 @@ from torch import Tensor
 
 from ..data.image_files import open_images
 from ..data.images import Images, read_images
+from ..data.pictures import Choice
 from ..density.figures import strict_json
 from ..density.samplers import SAMPLE_BLOCK, SAMPLERS
 from ..errors import InvalidImagesError, LatentPriorError
 from ..evaluation import metrics
 from ..evaluation.feature_networks import feature_network, list_feature_networks
 from ..models.model import ROWS, LatentVariableModel
-from ..recipes.model_folders import image_size, load_model, sampler_options
-from ..runtime.progress import part_bar, row_bar
+from ..recipes.model_folders import image_size, load_model
+from ..runtime.progress import work_bar
 from ..storage.output_files import array_file, check_file, check_images_out, images_out
-from .options import AsJson, Device, ImagesSource, Key, Seed
+from .options import AsJson, Device, ImagesSource, Key, Limit, ModelFolder, Seed, counted
 
 __all__ = ["COMMANDS", "detect", "evaluate", "generate", "reconstruct"]
 
-METHODS = ("map", "encoder", "langevin", "mala", "tilt")
-KINDS = ("joint", "reconstruction", "prior", "marginal")
+INFERENCE_METHODS = ("map", "encoder", "langevin", "mala", "tilt")
+SCORE_KINDS = ("joint", "reconstruction", "prior", "marginal")
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that [bold]latentprior train[/] wrote.")]
-OUT = typer.Option("--out", metavar="OUT", help="F.npy (floats in [-1, 1]), F.png (a grid) or a new FOLDER of PNGs.")
+IMAGES_OUT = typer.Option(
+    "--out", metavar="OUT", help="F.npy (floats in [-1, 1]), F.png (a grid) or a new FOLDER of PNGs."
+)
 Sampler = Annotated[
     str | None,
     typer.Option("--sampler", metavar="S", help=f"How to draw: {', '.join(SAMPLERS)}; by default the model's own way."),
@@ -40,14 +42,15 @@ Sampler = Annotated[
 Split = Annotated[
     str, typer.Option("--split", metavar="P", help="Part of a source that has parts: train, test and so on.")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Take the first N images only.")]
-Inference = Annotated[str, typer.Option("--method", metavar="M", help=f"How latents are found: {', '.join(METHODS)}.")]
+Inference = Annotated[
+    str, typer.Option("--method", metavar="M", help=f"How latents are found: {', '.join(INFERENCE_METHODS)}.")
+]
 
 
 def generate(
-    folder: Folder,
+    folder: ModelFolder,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of images.")],
-    out: Annotated[Path, OUT],
+    out: Annotated[Path, IMAGES_OUT],
     sampler: Sampler = None,
     seed: Seed = 0,
     device: Device = None,
@@ -64,24 +67,24 @@ def generate(
     check_images_out(out, n)
     model = load_model(folder, device)
     options = _sampler(model, sampler)
-    draws = torch.Generator().manual_seed(seed % 2**63)
-    with row_bar(n, "generating") as bar, torch.no_grad(), _written(out, n, model) as write:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    with work_bar("generating", n) as bar, torch.no_grad(), _written(out, n, model) as write:
         for start in range(0, n, SAMPLE_BLOCK):
-            z = model.prior.sample((min(SAMPLE_BLOCK, n - start),), generator=draws, **options)
+            z = model.prior.sample((min(SAMPLE_BLOCK, n - start),), generator=generator, **options)
             for block in z.split(ROWS):
                 write(model.decode(block))
                 bar.update(len(block))
-    shape = _shape(model)
+    shape = tuple(model.image_shape)
     if as_json:
         print(strict_json({"n": n, "shape": [n, *shape], "sampler": options["sampler"], "seed": seed}))
     else:
-        print(f"{out}: {n:,} images of {' x '.join(map(str, shape))}, by {options['sampler']}")
+        print(f"{out}: {counted(n, 'image')} of {' x '.join(map(str, shape))}, by {options['sampler']}")
 
 
 def reconstruct(
-    folder: Folder,
+    folder: ModelFolder,
     images: ImagesSource,
-    out: Annotated[Path | None, OUT] = None,
+    out: Annotated[Path | None, IMAGES_OUT] = None,
     method: Inference = "map",
     key: Key = None,
     split: Split = "train",
@@ -96,34 +99,34 @@ def reconstruct(
 
     [bold]Example:[/] latentprior reconstruct run photos/ --out reconstructed.png --method encoder
     """
-    _choice("--method", method, METHODS)
+    _check_choice("--method", method, INFERENCE_METHODS)
     model = load_model(folder, device)
     pictures = _pictures(folder, model, images, key, split, limit)
     n, pairs = len(pictures), out is not None and out.suffix == ".png"
     if out is not None:
         check_images_out(out, 2 * n if pairs else n)
-    draws, errors = torch.Generator().manual_seed(seed % 2**63), []
+    generator, errors = torch.Generator().manual_seed(seed % 2**63), []
     writing = contextlib.nullcontext() if out is None else _written(out, n, model, pairs)
-    with row_bar(n, "reconstructing") as bar, writing as write:
+    with work_bar("reconstructing", n) as bar, writing as write:
         for x in pictures.batches(ROWS, device=model.device):
-            again = model.reconstruct(x, method=method, generator=draws)
-            errors.append((again.double() - x).square().flatten(1).mean(1).cpu())
+            reconstructed = model.reconstruct(x, method=method, generator=generator)
+            errors.append((reconstructed.double() - x).square().flatten(1).mean(1).cpu())
             if write is not None:
-                write(torch.stack([x, again], 1).flatten(0, 1) if pairs else again)
+                write(torch.stack([x, reconstructed], 1).flatten(0, 1) if pairs else reconstructed)
             bar.update(len(x))
     mean, stderr = _mean(torch.cat(errors))
     if as_json:
         print(strict_json({"n": n, "mean_squared_error": mean, "stderr": stderr}))
         return
-    print(f"{images}: {n:,} images, squared error a pixel {mean:.5f}{_plus_minus(stderr, '.5f')} by {method}")
+    print(f"{images}: {counted(n, 'image')}, squared error a pixel {mean:.5f}{_plus_minus(stderr, '.5f')} by {method}")
     if out is not None:
         print(f"reconstructions in {out}")
 
 
 def detect(
-    folder: Folder,
+    folder: ModelFolder,
     images: ImagesSource,
-    kind: Annotated[str, typer.Option("--kind", metavar="K", help=f"Score: {', '.join(KINDS)}.")] = "joint",
+    kind: Annotated[str, typer.Option("--kind", metavar="K", help=f"Score: {', '.join(SCORE_KINDS)}.")] = "joint",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="F.npy", help="Also write the score of every image.")
     ] = None,
@@ -134,9 +137,7 @@ def detect(
     anomaly: Annotated[
         list[int] | None, typer.Option("--anomaly", metavar="CLASS", help="Class of the images' labels that is odd.")
     ] = None,
-    method: Annotated[
-        str, typer.Option("--method", metavar="M", help=f"How latents are found: {', '.join(METHODS)}.")
-    ] = "mala",
+    method: Inference = "mala",
     key: Key = None,
     split: Split = "train",
     limit: Limit = None,
@@ -154,41 +155,41 @@ def detect(
 
     latentprior detect run mnist.npz --split test --anomaly 4 --json
     """
-    _choice("--kind", kind, KINDS)
-    _choice("--method", method, METHODS)
+    _check_choice("--kind", kind, SCORE_KINDS)
+    _check_choice("--method", method, INFERENCE_METHODS)
     if out is not None:
         check_file(out)
     model = load_model(folder, device)
     pictures = _pictures(folder, model, images, key, split, limit)
     truth = _truth(pictures, images, labels_key, anomaly, split)
-    n, draws, parts = len(pictures), torch.Generator().manual_seed(seed % 2**63), []
+    n, generator, parts = len(pictures), torch.Generator().manual_seed(seed % 2**63), []
     options: dict[str, Any] = {} if kind == "marginal" else {"method": method}
-    with row_bar(n, "scoring") as bar:
+    with work_bar("scoring", n) as bar:
         for x in pictures.batches(ROWS, device=model.device):
-            parts.append(model.anomaly_score(x, kind=kind, generator=draws, **options).double().cpu())  # type: ignore[arg-type]
+            parts.append(model.anomaly_score(x, kind=kind, generator=generator, **options).double().cpu())  # type: ignore[arg-type]
             bar.update(len(x))
     scores = torch.cat(parts)
     if out is not None:
         with array_file(out, (n,), "<f8") as file:
             file.write(scores.numpy().astype("<f8").tobytes())
     mean, stderr = _mean(scores)
-    found: dict[str, Any] = {"n": n, "kind": kind, "mean": mean, "stderr": stderr}
-    found |= {"min": float(scores.min()), "median": float(scores.median()), "max": float(scores.max())}
+    figures: dict[str, Any] = {"n": n, "kind": kind, "mean": mean, "stderr": stderr}
+    figures |= {"min": float(scores.min()), "median": float(scores.median()), "max": float(scores.max())}
     if truth is not None:
-        found |= metrics.average_precision(truth, scores)._asdict()
+        figures |= metrics.average_precision(truth, scores)._asdict()
     if as_json:
-        print(strict_json(found))
+        print(strict_json(figures))
         return
-    print(f"{images}: {n:,} images, {kind} score {mean:.3f}{_plus_minus(stderr, '.3f')} nats")
-    print(f"from {found['min']:.3f} to {found['max']:.3f}, median {found['median']:.3f}; higher is odder")
+    print(f"{images}: {counted(n, 'image')}, {kind} score {mean:.3f}{_plus_minus(stderr, '.3f')} nats")
+    print(f"from {figures['min']:.3f} to {figures['max']:.3f}, median {figures['median']:.3f}; higher is odder")
     if truth is not None:
-        print(f"average precision {found['auprc']:.4f}; random scores reach {found['prevalence']:.4f}")
+        print(f"average precision {figures['auprc']:.4f}; random scores reach {figures['prevalence']:.4f}")
     if out is not None:
         print(f"score of every image in {out}")
 
 
 def evaluate(
-    folder: Folder,
+    folder: ModelFolder,
     images: ImagesSource,
     test: Annotated[
         Path | None,
@@ -218,8 +219,8 @@ def evaluate(
 
     latentprior evaluate run photos/train --test photos/test -n 5000
     """
-    _choice("--features", features, list_feature_networks())
-    _choice("--method", method, METHODS)
+    _check_choice("--features", features, list_feature_networks())
+    _check_choice("--method", method, INFERENCE_METHODS)
     network = feature_network(features, weights=weights)
     model = load_model(folder, device)
     options = _sampler(model, sampler)
@@ -230,20 +231,26 @@ def evaluate(
         )
     except InvalidImagesError as error:
         raise InvalidImagesError(str(error) if test else f"{error}; or give held-out images with --test") from None
-    draws = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     n = min(n, len(real), len(held_out))
-    real, held_out = (part.subset(torch.randperm(len(part), generator=draws)[:n]) for part in (real, held_out))
+    real, held_out = (part.subset(torch.randperm(len(part), generator=generator)[:n]) for part in (real, held_out))
     x = held_out.batch(torch.arange(n))
-    again = []
-    with row_bar(n, "reconstructing") as bar:
+    reconstructed = []
+    with work_bar("reconstructing", n) as bar:
         for block in x.split(ROWS):
-            again.append(model.reconstruct(block, method=method, generator=draws).cpu())
+            reconstructed.append(model.reconstruct(block, method=method, generator=generator).cpu())
             bar.update(len(block))
-    with part_bar(task="generating"):
-        generated = model.generate(n, generator=draws, **options).cpu()
-    with part_bar(task="features and distances"):
+    with work_bar("generating"):
+        generated = model.generate(n, generator=generator, **options).cpu()
+    with work_bar("features and distances"):
         report = metrics.image_report(
-            real.batch(torch.arange(n)), x, generated, torch.cat(again).float(), network, network_name=None, seed=seed
+            real.batch(torch.arange(n)),
+            x,
+            generated,
+            torch.cat(reconstructed).float(),
+            network,
+            network_name=None,
+            seed=seed,
         )
     report |= {"sampler": options["sampler"], "method": method, "seed": seed}
     if as_json:
@@ -266,7 +273,7 @@ def _pictures(
     folder: Path, model: LatentVariableModel, source: Path, key: str | None, split: str, limit: int | None
 ) -> Images:
     pictures = read_images(source, key=key, size=image_size(folder), split=split, limit=limit)
-    shape = _shape(model)
+    shape = tuple(model.image_shape)
     if pictures.shape != shape:
         raise InvalidImagesError(
             f"{source}: images have shape {pictures.shape}, the model in {folder} makes {shape}; give images "
@@ -275,32 +282,27 @@ def _pictures(
     return pictures
 
 
-def _shape(model: LatentVariableModel) -> tuple[int, ...]:
-    shape: Any = getattr(model.decoder, "image_shape", ())
-    return tuple(shape)
-
-
 @contextlib.contextmanager
 def _written(out: Path, n: int, model: LatentVariableModel, pairs: bool = False) -> Iterator[Any]:
     columns = 2 * math.ceil(math.sqrt(n / 2)) if pairs else None
-    with images_out(out, n, _shape(model), columns=columns) as write:
+    with images_out(out, n, tuple(model.image_shape), columns=columns) as write:
         yield write
 
 
 def _sampler(model: LatentVariableModel, chosen: str | None) -> dict[str, Any]:
     if chosen is None:
-        return sampler_options(model)
-    _choice("--sampler", chosen, SAMPLERS)
+        return model.sampler
+    _check_choice("--sampler", chosen, SAMPLERS)
     return {"sampler": chosen}
 
 
 def _truth(
     pictures: Images, source: Path, labels_key: str | None, anomaly: list[int] | None, split: str
 ) -> Tensor | None:
-    """1 for images that are odd, where that is known."""
+    """Return True for every image that is odd, or None where no labels say so."""
     labels = pictures.labels
     if labels_key is not None:
-        values = np.asarray(open_images(source, labels_key, None, split, None)[0])
+        values = np.asarray(open_images(source, Choice(labels_key, split=split))[0])
         if values.dtype.kind not in "iub" or values.ndim != 1 or len(values) < len(pictures):
             raise InvalidImagesError(
                 f"{source}: {labels_key} has type {values.dtype} and shape {values.shape}; give one 0 or 1 for each of "
@@ -310,7 +312,7 @@ def _truth(
     if anomaly:
         if labels is None:
             raise InvalidImagesError(
-                f"{source}: has no labels that --anomaly could mean; leave it out, or use --labels-key"
+                f"{source}: has no labels from which --anomaly could take a class; leave it out, or use --labels-key"
             )
         truth = torch.isin(labels, torch.tensor(anomaly))
     elif labels_key is None and (labels is None or not set(labels.tolist()) <= {0, 1}):
@@ -328,14 +330,16 @@ def _truth(
 
 
 def _mean(values: Tensor) -> tuple[float, float | None]:
+    """Mean, and its standard error if there is more than one value."""
     n = len(values)
     return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else None
 
 
 def _plus_minus(stderr: float | None, form: str) -> str:
+    """Write a standard error, or nothing where there is none."""
     return "" if stderr is None or not math.isfinite(stderr) else f" ± {stderr:{form}}"
 
 
-def _choice(option: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise LatentPriorError(f"unknown {option} {given!r}: choose one of {', '.join(known)}")
+def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise LatentPriorError(f"unknown {option} {given!r}: choose one of {', '.join(choices)}")

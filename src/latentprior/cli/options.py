@@ -15,11 +15,27 @@ __all__ = [
     "Device",
     "ImagesSource",
     "Key",
+    "LatentsFile",
+    "Limit",
+    "ModelFolder",
+    "PriorFolder",
+    "Resume",
+    "SavedFolder",
     "Seed",
     "WorkFailed",
     "check_device",
+    "counted",
 ]
 
+PriorFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that [bold]latentprior fit[/] wrote.")]
+ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that [bold]latentprior train[/] wrote.")]
+SavedFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="Folder that [bold]fit[/], [bold]train[/] or [bold]demo[/] wrote, or a saved model."
+    ),
+]
+LatentsFile = Annotated[Path, typer.Argument(metavar="LATENTS", help="Latents, one a row: .npy, .npz or .safetensors.")]
 ImagesSource = Annotated[
     Path,
     typer.Argument(
@@ -27,9 +43,10 @@ ImagesSource = Annotated[
     ),
 ]
 Key = Annotated[
-    str | None,
-    typer.Option("--key", metavar="K", help="Array in an archive; by default the only one, or train, or z."),
+    str | None, typer.Option("--key", metavar="K", help="Array in an archive; by default the only one, or train, or z.")
 ]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Take the first N images only.")]
+Resume = Annotated[bool, typer.Option("--resume", metavar="", help="Go on from DIR/checkpoint, if a run left one.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of every random draw.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Where to compute: cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[
@@ -48,3 +65,8 @@ def check_device(device: str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise LatentPriorError(f"cannot compute on --device {device}: {reason}") from None
+
+
+def counted(count: int, thing: str) -> str:
+    """Write a count with its noun: ``1 stage``, ``2,000 stages``."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

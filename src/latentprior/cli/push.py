@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,15 +9,13 @@ import typer
 from ..density.bases import DistributionBase
 from ..density.figures import strict_json
 from ..errors import LatentPriorError
-from .options import AsJson
+from .options import AsJson, SavedFolder
 
 __all__ = ["push"]
 
 
 def push(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder that [bold]fit[/], [bold]train[/] or [bold]demo[/] wrote.")
-    ],
+    folder: SavedFolder,
     name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository; it is created if there is none.")],
     private: Annotated[
         bool, typer.Option("--private", metavar="", help="Make a repository that is created private.")

@@ -9,18 +9,13 @@ import typer
 
 from ..density.figures import strict_json
 from ..report import write_report
-from .options import AsJson, Device, Seed, check_device
+from .options import AsJson, Device, SavedFolder, Seed, check_device, counted
 
 __all__ = ["report"]
 
 
 def report(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="Folder that [bold]fit[/], [bold]train[/] or [bold]demo[/] wrote, or a saved model."
-        ),
-    ],
+    folder: SavedFolder,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="F.html", help="The file; by default report.html in DIR.")
     ] = None,
@@ -53,5 +48,5 @@ def report(
     if as_json:
         print(strict_json(done._asdict()))
         return
-    stages = "1 stage" if done.stages == 1 else f"{done.stages} stages"
+    stages = counted(done.stages, "stage")
     print(f"{done.path}: {done.bytes / 1e6:.1f} MB, {stages}, {done.seconds:.1f} s; open it in any browser")

@@ -8,9 +8,9 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +18,71 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..errors import InvalidImagesError, MissingExtraError
+from ..errors import InvalidImagesError, MissingExtraError, reason
 
-__all__ = ["Pair", "Row", "Upright", "channels_first", "gather", "one_line", "picture", "square"]
+__all__ = [
+    "IMAGE_KEYS",
+    "LABEL_KEYS",
+    "Choice",
+    "Pair",
+    "Row",
+    "Upright",
+    "channels_first",
+    "first_of",
+    "gather",
+    "picture",
+    "square",
+    "store",
+]
 
 Array = NDArray[Any]
 Pair = tuple["Tensor | Array", Any]
 """Pixels as one array, and a label each or None."""
-Row = tuple[str, Any, Any]
-"""What to call an image in an error, the image, its label or None."""
 
-IN_MEMORY = 1 << 30
-"""Decoded images of more bytes than this go to a memory-mapped temporary file."""
+MEMORY_BYTES = 1 << 30
+"""Decoded images that take more bytes than this go to a memory-mapped temporary file."""
+STREAM_ROWS = 256
+"""Images that there is room for at first, where nobody knows how many will come."""
+SIXTEEN_TO_EIGHT_BITS = 257
+"""65535 / 255: what a 16-bit grey is divided by."""
+IMAGE_KEYS = ("image", "img")
+LABEL_KEYS = ("label", "labels")
+"""Names by which tables and data sets call the image and its label, the first one that is there."""
+
+
+class Row(NamedTuple):
+    """One image of a source."""
+
+    name: str
+    """What an error calls the image."""
+    image: Any
+    """A Pillow image, the bytes of a picture file, a path, ``{"bytes":, "path":}``, a tensor or an array."""
+    label: Any
+    """Its label, or None."""
+
+
+class Choice(NamedTuple):
+    """What to read of a source of images; see :func:`latentprior.data.images.read_images`."""
+
+    key: str | None = None
+    size: int | None = None
+    split: str = "train"
+    limit: int | None = None
+
+    def at_most(self, count: int) -> int:
+        """How many of ``count`` images are wanted."""
+        return min(self.limit or count, count)
+
+
+def first_of(names: Iterable[str], present: Collection[Any]) -> str | None:
+    """Return the first of the names that is present, or None."""
+    return next((name for name in names if name in present), None)
 
 
 def channels_first(shape: tuple[int, ...], floating: bool) -> tuple[int, int, int] | None:
-    """Return which axes of one image are (C, H, W), -1 for a channel axis to insert, or None if it is no image.
+    """Return which axes of one image are channels (-1: to be inserted), height and width; None if it is no image.
 
-    Where both ``(C, H, W)`` and ``(H, W, C)`` fit, channels come first; floats are never channels-last.
+    Where both ``(C, H, W)`` and ``(H, W, C)`` fit, channels come first. Floats never have them last.
     """
     if len(shape) == 2 and not floating:
         return -1, 0, 1
@@ -58,8 +105,8 @@ def square(x: Tensor, size: int) -> Tensor:
 
 
 def store(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array to fill: in memory, or mapped to a temporary file that goes when the array does."""
-    if math.prod(shape) * np.dtype(dtype).itemsize <= IN_MEMORY:
+    """Return an array to fill: in memory, or mapped to a temporary file that is removed together with the array."""
+    if math.prod(shape) * np.dtype(dtype).itemsize <= MEMORY_BYTES:
         return np.empty(shape, dtype)
     folder = tempfile.mkdtemp(prefix="latentprior-")
     mapped = np.lib.format.open_memmap(Path(folder) / "images.npy", mode="w+", dtype=dtype, shape=shape)
@@ -68,10 +115,10 @@ def store(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def picture(source: Any, name: str) -> Array:
-    """Decode a Pillow image, a path or the bytes of a file to uint8 ``(H, W)`` or ``(H, W, 3)``, upright.
+    """Decode a Pillow image, a file or its bytes to uint8 ``(H, W)`` or ``(H, W, 3)``, and turn it upright.
 
-    Bilevel and grey pictures stay grey, palettes become RGB, 16-bit grey is scaled to 8 bits, transparent pixels
-    show white. Raises :class:`InvalidImagesError` that names a damaged file.
+    Bilevel and grey pictures stay grey, palettes become RGB, 16-bit grey is scaled to 8 bits, and transparent pixels
+    show white. Raises :class:`InvalidImagesError` for a file that is absent, damaged or no picture.
     """
     with _decoding(name):
         from PIL import Image, ImageOps
@@ -83,9 +130,10 @@ def picture(source: Any, name: str) -> Array:
 
 
 class Upright:
-    """A Pillow image, turned in place, whose pixels are read box by box: all at once would take far more memory.
+    """A Pillow image, turned upright in place, whose pixels are read box by box.
 
-    Raises what :func:`picture` raises, and gives the same pixels.
+    To read them all at once, as :func:`picture` does, would take far more memory. The pixels and the errors are the
+    same.
     """
 
     def __init__(self, image: Any, name: str) -> None:
@@ -97,7 +145,7 @@ class Upright:
         self.width, self.height = image.size
 
     def pixels(self, box: tuple[int, int, int, int]) -> Array:
-        """Those from ``(left, top)`` to before ``(right, bottom)``, uint8 ``(H, W)`` or ``(H, W, 3)``."""
+        """Read those from ``(left, top)`` to before ``(right, bottom)``, uint8 ``(H, W)`` or ``(H, W, 3)``."""
         with _decoding(self._name):
             return _eight_bits(self._image.crop(box), self._deep, self._name)
 
@@ -116,11 +164,12 @@ def _decoding(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InvalidImagesError(f"{name}: no such file") from None
     except Exception as error:
-        # Pillow's decoders raise almost anything on damaged input.
-        raise InvalidImagesError(f"{name}: damaged or not a picture ({one_line(error)})") from None
+        # Pillow's decoders raise almost any kind of error for a damaged file.
+        raise InvalidImagesError(f"{name}: damaged or not a picture ({reason(error)})") from None
 
 
 def _is_deep(image: Any) -> bool:
+    """Whether the picture is grey with 16 bits a pixel."""
     return bool(image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"))
 
 
@@ -128,7 +177,7 @@ def _eight_bits(image: Any, deep: bool, name: str) -> Array:
     from PIL import Image
 
     if deep:
-        return np.rint(np.asarray(image) / 257).astype(np.uint8)
+        return np.rint(np.asarray(image) / SIXTEEN_TO_EIGHT_BITS).astype(np.uint8)
     if image.mode in ("I", "F"):
         raise InvalidImagesError(f"{name}: has 32-bit pixels; save it with 8 or 16 bits a channel")
     grey = image.mode in ("1", "L", "LA", "La")
@@ -140,44 +189,45 @@ def _eight_bits(image: Any, deep: bool, name: str) -> Array:
 def gather(rows: Iterable[Row], count: int | None, size: int | None = None) -> Pair:
     """Stack images one by one to ``(n, C, H, W)``; grey ones among colour become colour.
 
-    Arguments
-    ---------
-    rows : Pillow images, bytes of picture files, paths, ``{"bytes":, "path":}``, tensors or arrays.
-    count : how many at most; None if unknown.
-    size : side that each is cut and resized to; None keeps images, which must then have one size.
+    ``count`` says how many there are at most, if that is known. With a ``size`` each image is cut and resized to that
+    side; without, all must have one size. There are labels only where every image has one.
     """
-    kept: Array | None = None
+    stack: Array | None = None
     labels: list[int] = []
     n = 0
-    for name, image, label in rows:
-        x = _one(image, name)
-        if size is not None:
-            x = square(x[None], size)[0]
-        pixels = x.numpy()
-        if kept is None:
-            kept = store((count or 256, *pixels.shape), pixels.dtype)
-        if pixels.shape[1:] != kept.shape[2:] or pixels.dtype != kept.dtype:
+    for row in rows:
+        x = _one(row.image, row.name)
+        pixels = (x if size is None else square(x[None], size)[0]).numpy()
+        if stack is None:
+            stack = store((count or STREAM_ROWS, *pixels.shape), pixels.dtype)
+        if pixels.shape[1:] != stack.shape[2:] or pixels.dtype != stack.dtype:
             raise InvalidImagesError(
-                f"{name}: is {_size(pixels)}, the first image {_size(kept[0])}; make them alike, or give a size"
+                f"{row.name}: is {_size(pixels)}, the first image {_size(stack[0])}; make them alike, or give a size"
             )
-        channels = max(kept.shape[1], len(pixels))
-        if n == len(kept) or channels > kept.shape[1]:
-            wider = store((max(len(kept), 2 * n), channels, *kept.shape[2:]), kept.dtype)
-            wider[:n] = kept[:n]
-            kept = wider
-        kept[n] = pixels
-        number = _integer(label)
-        if number is not None:
-            labels.append(number)
+        stack = _with_room(stack, n, len(pixels))
+        stack[n] = pixels
         n += 1
-    if kept is None:
-        raise InvalidImagesError("no images: the source is empty")
-    return kept[:n], labels if len(labels) == n else None
+        label = _integer(row.label)
+        if label is not None:
+            labels.append(label)
+    if stack is None:
+        raise InvalidImagesError("no images: the source is empty; give one that holds at least one image")
+    return stack[:n], labels if len(labels) == n else None
+
+
+def _with_room(stack: Array, n: int, channels: int) -> Array:
+    """Return the stack itself, or a copy with twice the rows where it is full, or with more channels if need be."""
+    channels = max(stack.shape[1], channels)
+    if n < len(stack) and channels == stack.shape[1]:
+        return stack
+    larger = store((max(len(stack), 2 * n), channels, *stack.shape[2:]), stack.dtype)
+    larger[:n] = stack[:n]
+    return larger
 
 
 def _one(image: Any, name: str) -> Tensor:
     if isinstance(image, Mapping) and "bytes" in image:
-        # A path in a table is only ever opened as a file: nothing is fetched from an address.
+        # A path in a table is opened as a file and as nothing else: no address is fetched from.
         image = Path(image.get("path") or "absent") if image["bytes"] is None else image["bytes"]
     if isinstance(image, (bytes, Path)) or type(image).__module__.startswith("PIL."):
         image = picture(image, name)
@@ -203,9 +253,5 @@ def _integer(label: Any) -> int | None:
 
 
 def _size(pixels: Array) -> str:
+    """Height, width and type in words."""
     return f"{pixels.shape[1]} x {pixels.shape[2]} {pixels.dtype}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says without line breaks, or else its name."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ from ..storage.sized_networks import blank
 from .ratio_networks import RatioNetwork
 from .whitening import Whitening
 
-__all__ = ["DecodedNet", "Decoder"]
+__all__ = ["DecodedNet", "StandardisedDecoder"]
 
 PROBES, SAME = 16, 0.02
 """Numbers of one picture that tell a decoder from others, and by how much they may differ, in standard deviations."""
@@ -24,7 +24,7 @@ SMALLEST = 4
 """Width of a map that is convolved no further."""
 
 
-class Decoder(nn.Module):
+class StandardisedDecoder(nn.Module):
     r"""Standardised latents to standardised pictures, :math:`x = (g(T^{-1} u) - m) / s`: ``(n, d) -> (n, C, H, W)``.
 
     Arguments
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     @classmethod
     def describe(
         cls, decode: Callable[[Tensor], Tensor], whitening: Whitening, event_shape: tuple[int, ...], rows: Tensor
-    ) -> Decoder:
+    ) -> StandardisedDecoder:
         """Standardise pictures of ``rows`` ``(n, d)``, and describe them in ``pictures``, for a saved file.
 
         Raises :class:`LatentPriorError` for a decoder whose pictures are not finite or have no gradient.
@@ -121,7 +121,11 @@ class DecodedNet(RatioNetwork):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], decoder: Decoder, maps: int = 32, generator: torch.Generator | None = None
+        self,
+        shape: tuple[int, int, int],
+        decoder: StandardisedDecoder,
+        maps: int = 32,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         channels, height, breadth = shape

@@ -27,15 +27,6 @@ class ValueAndGrad:
 
     A mixture that several ratios read features of is evaluated once for all of them, and once with the base where it is
     the base. Its derivatives are closed forms; those of the networks are automatic.
-
-    Parameters
-    ----------
-    base : Base
-        The density :math:`p_0`.
-    ratios : sequence of Module
-        The log ratios :math:`f_k`.
-    weights : sequence of float
-        Their weights :math:`w_k`.
     """
 
     def __init__(self, base: Base, ratios: Sequence[nn.Module], weights: Sequence[float]) -> None:

@@ -122,18 +122,9 @@ def carried(
 class Ladder:
     r""":math:`\log \tilde p_K(u) = \log p_0(u) + \sum_{k<K} f_k(u)`, not normalised; rows ``(n, d)``.
 
-    Implements :class:`latentprior.density.sampling.smc.TemperedPath`. Everything is evaluated in blocks of rows, so
-    that memory does not grow with n beyond inputs and outputs.
-
-    Parameters
-    ----------
-    base : Base
-        The normalised density :math:`p_0` in standardised coordinates.
-    stages : sequence of Stage
-        The factors, in the order in which they were learned.
-    cover : MixtureBase, optional
-        A mixture close to the target, for a base that does not reach it (N(0, I) and narrow modes, say). Importance
-        sampling then draws from the proposal h: half base, half cover at three widths.
+    Implements :class:`latentprior.density.sampling.smc.TemperedPath`, in blocks of rows, so that memory does not grow
+    with n beyond inputs and outputs. ``cover`` is a mixture close to the target, for a base that does not reach it
+    (N(0, I) and narrow modes, say): importance sampling then draws from half base, half cover at three widths.
     """
 
     def __init__(self, base: Base, stages: Sequence[Stage] = (), cover: MixtureBase | None = None) -> None:
@@ -157,19 +148,9 @@ class Ladder:
     ) -> Ladder:
         r"""Multiply the density by :math:`e^{f - c}`: every stage, tilt and energy joins a ladder here.
 
-        Parameters
-        ----------
-        factor : torch.nn.Module
-            The log ratio f, ``(n, d) -> (n,)`` nats.
-        passed : Pass
-            Its constant c with its standard error, from particles that f has never seen.
-        gain : Gain, optional
-            How well f tells held-out rows from particles, where it was learned.
-        held_out : Tensor, optional
-            Rows ``(m, d)`` on which the rise of the mean log density, :math:`\frac1m \sum_i f(u_i) - c`, is measured
-            with its standard error.
-        **notes
-            Further diagnostics of the stage.
+        ``passed`` gives the constant c with its standard error, from particles that f has never seen. On ``held_out``
+        rows ``(m, d)`` the rise of the mean log density, :math:`\frac1m \sum_i f(u_i) - c`, is measured. ``notes`` are
+        further diagnostics of the stage.
         """
         constant, diagnostics = passed.constant, dict(notes)
         if held_out is not None:
@@ -194,9 +175,7 @@ class Ladder:
         rest = value - sum(stage.log_normalizer for stage in earlier)
         error = math.hypot(stderr, *(stage.log_normalizer_stderr for stage in earlier))
         return Ladder(
-            self.base,
-            (*earlier, replace(last, log_normalizer=rest, log_normalizer_stderr=error)),
-            self.cover,
+            self.base, (*earlier, replace(last, log_normalizer=rest, log_normalizer_stderr=error)), self.cover
         )
 
     @property
@@ -261,33 +240,13 @@ class Ladder:
         return log_mean_exp(self.importance(n, generator)[1])
 
     def fresh_particles(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        draws: int | None = None,
-        smc_particles: int = 32_768,
+        self, n: int, generator: torch.Generator | None = None, *, draws: int | None = None, smc_particles: int = 32_768
     ) -> FreshParticles:
         """``n`` rows of the ladder never seen before, and an independent estimate of its log normaliser.
 
-        Draws of the base are resampled while 1% of them or more are effective: exact, and no Markov chain. Below that
-        share, sequential Monte Carlo carries particles.
-
-        Parameters
-        ----------
-        n : int
-            Number of rows; sequential Monte Carlo may give fewer.
-        generator : torch.Generator, optional
-            Where random numbers come from.
-        draws : int, optional
-            Base draws that are resampled, by default ``2 n``; fewer where they would take more than 256 MiB.
-        smc_particles : int
-            Most particles of sequential Monte Carlo.
-
-        Raises
-        ------
-        LearningDivergedError
-            Where the weights of sequential Monte Carlo are not numbers.
+        ``draws`` (default ``2 n``) of the base are resampled while 1% of them or more are effective: exact, and no
+        Markov chain. Below that share, sequential Monte Carlo carries at most ``smc_particles``. Raises
+        :class:`LearningDivergedError` where its weights are not numbers.
         """
         if not self.ratios:
             return self.exact_particles(n, generator)

@@ -20,10 +20,10 @@ from ..errors import LatentPriorError
 from ..storage.checkpoint import load_state
 from ..storage.hub import find_folder
 from ..storage.sharing import Shareable
-from . import normalizers
 from .bases import Base, DistributionBase
 from .ladder import Ladder, Stage, carried
-from .normalizers import Bracket, Normalizer, NormalizerCheck, reference_mixture
+from .normalizer_check import NormalizerCheck, check, check_from, reference_mixture
+from .normalizers import Bracket, Normalizer
 from .samplers import SAMPLE_BLOCK, check_options, draw
 from .sampling.resampling import effective_sample_size
 from .saved_prior import prior_parts, prior_state
@@ -140,17 +140,7 @@ class LatentPrior(Distribution, Shareable):
     def with_ladder(
         self, ladder: Ladder, normalizer: Normalizer | None = None, info: Mapping[str, Any] | None = None
     ) -> LatentPrior:
-        """Return a prior on the same coordinates with another ladder.
-
-        Parameters
-        ----------
-        ladder : Ladder
-            The new ladder.
-        normalizer : Normalizer, optional
-            Its log Z; by default the sum of the stages' constants.
-        info : mapping, optional
-            Facts for people; by default those of this prior.
-        """
+        """Return a prior on the same coordinates with another ladder; log Z is by default the sum of its constants."""
         return LatentPrior(ladder, self.whitening, self.event_shape, normalizer, self.info if info is None else info)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:
@@ -267,11 +257,7 @@ class LatentPrior(Distribution, Shareable):
 
     @torch.no_grad()
     def tilt(
-        self,
-        g: Callable[[Tensor], Tensor],
-        *,
-        particles: int = 16_384,
-        generator: torch.Generator | None = None,
+        self, g: Callable[[Tensor], Tensor], *, particles: int = 16_384, generator: torch.Generator | None = None
     ) -> LatentPrior:
         r"""The prior :math:`p_g(z) = p(z)\, e^{g(z)} / Z_g`: again a prior that samples and scores.
 
@@ -316,11 +302,7 @@ class LatentPrior(Distribution, Shareable):
 
     @torch.no_grad()
     def check_normalizer(
-        self,
-        reference: str | Distribution = "gmm",
-        *,
-        draws: int = 200_000,
-        generator: torch.Generator | None = None,
+        self, reference: str | Distribution = "gmm", *, draws: int = 200_000, generator: torch.Generator | None = None
     ) -> NormalizerCheck:
         r"""Integrate ``exp(log_prob)`` with another normalised density h: :math:`\mathbb E_h[p/h]` must be 1.
 
@@ -379,11 +361,9 @@ class LatentPrior(Distribution, Shareable):
             raise LatentPriorError(f"unknown reference {reference!r}: choose gmm, base or give a torch Distribution")
         u = torch.cat([base.sample(min(1 << 16, draws - i), generator) for i in range(0, draws, 1 << 16)])
         if isinstance(reference, Distribution):
-            found = normalizers.check(self.log_prob_whitened, base.log_prob, u, name)
+            found = check(self.log_prob_whitened, base.log_prob, u, name)
         else:
-            found = normalizers.check_from(
-                self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value, own=own
-            )
+            found = check_from(self.ladder, base, u, name, generator, log_normalizer=self.normalizer.value, own=own)
         return found._replace(stderr=math.hypot(found.stderr, found.value * self.log_prob_stderr))
 
     @torch.no_grad()

@@ -54,12 +54,7 @@ class MLP(RatioNetwork):
     """
 
     def __init__(
-        self,
-        dim: int,
-        width: int = 256,
-        depth: int = 2,
-        generator: torch.Generator | None = None,
-        features: int = 0,
+        self, dim: int, width: int = 256, depth: int = 2, generator: torch.Generator | None = None, features: int = 0
     ) -> None:
         super().__init__()
         self.first = _first(dim, width, generator)
@@ -97,12 +92,7 @@ class ResidualMLP(RatioNetwork):
     """
 
     def __init__(
-        self,
-        dim: int,
-        width: int = 256,
-        depth: int = 2,
-        generator: torch.Generator | None = None,
-        features: int = 0,
+        self, dim: int, width: int = 256, depth: int = 2, generator: torch.Generator | None = None, features: int = 0
     ) -> None:
         super().__init__()
         self.first = _first(dim, width, generator)

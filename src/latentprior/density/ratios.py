@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, LatentPriorError
 from .bases import MixtureBase
 from .bases.mixture_base import responsibilities
-from .decoded_ratio import DecodedNet, Decoder
+from .decoded_ratio import DecodedNet, StandardisedDecoder
 from .ratio_networks import MLP, ConvNet, Quadratic, RatioNetwork, ResidualMLP
 
-__all__ = [
-    "BoundedRatio",
-    "Gain",
-    "MixtureFeatures",
-    "build_ratio",
-    "gain",
-    "logistic_loss",
-]
+__all__ = ["BoundedRatio", "Gain", "MixtureFeatures", "build_ratio", "gain", "logistic_loss"]
 
 NOT_LEARNED = ("features.", "network.decoder.")
 """How the names begin of what a ratio reads and has not learned: the ladder's mixture, a decoder."""
@@ -135,7 +128,7 @@ def build_ratio(
     spec: Mapping[str, Any],
     generator: torch.Generator | None = None,
     mixture: MixtureBase | None = None,
-    decoder: Decoder | None = None,
+    decoder: StandardisedDecoder | None = None,
 ) -> BoundedRatio:
     """Make a bounded ratio from a JSON specification.
 

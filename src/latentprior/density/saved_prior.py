@@ -14,7 +14,7 @@ from ..errors import CheckpointError, LatentPriorError, MissingExtraError
 from ..storage.checkpoint import UNFIT, tensors_under
 from ..storage.sized_networks import built_for
 from .bases import Base, DistributionBase, MixtureBase, base_from_state
-from .decoded_ratio import Decoder
+from .decoded_ratio import StandardisedDecoder
 from .ladder import Ladder, Stage
 from .normalizers import Bracket, Normalizer
 from .ratios import NOT_LEARNED, BoundedRatio, build_ratio
@@ -29,11 +29,7 @@ FIGURES = {"ess", "acceptance", "seconds", "total_seconds", "log_prob_base", "lo
 
 
 def prior_state(
-    ladder: Ladder,
-    whitening: Whitening,
-    event_shape: Sequence[int],
-    normalizer: Normalizer,
-    info: Mapping[str, Any],
+    ladder: Ladder, whitening: Whitening, event_shape: Sequence[int], normalizer: Normalizer, info: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration (JSON) and tensors from which :func:`prior_parts` rebuilds a prior.
 
@@ -124,7 +120,7 @@ def _ladder(
     for i, entry in enumerate(config["stages"]):
         spec, pictures = entry["spec"], None
         if decoder is not None and spec["kind"] == "decoded":
-            pictures = Decoder(decoder, whitening, shape, spec["pictures"])
+            pictures = StandardisedDecoder(decoder, whitening, shape, spec["pictures"])
             pictures.check()
         network = _rebuilt(spec, shape, tensors_under(tensors, f"stages.{i}."), mixture, pictures)
         network.to(whitening.loc.dtype).eval().requires_grad_(False)
@@ -148,7 +144,7 @@ def _rebuilt(
     shape: Sequence[int],
     weights: Mapping[str, Tensor],
     mixture: MixtureBase | None,
-    decoder: Decoder | None,
+    decoder: StandardisedDecoder | None,
 ) -> BoundedRatio:
     """The ratio network of a saved stage, with its weights; raises :class:`ValueError` where they are not of it."""
     if list(spec["event_shape"]) != list(shape) or not 0 <= int(spec["depth"]) <= len(weights):
@@ -176,9 +172,5 @@ def _normalizer_from_json(entry: Mapping[str, Any]) -> Normalizer:
     ends = entry["bracket"]
     bracket = ends and Bracket(LogMean(*map(float, ends["forward"])), LogMean(*map(float, ends["reverse"])))
     return Normalizer(
-        float(entry["value"]),
-        float(entry["stderr"]),
-        float(entry["ess"]),
-        str(entry["source"]),
-        bracket or None,
+        float(entry["value"]), float(entry["stderr"]), float(entry["ess"]), str(entry["source"]), bracket or None
     )

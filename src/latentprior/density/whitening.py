@@ -37,12 +37,7 @@ class Whitening(nn.Module):
     def __init__(self, loc: Tensor, matrix: Tensor, inverse: Tensor, log_abs_det: Tensor, kind: Kind) -> None:
         super().__init__()
         self.kind: Kind = kind
-        for name, value in (
-            ("loc", loc),
-            ("matrix", matrix),
-            ("inverse", inverse),
-            ("log_abs_det", log_abs_det),
-        ):
+        for name, value in (("loc", loc), ("matrix", matrix), ("inverse", inverse), ("log_abs_det", log_abs_det)):
             self.register_buffer(name, value)
 
     @classmethod

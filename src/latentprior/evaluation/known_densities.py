@@ -1,8 +1,10 @@
-"""Known-truth targets: densities with an exact log density and exact draws, to judge a prior against.
+"""Densities whose log density and draws are exact, to judge a prior by.
 
-Each is a torch Distribution on events ``(d,)`` whose ``sample`` takes a generator and gives float64.
-Densities are computed in float64 and returned in the type of their input, in nats.
+Each is a torch Distribution on events ``(d,)`` whose ``sample`` takes a generator and gives float64. Log densities are
+in nats; they are computed in float64 and returned in the type of their input.
 
+Examples
+--------
 >>> target = Banana()
 >>> z = target.sample((4,), generator=torch.Generator().manual_seed(0))
 >>> z.shape, target.log_prob(z).shape
@@ -30,15 +32,27 @@ __all__ = [
     "GaussianMixture",
     "Rings",
     "SkewedProduct",
+    "Spikes",
+    "StudentT",
+    "Target",
+    "ten_component_mixture",
+    "two_component_mixture",
 ]
-__all__ += ["Spikes", "StudentT", "Target", "ten_component_mixture", "two_component_mixture"]
 
 LOG_2PI = math.log(2 * math.pi)
 EULER_GAMMA = 0.5772156649015329
 
 
 class Target(Distribution, ABC):
-    """A density on events ``(d,)`` known exactly: what every class here implements."""
+    """A density on events ``(d,)`` that is known exactly: what every class here implements.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    mean, variance : float or Tensor
+        Exact mean and variance of every coordinate, ``(d,)`` or one for all.
+    """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
@@ -65,14 +79,43 @@ class Target(Distribution, ABC):
         return self.event_shape[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Exact log density, ``(..., d) -> (...)``, nats; raises ``InvalidLatentsError`` for another d."""
+        """Exact log density in nats.
+
+        Parameters
+        ----------
+        value : Tensor
+            Points ``(..., d)``.
+
+        Returns
+        -------
+        Tensor
+            Log densities ``(...)``, of the type of the points.
+
+        Raises
+        ------
+        InvalidLatentsError
+            For points of another number of coordinates.
+        """
         if value.ndim == 0 or value.shape[-1] != self.dim:
             raise InvalidLatentsError(f"points have shape {tuple(value.shape)}, expected (..., {self.dim})")
         dtype = value.dtype if value.is_floating_point() else torch.float64
         return self._log_density(value.double()).to(dtype)
 
     def sample(self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
-        """Exact independent draws ``(*sample_shape, d)``."""
+        """Draw exactly and independently.
+
+        Parameters
+        ----------
+        sample_shape : sequence of int
+            Shape of the sample.
+        generator : torch.Generator, optional
+            Source of randomness; by default the global one.
+
+        Returns
+        -------
+        Tensor
+            float64 draws ``(*sample_shape, d)``.
+        """
         return self._draw(math.prod(sample_shape), generator).reshape(*sample_shape, self.dim)
 
     @abstractmethod
@@ -85,10 +128,17 @@ class Target(Distribution, ABC):
 
 
 class CorrelatedGaussian(Target):
-    r"""Unit normals, :math:`a_i = z_{2i}` and :math:`b_i = z_{2i+1}` with correlation :math:`\rho`.
+    r"""Standard normals of which :math:`a_i = z_{2i}` and :math:`b_i = z_{2i+1}` have the correlation :math:`\rho`.
 
-    :math:`-2\log p(z) = \sum_i [(a_i^2 - 2\rho a_i b_i + b_i^2) / (1-\rho^2) + 2\log 2\pi + \log(1-\rho^2)]`.
-    The set of Rhodes, Xu and Gutmann (NeurIPS 2020, section 4.2).
+    :math:`-2\log p(z) = \sum_i [(a_i^2 - 2\rho a_i b_i + b_i^2) / (1-\rho^2) + 2\log 2\pi + \log(1-\rho^2)]`
+    (Rhodes, Xu and Gutmann, NeurIPS 2020, section 4.2).
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d, even.
+    rho : float
+        The correlation :math:`\rho`, between -1 and 1.
     """
 
     def __init__(self, dim: int = 2, rho: float = 0.8) -> None:
@@ -112,9 +162,16 @@ class CorrelatedGaussian(Target):
 
 
 class GaussianMixture(Target):
-    r"""Round Gaussians, :math:`\log p(z) = \log \sum_k w_k \mathcal N(z; m_k, s_k^2 I)`.
+    r"""A mixture of round Gaussians, :math:`\log p(z) = \log \sum_k w_k \mathcal N(z; m_k, s_k^2 I)`.
 
-    Shapes: ``means`` (K, d); ``scale`` a number or (K,); ``weights`` (K,), positive, equal by default.
+    Parameters
+    ----------
+    means : Tensor
+        Means of the components, ``(K, d)``.
+    scale : float or Tensor
+        Standard deviations of the components, ``(K,)`` or one for all.
+    weights : Tensor, optional
+        Positive weights of the components, ``(K,)``; they need not add up to 1, and are equal by default.
     """
 
     def __init__(self, means: Tensor, scale: float | Tensor = 1.0, weights: Tensor | None = None) -> None:
@@ -127,7 +184,13 @@ class GaussianMixture(Target):
         super().__init__(means.shape[1], mean, square - mean.square())
 
     def component(self, value: Tensor) -> Tensor:
-        """Index of the component nearest in scaled distance, ``(..., d) -> (...)``: to count modes."""
+        """Return which component is nearest in scaled distance, to count modes.
+
+        Parameters
+        ----------
+        value : Tensor
+            Points ``(..., d)``; the result has the shape ``(...)``.
+        """
         return self._terms(value.double()).argmax(-1)
 
     def _terms(self, z: Tensor) -> Tensor:
@@ -147,23 +210,53 @@ class GaussianMixture(Target):
 def two_component_mixture(
     dim: int = 2, distance: float = 5.0, ratio: float = 1.0, scale: float = 1.0
 ) -> GaussianMixture:
-    """Two modes ``distance`` apart on the diagonal, the first ``ratio`` times as heavy as the second."""
+    """Make a mixture of two modes on the diagonal.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    distance : float
+        Distance between the modes.
+    ratio : float
+        Weight of the first mode over that of the second.
+    scale : float
+        Standard deviation of each mode.
+    """
     means = torch.tensor([[-0.5], [0.5]], dtype=torch.float64).repeat(1, dim) * distance / math.sqrt(dim)
     return GaussianMixture(means, scale, torch.tensor([ratio, 1.0]))
 
 
 def ten_component_mixture(dim: int = 16, scale: float = 0.3, seed: int = 39) -> GaussianMixture:
-    r"""Ten equal modes at centres drawn once from :math:`\mathcal N(0, I)`, 15 scales apart at the defaults.
+    r"""Make a mixture of ten equal modes, whose centres are drawn once from :math:`\mathcal N(0, I)`.
 
-    The mean log density of separate modes is :math:`-\log 10 - \frac d2 \log(2\pi e s^2) = -5.742`; in
-    coordinates divided by their standard deviations it is -5.506.
+    At the defaults the centres are 15 scales apart. The mean log density of separate modes is
+    :math:`-\log 10 - \frac d2 \log(2\pi e s^2) = -5.742`; in coordinates divided by their standard deviations it is
+    -5.506.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    scale : float
+        Standard deviation s of each mode.
+    seed : int
+        Seed of the centres.
     """
     generator = torch.Generator().manual_seed(seed)
     return GaussianMixture(torch.randn(10, dim, generator=generator, dtype=torch.float64), scale)
 
 
 class Funnel(Target):
-    r"""Neal's funnel: :math:`v = z_1 \sim \mathcal N(0, s^2)`, the others :math:`\mathcal N(0, e^v)`."""
+    r"""Neal's funnel: :math:`v = z_1 \sim \mathcal N(0, s^2)`, and the other coordinates :math:`\mathcal N(0, e^v)`.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    scale : float
+        Standard deviation s of v.
+    """
 
     def __init__(self, dim: int = 2, scale: float = 1.0) -> None:
         rest = torch.full((dim - 1,), math.exp(0.5 * scale**2), dtype=torch.float64)
@@ -183,7 +276,13 @@ class Funnel(Target):
 
 
 class Banana(Target):
-    r"""A bent normal: :math:`z = (e_1,\; s\,e_2 + b\,(e_1^2 - 1))`, e standard normal."""
+    r"""A bent normal in the plane: :math:`z = (e_1,\; s\,e_2 + b\,(e_1^2 - 1))` with e standard normal.
+
+    Parameters
+    ----------
+    curvature, scale : float
+        b and s.
+    """
 
     def __init__(self, curvature: float = 1.0, scale: float = 0.5) -> None:
         super().__init__(2, 0.0, torch.tensor([1.0, scale**2 + 2 * curvature**2], dtype=torch.float64))
@@ -200,9 +299,18 @@ class Banana(Target):
 
 
 class Rings(Target):
-    r"""Rings in the plane: the radius is :math:`\mathcal N(r_k, s^2)` kept positive, angles are uniform.
+    r"""Rings in the plane: the radius is :math:`\mathcal N(r_k, s^2)`, cut off at 0, and the angle is uniform.
 
-    :math:`p(z) = \sum_k w_k \mathcal N(\|z\|; r_k, s^2) / (2\pi \|z\| \Phi(r_k/s))`, :math:`r_k \ge 6s`.
+    :math:`p(z) = \sum_k w_k \mathcal N(\|z\|; r_k, s^2) / (2\pi \|z\| \Phi(r_k/s))`.
+
+    Parameters
+    ----------
+    radii : sequence of float
+        Radii :math:`r_k` of the rings, each at least 6 s.
+    scale : float
+        Width s of the rings.
+    weights : sequence of float
+        Positive weights of the rings; they need not add up to 1.
     """
 
     def __init__(
@@ -230,9 +338,16 @@ class Rings(Target):
 
 
 class StudentT(Target):
-    r"""Heavy tails: the multivariate t with a whole number of degrees of freedom above 2.
+    r"""The multivariate t distribution, which has heavy tails.
 
     :math:`p(z) = \Gamma(\frac{\nu+d}2) / \Gamma(\frac\nu2)\, (\pi\nu)^{-d/2} (1 + \|z\|^2/\nu)^{-(\nu+d)/2}`.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    df : int
+        Degrees of freedom :math:`\nu`, above 2.
     """
 
     def __init__(self, dim: int = 2, df: int = 5) -> None:
@@ -251,7 +366,15 @@ class StudentT(Target):
 
 
 class BoundedCube(Target):
-    r"""Independent :math:`\mathrm{Beta}(a, b)`, a and b whole; minus infinity outside the unit cube."""
+    r"""Independent :math:`\mathrm{Beta}(a, b)`; the log density is minus infinity outside the unit cube.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    a, b : int
+        The parameters of each coordinate, at least 1.
+    """
 
     support = constraints.independent(constraints.unit_interval, 1)
 
@@ -272,14 +395,24 @@ class BoundedCube(Target):
 
 
 class SkewedProduct(Target):
-    r"""Gumbels, skewness 1.14: :math:`\log p(z) = -\sum_j (y_j + e^{-y_j} + \log s)`, :math:`y = z / s`."""
+    r"""Independent Gumbels, :math:`\log p(z) = -\sum_j (y_j + e^{-y_j} + \log s)` with :math:`y = z / s`.
+
+    Their skewness is 1.14.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    scale : float
+        The scale s.
+    """
 
     def __init__(self, dim: int = 2, scale: float = 1.0) -> None:
         super().__init__(dim, scale * EULER_GAMMA, (scale * math.pi) ** 2 / 6)
         self.scale = scale
 
     def entropy(self) -> Tensor:
-        r""":math:`d (\log s + \gamma + 1)` nats."""
+        r"""Exact entropy, :math:`d (\log s + \gamma + 1)` nats."""
         return torch.tensor(self.dim * (math.log(self.scale) + EULER_GAMMA + 1), dtype=torch.float64)
 
     def _log_density(self, z: Tensor) -> Tensor:
@@ -291,11 +424,21 @@ class SkewedProduct(Target):
 
 
 class Spikes(Target):
-    r"""Nearly discrete: each coordinate -1, 0 or 2 (chances .5, .3, .2) plus :math:`\mathcal N(0, s^2)`."""
+    r"""A nearly discrete density: each coordinate is -1, 0 or 2 plus :math:`\mathcal N(0, s^2)`.
+
+    The three points have the probabilities 0.5, 0.3 and 0.2.
+
+    Parameters
+    ----------
+    dim : int
+        Number of coordinates d.
+    scale : float
+        Width s of the spikes.
+    """
 
     def __init__(self, dim: int = 2, scale: float = 0.02) -> None:
-        points, chances = torch.tensor([[-1.0], [0.0], [2.0]]), torch.tensor([0.5, 0.3, 0.2])
-        self.marginal = GaussianMixture(points, scale, chances)
+        points, probabilities = torch.tensor([[-1.0], [0.0], [2.0]]), torch.tensor([0.5, 0.3, 0.2])
+        self.marginal = GaussianMixture(points, scale, probabilities)
         super().__init__(dim, self.marginal.mean, self.marginal.variance)
 
     def _log_density(self, z: Tensor) -> Tensor:
@@ -311,6 +454,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor
 
 
 def _pick(weights: Tensor, u: Tensor) -> Tensor:
+    """Return the index that each uniform number picks in proportion to the weights."""
     return torch.searchsorted(weights.cumsum(0)[:-1].to(u.device), u)
 
 

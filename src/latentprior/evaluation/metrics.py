@@ -1,4 +1,7 @@
-"""Distances between two sets of rows or images, and average precision; scikit-learn and torchmetrics do the work."""
+"""Distances between two sets of rows or images, and average precision (extra ``metrics``).
+
+scikit-learn and torchmetrics do the work.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidImagesError, InvalidLatentsError, MissingExtraError
-from .feature_networks import check_images, feature_network
+from .feature_networks import check_normalised, feature_network
 
 __all__ = [
     "AveragePrecision",
@@ -25,14 +28,15 @@ __all__ = [
     "image_frechet_distance",
     "image_report",
     "kernel_distance",
-    "maximum_mean_discrepancy",
     "mean_squared_error",
     "two_sample_auc",
 ]
 
-Rows = Tensor | NDArray[Any]
-LARGEST_SAMPLE = 5_000
-MEDIAN_ROWS = 1_000
+TensorOrArray = Tensor | NDArray[Any]
+AUC_ROWS = 5_000
+"""Most rows of each sample that are classified: where the laws are equal, the standard error is then 0.006."""
+BLOCK_IMAGES = 1024
+"""Images that are compared at a time."""
 
 
 class Estimate(NamedTuple):
@@ -43,32 +47,47 @@ class Estimate(NamedTuple):
 
 
 class TwoSampleTest(NamedTuple):
-    """Held-out area under the ROC curve of a classifier between two samples, and its standard error."""
+    """How well a classifier tells two samples apart."""
 
     auc: float
+    """Held-out area under the ROC curve: 0.5 where it cannot tell them apart."""
     stderr: float
+    """Its standard error."""
 
 
 class AveragePrecision(NamedTuple):
-    """Area under the precision-recall curve beside the value that random scores reach, the prevalence."""
+    """How well scores find the members of a rare class."""
 
     auprc: float
+    """Area under the precision-recall curve."""
     prevalence: float
+    """Share of the rare class: the area that random scores reach."""
 
 
-def frechet_distance(real_features: Rows, fake_features: Rows) -> float:
-    r"""Frechet distance of the Gaussians with the moments of two sets of features (extra ``metrics``).
+def frechet_distance(real_features: TensorOrArray, fake_features: TensorOrArray) -> float:
+    r"""Frechet distance of the Gaussians that have the moments of two sets of features (extra ``metrics``).
 
     .. math:: \|m_1 - m_2\|^2 + \operatorname{tr}\bigl(C_1 + C_2 - 2 (C_1 C_2)^{1/2}\bigr)
 
-    Shapes: ``(n, d)`` and ``(m, d)``, summed in float64 by torchmetrics; in squared units of the features. It is
-    biased upwards by order :math:`d/n`, so that only distances at equal n compare; distances on different
-    features never do.
+    It is biased upwards by order :math:`d/n`, so only distances at equal n can be compared, and distances on
+    different features never can (Heusel et al., NeurIPS 2017, eq. 6).
 
-    Raises :class:`~latentprior.errors.MissingExtraError` without torchmetrics, and
-    :class:`~latentprior.errors.InvalidLatentsError` for fewer than two rows, other shapes or non-finite numbers.
+    Parameters
+    ----------
+    real_features, fake_features : Tensor or array
+        Features of real and of generated images, ``(n, d)`` and ``(m, d)``, at least 2 rows each.
 
-    Source: Heusel et al. (NeurIPS 2017), eq. 6.
+    Returns
+    -------
+    float
+        The distance, in squared units of the features, summed in float64.
+
+    Raises
+    ------
+    MissingExtraError
+        Without torchmetrics.
+    InvalidLatentsError
+        For fewer than two rows, other shapes or numbers that are not finite.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -76,7 +95,7 @@ def frechet_distance(real_features: Rows, fake_features: Rows) -> float:
         raise MissingExtraError("the Frechet distance", "metrics") from None
     real, fake = _pair(real_features, fake_features, "features")
     metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1])).set_dtype(torch.float64)
-    # torchmetrics sums raw second moments: centred first, features with large means keep their digits.
+    # torchmetrics sums raw second moments: features with large means would lose their digits if they were not centred.
     centre = real.mean(0)
     metric.update(real - centre, real=True)
     metric.update(fake - centre, real=False)
@@ -84,23 +103,46 @@ def frechet_distance(real_features: Rows, fake_features: Rows) -> float:
 
 
 def kernel_distance(
-    real_features: Rows, fake_features: Rows, *, subsets: int = 100, subset_size: int = 1_000, seed: int = 0
+    real_features: TensorOrArray,
+    fake_features: TensorOrArray,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1_000,
+    seed: int = 0,
 ) -> Estimate:
     r"""Kernel (Inception) distance of two sets of features, the mean over random subsets (extra ``metrics``).
 
     .. math:: \mathrm{MMD}^2_u(\text{real}, \text{fake}), \quad k(x, y) = (x^\top y / d + 1)^3
 
-    Unbiased: around 0, also below it, for equal laws, at any n and any size of subset. Subsets have ``subset_size``
-    rows or half the rows, whichever is less. Their values overlap, so that their spread s alone says nothing of the
-    error: with m of n rows in each of b subsets the standard error is
-    :math:`s \sqrt{m / (n - m) + 1 / b}`, which is too wide, never too narrow, where the laws are nearly equal.
-    Shapes: ``(n, d)`` and ``(m, d)``; no units; numbers on different features never compare.
+    It is unbiased: for equal laws it lies around 0, also below it, at any n and any size of subset (Binkowski,
+    Sutherland, Arbel and Gretton, ICLR 2018, sec. 4). Distances on different features can never be compared.
 
-    Raises :class:`~latentprior.errors.MissingExtraError` without torchmetrics, and
-    :class:`~latentprior.errors.InvalidLatentsError` for fewer than four rows, other shapes, non-finite numbers, real
-    features that are all equal, or fewer than two subsets or two rows in each.
+    Subsets share rows, so the spread s of their values alone does not give the error. With m of n rows in each of b
+    subsets the standard error is :math:`s \sqrt{m / (n - m) + 1 / b}`. Where the laws are nearly equal it is too
+    wide, but never too narrow.
 
-    Source: Binkowski, Sutherland, Arbel and Gretton (ICLR 2018), sec. 4.
+    Parameters
+    ----------
+    real_features, fake_features : Tensor or array
+        Features of real and of generated images, ``(n, d)`` and ``(m, d)``, at least 4 rows each.
+    subsets : int
+        Number b of random subsets, at least 2.
+    subset_size : int
+        Rows of each subset, at least 2; half the rows where that is less.
+    seed : int
+        Seed of the subsets.
+
+    Returns
+    -------
+    Estimate
+        The distance and its standard error, without units.
+
+    Raises
+    ------
+    MissingExtraError
+        Without torchmetrics.
+    InvalidLatentsError
+        For fewer rows or subsets, other shapes, numbers that are not finite, and real features that are all equal.
     """
     try:
         from torchmetrics.image.kid import poly_mmd
@@ -115,7 +157,7 @@ def kernel_distance(
         )
     if bool((real == real[0]).all()):
         raise InvalidLatentsError("all real features are equal: the network or the data is constant, choose another")
-    # torchmetrics' metric object draws its subsets from the global random state, its estimator does not.
+    # The subsets are drawn here, since torchmetrics' metric object draws them from the global random state.
     g = torch.Generator().manual_seed(seed)
 
     def subset(v: Tensor) -> Tensor:
@@ -125,18 +167,49 @@ def kernel_distance(
     return Estimate(float(values.mean()), float(values.std()) * math.sqrt(rows / (n - rows) + 1 / subsets))
 
 
-def image_frechet_distance(real: Rows, fake: Rows, network: nn.Module, *, batch_size: int = 256) -> float:
-    """:func:`frechet_distance` on ``network(images)``; images ``(n, ...)`` as the network takes them.
+def image_frechet_distance(
+    real: TensorOrArray, fake: TensorOrArray, network: nn.Module, *, batch_size: int = 256
+) -> float:
+    """Frechet distance of two sets of images on the features of a network.
 
-    The network is the caller's choice and decides what the number means: say which one it was.
+    The network decides what the number means: where you publish one, say which network it was.
+
+    Parameters
+    ----------
+    real, fake : Tensor or array
+        Real and generated images ``(n, ...)`` and ``(m, ...)``, as the network takes them.
+    network : Module
+        Maps a batch of images to features.
+    batch_size : int
+        Images a batch.
+
+    Returns
+    -------
+    float
+        The :func:`frechet_distance` of the features.
     """
     return frechet_distance(
         features(network, real, batch_size=batch_size), features(network, fake, batch_size=batch_size)
     )
 
 
-def features(network: nn.Module, images: Rows, *, batch_size: int = 256) -> Tensor:
-    """``network(images)`` in eval mode, batch by batch and without gradients: flat ``(n, d)`` on the CPU."""
+def features(network: nn.Module, images: TensorOrArray, *, batch_size: int = 256) -> Tensor:
+    """Features of images, by a network in eval mode and without gradients.
+
+    Parameters
+    ----------
+    network : Module
+        Maps a batch of images to features.
+    images : Tensor or array
+        Images ``(n, ...)``, as the network takes them.
+    batch_size : int
+        Images a batch.
+
+    Returns
+    -------
+    Tensor
+        The features, flattened to ``(n, d)``, on the CPU.
+    """
     images = torch.as_tensor(images)
     like = next(iter(network.parameters()), images)
     training = network.training
@@ -150,31 +223,66 @@ def features(network: nn.Module, images: Rows, *, batch_size: int = 256) -> Tens
 
 
 def mean_squared_error(x: Tensor, y: Tensor) -> Estimate:
-    r"""Mean over images of the squared difference per pixel and channel, :math:`\|x_i - y_i\|^2 / CHW`.
+    r"""Mean over pairs of images of the squared difference per pixel and channel, :math:`\|x_i - y_i\|^2 / CHW`.
 
-    Shapes: both ``(n, C, H, W)`` in [-1, 1], paired, n at least 2: four times the error on [0, 1]. Raises
-    :class:`~latentprior.errors.InvalidImagesError` for anything else.
+    Parameters
+    ----------
+    x, y : Tensor
+        Images ``(n, C, H, W)`` in [-1, 1] and their partners in the same order, n at least 2.
+
+    Returns
+    -------
+    Estimate
+        The mean and its standard error. On [-1, 1] the error is four times that on [0, 1].
+
+    Raises
+    ------
+    InvalidImagesError
+        For anything but such images.
     """
-    if check_images(x).shape != check_images(y).shape or len(x) < 2:
+    if check_normalised(x).shape != check_normalised(y).shape or len(x) < 2:
         raise InvalidImagesError(
             f"need at least 2 pairs of images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    pairs = zip(x.split(1024), y.split(1024), strict=True)
+    pairs = zip(x.split(BLOCK_IMAGES), y.split(BLOCK_IMAGES), strict=True)
     errors = torch.cat([(a.double() - b.double()).square().flatten(1).mean(1).cpu() for a, b in pairs])
     return Estimate(float(errors.mean()), float(errors.std()) / math.sqrt(len(errors)))
 
 
 def feature_report(
-    real_train: Rows, real_test: Rows, generated: Rows, reconstructions: Rows, *, subsets: int = 100, seed: int = 0
+    real_train: TensorOrArray,
+    real_test: TensorOrArray,
+    generated: TensorOrArray,
+    reconstructions: TensorOrArray,
+    *,
+    subsets: int = 100,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Frechet and kernel distances to ``real_test`` of samples, and beside them of reconstructions and training data.
+    """Distances of generated images from test images, beside those of reconstructions and of training images.
 
-    All four are features ``(n, d)`` with n in common: the Frechet distance's bias is then the same in all three. No
-    generator with this decoder can be expected below ``reconstructions``, nor any below ``real``. The result holds
-    ``images`` (n), ``features`` (d), and ``frechet``, ``kernel``, ``kernel_stderr`` of ``generated``,
-    ``reconstructions`` and ``real``; it is JSON as it stands.
+    No model with this decoder can be expected to come below ``reconstructions``, and no model at all below ``real``.
+    All four sets have the same number of rows, so the bias of the Frechet distance is the same in all.
 
-    Raises :class:`~latentprior.errors.InvalidLatentsError` unless n is the same, and as the two distances do.
+    Parameters
+    ----------
+    real_train, real_test, generated, reconstructions : Tensor or array
+        Features of training images, of test images (the set that all distances are taken from), of generated images
+        and of reconstructed test images, ``(n, d)`` each.
+    subsets : int
+        Random subsets of the :func:`kernel_distance`.
+    seed : int
+        Seed of the subsets.
+
+    Returns
+    -------
+    dict
+        ``images`` (n), ``features`` (d), and of each of ``generated``, ``reconstructions`` and ``real`` its
+        ``frechet``, ``kernel`` and ``kernel_stderr``. It can be written as JSON.
+
+    Raises
+    ------
+    InvalidLatentsError
+        For sets of unequal size, and for what the two distances refuse.
     """
     sets = {"generated": generated, "reconstructions": reconstructions, "real": real_train}
     if len(lengths := {len(rows) for rows in (*sets.values(), real_test)}) > 1:
@@ -193,10 +301,10 @@ def feature_report(
 
 
 def image_report(
-    real_train: Rows,
-    real_test: Rows,
-    generated: Rows,
-    reconstructions: Rows,
+    real_train: TensorOrArray,
+    real_test: TensorOrArray,
+    generated: TensorOrArray,
+    reconstructions: TensorOrArray,
     network: str | nn.Module | Callable[[Tensor], Tensor],
     *,
     network_name: str | None = None,
@@ -204,18 +312,39 @@ def image_report(
     subsets: int = 100,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """:func:`feature_report` on images, with the network's name and the reconstructions' mean squared error.
+    """Distances of generated images from test images, and the error of reconstructions.
 
-    Arguments
-    ---------
-    real_train, real_test, generated : ``(n_i, C, H, W)`` in [-1, 1]; the smallest n counts, others are subsampled.
-    reconstructions : of ``real_test``, in its order.
-    network : a name for :func:`~latentprior.evaluation.feature_networks.feature_network`, or a module or function of
+    Sets of unequal size are subsampled to the smallest.
+
+    Parameters
+    ----------
+    real_train, real_test, generated : Tensor or array
+        Training images, test images (the set that all distances are taken from) and generated images,
+        ``(n_i, C, H, W)`` in [-1, 1].
+    reconstructions : Tensor or array
+        Reconstructions of ``real_test``, in its order.
+    network : str, Module or callable
+        A name that :func:`~latentprior.evaluation.feature_networks.feature_network` knows, or a module or function of
         your own.
-    network_name : what the result calls it, by default the module's ``name`` or class.
+    network_name : str, optional
+        What the result calls the network; by default its attribute ``name``, or else its class.
+    batch_size : int
+        Images a batch of the network.
+    subsets : int
+        Random subsets of the :func:`kernel_distance`.
+    seed : int
+        Seed of the subsamples and subsets.
 
-    Raises :class:`~latentprior.errors.InvalidImagesError` for reconstructions of another shape than ``real_test``,
-    and as the distances and the network do.
+    Returns
+    -------
+    dict
+        What :func:`feature_report` gives, with ``feature_network``, and with ``mean_squared_error`` and its standard
+        error under ``reconstructions``.
+
+    Raises
+    ------
+    InvalidImagesError
+        For reconstructions of another shape than ``real_test``, and for what the distances and the network refuse.
     """
     train, test, samples, decoded = (torch.as_tensor(v) for v in (real_train, real_test, generated, reconstructions))
     if decoded.shape != test.shape:
@@ -224,12 +353,11 @@ def image_report(
         )
     module = feature_network(network)
     n = min(len(v) for v in (train, test, samples))
-    # Files are often sorted by class: the rows that count are drawn, not the first.
+    # Files are often sorted by class, so the images are drawn at random instead of taking the first.
     g = torch.Generator().manual_seed(seed)
-    index, of_train, of_samples = (torch.randperm(len(v), generator=g)[:n] for v in (test, train, samples))
-    pair = test[index], decoded[index]
-    error = mean_squared_error(*pair)
-    sets = (train[of_train], pair[0], samples[of_samples], pair[1])
+    test_rows, train_rows, sample_rows = (torch.randperm(len(v), generator=g)[:n] for v in (test, train, samples))
+    error = mean_squared_error(test[test_rows], decoded[test_rows])
+    sets = (train[train_rows], test[test_rows], samples[sample_rows], decoded[test_rows])
     report = feature_report(
         *(features(module, images, batch_size=batch_size) for images in sets), subsets=subsets, seed=seed
     )
@@ -238,23 +366,45 @@ def image_report(
     return {"feature_network": str(name), **report}
 
 
-def two_sample_auc(a: Rows, b: Rows, *, seed: int = 0, folds: int = 5) -> TwoSampleTest:
-    r"""Held-out AUC of gradient-boosted trees that tell rows of ``a`` from rows of ``b``: 0.5 if they cannot.
+def two_sample_auc(a: TensorOrArray, b: TensorOrArray, *, seed: int = 0, folds: int = 5) -> TwoSampleTest:
+    r"""Held-out AUC of gradient-boosted trees that tell rows of ``a`` from rows of ``b`` (extra ``metrics``).
 
     .. math:: \mathrm{AUC} = P\bigl(s(A) > s(B)\bigr) + \tfrac12 P\bigl(s(A) = s(B)\bigr)
 
-    Shapes: ``(n, d)`` and ``(m, d)``; both are subsampled to equal size, 5,000 at most. The AUC is the mean over
-    ``folds`` of a cross-validation, the standard error DeLong's for fixed classifiers. An AUC near 0.5 is
-    necessary, far from sufficient: densities that are nats apart can pass.
+    It is the mean over the folds of a cross-validation (Lopez-Paz and Oquab, ICLR 2017), and its standard error is
+    that of DeLong, DeLong and Clarke-Pearson (1988) for fixed classifiers. Equal laws give 0.5, but an AUC near 0.5
+    does not prove them equal: densities that are nats apart can reach it.
 
-    Source: Lopez-Paz and Oquab (ICLR 2017); DeLong, DeLong and Clarke-Pearson (1988).
+    Parameters
+    ----------
+    a, b : Tensor or array
+        Rows of the two samples, ``(n, d)`` and ``(m, d)``. They are subsampled to equal size, 5,000 rows at most.
+    seed : int
+        Seed of the subsamples, the folds and the trees.
+    folds : int
+        Folds of the cross-validation, from 2 to the number of rows.
+
+    Returns
+    -------
+    TwoSampleTest
+        The AUC and its standard error.
+
+    Raises
+    ------
+    MissingExtraError
+        Without scikit-learn.
+    InvalidLatentsError
+        For fewer than two rows, other shapes, numbers that are not finite, or more folds than rows.
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    try:
+        from sklearn.ensemble import HistGradientBoostingClassifier
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    except ImportError:
+        raise MissingExtraError("the two-sample test", "metrics") from None
 
     rng = np.random.default_rng(seed)
     first, second = (rows.numpy() for rows in _pair(a, b, "samples"))
-    n = min(len(first), len(second), LARGEST_SAMPLE)
+    n = min(len(first), len(second), AUC_ROWS)
     if not 2 <= folds <= n:
         raise InvalidLatentsError(f"folds must lie between 2 and the {n} rows of each sample, got {folds}")
     x = np.concatenate([rows[rng.permutation(len(rows))[:n]] for rows in (first, second)])
@@ -268,58 +418,42 @@ def two_sample_auc(a: Rows, b: Rows, *, seed: int = 0, folds: int = 5) -> TwoSam
 
 def _auc(positive: NDArray[Any], negative: NDArray[Any]) -> TwoSampleTest:
     """AUC of two sets of scores and DeLong's standard error, from the placements of each row."""
-    won = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-    variance = sum(won.mean(axis).var(ddof=1) / won.shape[1 - axis] for axis in (0, 1) if won.shape[1 - axis] > 1)
-    return TwoSampleTest(float(won.mean()), math.sqrt(variance))
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    variance = sum(wins.mean(axis).var(ddof=1) / wins.shape[1 - axis] for axis in (0, 1) if wins.shape[1 - axis] > 1)
+    return TwoSampleTest(float(wins.mean()), math.sqrt(variance))
 
 
-def maximum_mean_discrepancy(a: Rows, b: Rows) -> float:
-    r"""Squared maximum mean discrepancy, unbiased, with a Gaussian kernel of median width.
+def average_precision(labels: TensorOrArray, scores: TensorOrArray) -> AveragePrecision:
+    r"""Area under the precision-recall curve, :math:`\sum_k (R_k - R_{k-1}) P_k` (extra ``metrics``).
 
-    .. math:: \frac{1}{n(n-1)} \sum_{i \ne j} k(a_i, a_j) + \frac{1}{m(m-1)} \sum_{i \ne j} k(b_i, b_j)
-        - \frac{2}{nm} \sum_{i,j} k(a_i, b_j), \quad k(x, y) = \exp\frac{-\|x - y\|^2}{2 h^2}
+    Parameters
+    ----------
+    labels : Tensor or array
+        1 or True for the positive (rare) class, ``(n,)``.
+    scores : Tensor or array
+        Higher where the positive class is likelier, ``(n,)``.
 
-    h is the median distance of pooled rows (1,000 of each at most). Shapes: ``(n, d)`` and ``(m, d)``; no
-    units; around 0, also below it, for equal laws. Time grows with :math:`(n + m)^2`, memory does not.
+    Returns
+    -------
+    AveragePrecision
+        The area, and the share of the positive class.
 
-    Source: Gretton, Borgwardt, Rasch, Schoelkopf and Smola (JMLR 2012), eq. 3.
+    Raises
+    ------
+    MissingExtraError
+        Without scikit-learn.
     """
-    x, y = _pair(a, b, "samples")
-    # cdist expands the square: centred first, rows far from the origin keep their distances.
-    x, y = x - x.mean(0), y - x.mean(0)
-    pooled = torch.cat([rows[:: -(-len(rows) // MEDIAN_ROWS)] for rows in (x, y)])
-    width = float(torch.pdist(pooled).median())
-    if width == 0:
-        raise InvalidLatentsError("more than half of all rows are equal: the median width of the kernel is zero")
-
-    def total(left: Tensor, right: Tensor) -> float:
-        return sum(
-            float(torch.cdist(block, right).square().div(-2 * width**2).exp().sum())
-            for block in torch.split(left, 1024)
-        )
-
-    n, m = len(x), len(y)
-    # The diagonal, k(x, x) = 1, is left out.
-    same = (total(x, x) - n) / (n * (n - 1)) + (total(y, y) - m) / (m * (m - 1))
-    return same - 2 * total(x, y) / (n * m)
-
-
-def average_precision(labels: Rows, scores: Rows) -> AveragePrecision:
-    r"""Area under the precision-recall curve, :math:`\sum_k (R_k - R_{k-1}) P_k`, with the prevalence.
-
-    Arguments
-    ---------
-    labels : ``(n,)``, 1 or True for the positive (rare) class.
-    scores : ``(n,)``, higher where the positive class is likelier.
-    """
-    from sklearn.metrics import average_precision_score
+    try:
+        from sklearn.metrics import average_precision_score
+    except ImportError:
+        raise MissingExtraError("the average precision", "metrics") from None
 
     truth = torch.as_tensor(labels).bool().numpy()
     return AveragePrecision(float(average_precision_score(truth, torch.as_tensor(scores).numpy())), float(truth.mean()))
 
 
 class _GivenFeatures(nn.Module):
-    """What torchmetrics calls a feature extractor, for features that are known already."""
+    """A network in torchmetrics' sense that returns the features which it is given."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -329,15 +463,15 @@ class _GivenFeatures(nn.Module):
         return x
 
 
-def _pair(a: Rows, b: Rows, what: str) -> tuple[Tensor, Tensor]:
-    """Both as float64 rows ``(n, d)`` on the CPU, checked."""
+def _pair(a: TensorOrArray, b: TensorOrArray, name: str) -> tuple[Tensor, Tensor]:
+    """Return both as float64 rows ``(n, d)`` on the CPU, or raise an error that names what is wrong with them."""
     first, second = (torch.as_tensor(v).detach().cpu().double() for v in (a, b))
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise InvalidLatentsError(
-            f"{what} have shapes {tuple(first.shape)} and {tuple(second.shape)}: give (n, d) and (m, d)"
+            f"{name} have shapes {tuple(first.shape)} and {tuple(second.shape)}: give (n, d) and (m, d)"
         )
     if min(len(first), len(second)) < 2:
-        raise InvalidLatentsError(f"need at least 2 rows of each of the {what}, got {len(first)} and {len(second)}")
+        raise InvalidLatentsError(f"need at least 2 rows of each of the {name}, got {len(first)} and {len(second)}")
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-        raise InvalidLatentsError(f"{what} hold NaN or infinite values: remove or mend such rows")
+        raise InvalidLatentsError(f"{name} hold NaN or infinite values: remove or mend such rows")
     return first, second

@@ -14,20 +14,35 @@ from ..data.latents import as_latents
 from ..density.prior import LatentPrior
 from ..errors import InvalidImagesError, InvalidLatentsError
 from ..models.model import ROWS, LatentVariableModel
-from ..recipes.model_folders import image_size, sampler_options
+from ..recipes.model_folders import image_size
 from ..runtime.seeding import derived_generator
 
-__all__ = ["Calibration", "from_images", "from_latents", "from_model", "from_prior", "inferred", "joint_score"]
+__all__ = ["Calibration", "joint_score", "model_calibration", "prior_calibration"]
 
-ROWS_ENCODED, ROWS_CLIMBED = 2000, 200
-"""Most images: with an encoder, and where each latent is climbed to."""
+MAX_ROWS = 2000
+"""The images or latents that a p-value is held against: it can then be as small as 1 / 2,001."""
+MAX_ROWS_WITHOUT_ENCODER = 200
+"""The same where an optimiser has to find the latent of each image, which takes far longer."""
+MAX_MODEL_DRAWS = 1000
+"""The draws of a model with an encoder that stand in for images: decoding them takes time as well."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores ``(m,)`` to hold a new one against, sorted; ``text`` says of what, ``data`` whether of the user's rows.
+    """Scores that a new one is held against.
 
-    ``z`` are the latents ``(m, *event_shape)``, ``labels`` their classes if known.
+    Parameters
+    ----------
+    scores : Tensor
+        The scores in ascending order, ``(m,)``.
+    text : str
+        Whose scores these are, for people.
+    data : bool
+        Whether they are scores of the user's data, not of draws.
+    z : Tensor
+        The latents ``(m, *event_shape)``, in an order of their own.
+    labels : Tensor, optional
+        The classes of the latents.
     """
 
     scores: Tensor
@@ -37,56 +52,93 @@ class Calibration:
     labels: Tensor | None = None
 
     def p_value(self, score: float) -> float:
-        r""":math:`(1 + \#\{i : s_i \ge s\}) / (m + 1)`: small for odd rows, 1 / (m + 1) at the least.
+        r"""Return :math:`(1 + \#\{i : s_i \ge s\}) / (m + 1)`, which is small for odd rows.
 
         For a row drawn like the m others :math:`P(p \le \alpha) \le \alpha` (Vovk, Gammerman and Shafer 2005).
+
+        Parameters
+        ----------
+        score : float
+            The score s of one row.
         """
         return float(1 + (self.scores >= score).sum()) / (len(self.scores) + 1)
 
 
-def inferred(model: LatentVariableModel, x: Tensor) -> Tensor:
-    """Latents of images: the encoder's mean, or the most probable one where there is no encoder."""
-    if model.encoder is not None:
-        return model.infer(x, method="encoder")
-    return model.infer(x, method="map", generator=derived_generator(model.device, 0, "explorer", "starts"))
-
-
 def joint_score(model: LatentVariableModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents of images and their scores ``-log p(x, z)`` in nats, ``(n,)`` float64 on the CPU."""
-    z = inferred(model, x)
+    """Return the latents of images, and their scores ``-log p(x, z)`` in nats, ``(n,)`` float64 on the CPU.
+
+    The latents are the encoder's means, or the most probable ones where there is no encoder.
+
+    Parameters
+    ----------
+    model : LatentVariableModel
+        The model.
+    x : Tensor
+        Images ``(n, C, H, W)``.
+    """
+    if model.encoder is not None:
+        z = model.infer(x, method="encoder")
+    else:
+        z = model.infer(x, method="map", generator=derived_generator(model.device, 0, "explorer", "starts"))
     return z, model.anomaly_score(x, kind="joint", z=z).double().cpu()
 
 
-def from_images(model: LatentVariableModel, folder: Path, source: Path, shape: tuple[int, ...]) -> Calibration:
-    """Score images of a source, of its split ``test`` if it has one: images that trained nothing calibrate."""
-    pictures, part = _held_out(source, image_size(folder))
-    if pictures.shape != shape:
-        raise InvalidImagesError(
-            f"{source}: images have shape {pictures.shape}, the model makes {shape}; give images like those that it "
-            "was trained on"
-        )
-    most = ROWS_CLIMBED if model.encoder is None else ROWS_ENCODED
-    order = torch.randperm(len(pictures), generator=derived_generator(torch.device("cpu"), 0, "explorer", "images"))
-    chosen = pictures.subset(order[:most])
-    parts = [joint_score(model, x) for x in chosen.batches(ROWS, device=model.device)]
-    return _made(parts, f"images of {source.name}{part}", True, chosen.labels)
+def model_calibration(
+    model: LatentVariableModel, folder: Path, shape: tuple[int, ...], source: Path | None
+) -> Calibration:
+    r"""Score images of a source by ``-log p(x, z)``, or else draws :math:`x = g(z) + \sigma\varepsilon` of the model.
 
+    P-values against draws say what is odd for the model, not what is odd for the data.
 
-def from_model(model: LatentVariableModel) -> Calibration:
-    r"""Score draws of the model, :math:`x = g(z) + \sigma\varepsilon`: odd for the model, if not for the data."""
-    most = ROWS_CLIMBED if model.encoder is None else ROWS_ENCODED // 2
+    Parameters
+    ----------
+    model : LatentVariableModel
+        The model.
+    folder : Path
+        Where it was saved; its recipe may name the size of the images.
+    shape : tuple of int
+        The shape (C, H, W) of the images that it makes.
+    source : Path or None
+        Images as :func:`latentprior.read_images` takes them; of a source in splits, the split ``test``.
+    """
+    if source is not None:
+        images, split = _held_out(source, image_size(folder))
+        if images.shape != shape:
+            raise InvalidImagesError(
+                f"{source}: images have shape {images.shape}, the model makes {shape}; give images like those that it "
+                "was trained on"
+            )
+        most = MAX_ROWS_WITHOUT_ENCODER if model.encoder is None else MAX_ROWS
+        order = torch.randperm(len(images), generator=derived_generator(torch.device("cpu"), 0, "explorer", "images"))
+        chosen = images.subset(order[:most])
+        parts = [joint_score(model, x) for x in chosen.batches(ROWS, device=model.device)]
+        return _sorted(parts, f"images of {source.name}{split}", True, chosen.labels)
+    most = MAX_ROWS_WITHOUT_ENCODER if model.encoder is None else MAX_MODEL_DRAWS
     draws = derived_generator(model.device, 0, "explorer", "calibration")
-    z = model.prior.sample((most,), generator=draws, **sampler_options(model))
+    z = model.prior.sample((most,), generator=draws, **model.sampler)
     parts = []
     for block in z.split(ROWS):
         x = model.decode(block)
         noise = torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)
         parts.append(joint_score(model, x + model.sigma * noise))
-    return _made(parts, "samples of the model with its pixel noise", False)
+    return _sorted(parts, "samples of the model with its pixel noise", False)
 
 
-def from_latents(prior: LatentPrior, source: Path) -> Calibration:
-    """Score latents of a file by ``-log p(z)``."""
+def prior_calibration(prior: LatentPrior, source: Path | None) -> Calibration:
+    """Score latents of a file by ``-log p(z)``, or else draws of the prior.
+
+    Parameters
+    ----------
+    prior : LatentPrior
+        The prior.
+    source : Path or None
+        The file.
+    """
+    if source is None:
+        z = prior.sample((MAX_ROWS,), generator=derived_generator(prior.device, 0, "explorer", "calibration"))
+        return _sorted([(z, -prior.log_prob(z).double().cpu())], "samples of the prior", False)
+    if source.is_dir():
+        raise InvalidLatentsError(f"{source}: is a folder; a prior without a decoder takes latents, one file")
     latents = as_latents(source)
     if latents.event_shape != prior.event_shape:
         raise InvalidLatentsError(
@@ -94,25 +146,19 @@ def from_latents(prior: LatentPrior, source: Path) -> Calibration:
             f"{tuple(prior.event_shape)}; give latents of the same decoder"
         )
     draws = derived_generator(torch.device("cpu"), 0, "explorer", "latents")
-    rows = torch.randperm(len(latents), generator=draws)[:ROWS_ENCODED]
+    rows = torch.randperm(len(latents), generator=draws)[:MAX_ROWS]
     z = latents.draw(rows, draws, dtype=prior.dtype).reshape(-1, *prior.event_shape).to(prior.device)
-    return _made([(z, -prior.log_prob(z).double().cpu())], f"rows of {source.name}", True)
+    return _sorted([(z, -prior.log_prob(z).double().cpu())], f"rows of {source.name}", True)
 
 
-def from_prior(prior: LatentPrior) -> Calibration:
-    """Score draws of the prior by ``-log p(z)``."""
-    z = prior.sample((ROWS_ENCODED,), generator=derived_generator(prior.device, 0, "explorer", "calibration"))
-    return _made([(z, -prior.log_prob(z).double().cpu())], "samples of the prior", False)
-
-
-def _made(parts: list[tuple[Tensor, Tensor]], text: str, data: bool, labels: Tensor | None = None) -> Calibration:
+def _sorted(parts: list[tuple[Tensor, Tensor]], text: str, data: bool, labels: Tensor | None = None) -> Calibration:
     z, scores = (torch.cat(some) for some in zip(*parts, strict=True))
     scores = scores.nan_to_num(torch.inf).sort().values
     return Calibration(scores, f"{len(scores):,} {text}", data, z, labels)
 
 
 def _held_out(source: Path, size: int | None) -> tuple[Images, str]:
-    # A lone file of images has no parts, whatever its name.
+    # A single file of images has no parts, whatever its name is.
     if source.is_dir() or source.suffix in (".npz", ".safetensors"):
         with contextlib.suppress(InvalidImagesError):
             return read_images(source, size=size, split="test"), " (test)"

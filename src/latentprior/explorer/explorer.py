@@ -1,62 +1,71 @@
-"""What the page asks of a prior or model: samples by stage, walks, scores, tilts, each as one JSON object."""
+"""Answers to what the page asks of a prior or model: samples by stage, walks, scores and tilts, as JSON objects."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..density.prior import LatentPrior
-from ..errors import LatentPriorError
 from ..models.interpolation import latent_path
 from ..models.model import LatentVariableModel
 from ..report.evidence import StageDraws, plane_limits, principal_axes, shown_stages, stage_draws
-from ..report.png import data_uri, grid
 from ..report.sources import load_folder
 from ..runtime.seeding import derived_generator
-from . import calibration as calibrations
-from .calibration import Calibration
+from ..storage.pictures import data_uri, picture_grid
+from .calibration import Calibration, joint_score, model_calibration, prior_calibration
 from .properties import Brightness, Classes, Towards, fit_brightness, fit_classes, tilted_draws
 from .requests import Fields, Refused
 
 __all__ = ["Explorer", "open_explorer"]
 
-MOST_IMAGES, MOST_POINTS, MOST_STEPS = 64, 256, 24
-MOST_PIXELS = 1 << 22
-"""Most numbers in the images of one answer."""
-MOST_SEED = 2**53 - 1
-"""The largest whole number that every browser keeps exactly."""
-POOL = 1024
-"""Draws of the prior that tilts begin at."""
-KEPT = 8
-"""Sets of samples that are kept, so that the slider of stages draws once."""
-BACKGROUND = 600
+# The page shows 40 images or 200 points and walks of 10 steps; the limits leave room for other programs.
+MAX_IMAGES = 64
+MAX_POINTS = 256
+MAX_STEPS = 24
+MAX_PIXELS = 1 << 22
+"""The numbers in the images of one answer, 16 MiB of float32."""
+MAX_SEED = 2**53 - 1
+"""The largest whole number that JavaScript keeps exactly."""
+DEFAULT_SAMPLES = 36
+DEFAULT_STEPS = 12
+TILT_PARTICLES = 1024
+"""The draws of the prior that tilts begin at; properties.ISLANDS divides it."""
+MAX_SAMPLE_SETS = 8
+"""The sets of samples that are remembered, so that the slider of stages draws once for all its positions."""
+BACKGROUND_POINTS = 600
+"""The latents that are shown behind the samples, and those that the mean of a property is taken over."""
 
 
-class Tilt(NamedTuple):
-    """A way to tilt: what it does and the range of its strength."""
-
-    text: str
-    low: float
-    high: float
-
-
-TOWARDS = Tilt("towards the chosen one", 0.0, 5.0)
-BRIGHTNESS = Tilt("brightness of the image", -5.0, 5.0)
-CLASS = Tilt("one class", 0.0, 5.0)
+TILTS: dict[str, dict[str, Any]] = {
+    "towards": {"text": "towards the chosen one", "low": 0.0, "high": 5.0},
+    "brightness": {"text": "brightness of the image", "low": -5.0, "high": 5.0},
+    "class": {"text": "one class", "low": 0.0, "high": 5.0},
+}
+"""The ways to tilt: what the page calls them, and the smallest and the largest strength."""
 
 
 class Explorer:
-    """A prior, its model if there is one, and what scores are held against.
+    """Answers the page for one prior, with its model if there is one.
 
-    Methods take the fields of a request and return what the answer's JSON holds; they raise
-    :class:`~latentprior.explorer.requests.Refused`. One thread at a time may call them.
+    The methods take the fields of a request, return the content of the answer's JSON and raise
+    :class:`~latentprior.explorer.requests.Refused`. Only one thread at a time may call them.
+
+    Parameters
+    ----------
+    prior : LatentPrior
+        The prior.
+    model : LatentVariableModel or None
+        The model that the prior belongs to.
+    calibration : Calibration
+        The scores that new ones are held against.
+    name : str
+        The name that the page shows.
     """
 
     def __init__(
@@ -65,15 +74,15 @@ class Explorer:
         self.prior, self.model, self.calibration, self.name = prior, model, calibration, name
         self.dim = math.prod(prior.event_shape)
         self.stages = shown_stages(prior.ladder.length)
-        self.image_shape = None if model is None else image_shape(model)
+        self.image_shape = None if model is None else model.image_shape
         pixels = 1 if self.image_shape is None else math.prod(self.image_shape)
-        self.most = MOST_POINTS if model is None else max(2, min(MOST_IMAGES, MOST_PIXELS // pixels))
-        self._kept: OrderedDict[tuple[int, int], list[StageDraws]] = OrderedDict()
+        self.max_samples = MAX_POINTS if model is None else max(2, min(MAX_IMAGES, MAX_PIXELS // pixels))
+        self._samples: OrderedDict[tuple[int, int], list[StageDraws]] = OrderedDict()
 
     @cached_property
     def info(self) -> dict[str, Any]:
         """What the page needs to know before it asks for anything."""
-        found: dict[str, Any] = {
+        content: dict[str, Any] = {
             "kind": "prior" if self.model is None else "model",
             "name": self.name,
             "event_shape": list(self.prior.event_shape),
@@ -84,45 +93,61 @@ class Explorer:
             "calibration": {
                 "n": len(self.calibration.scores), "data": self.calibration.data, "text": self.calibration.text
             },
-            "tilts": {
-                name: {"text": tilt.text, "low": tilt.low, "high": tilt.high} for name, tilt in self.tilts.items()
-            },
+            "tilts": self.tilts,
             "classes": None if self.classes is None else self.classes.names,
             "classes_accuracy": None if self.classes is None else self.classes.accuracy,
-            "most": {"n": self.most, "steps": min(MOST_STEPS, self.most), "seed": MOST_SEED},
+            "most": {"n": self.max_samples, "steps": min(MAX_STEPS, self.max_samples), "seed": MAX_SEED},
         }  # fmt: skip
         if self.model is None:
-            found["plane"] = self._plane
-            found["points"] = self._points(self._background)
-        return found
+            content["plane"] = self._plane
+            content["points"] = self._points(self._background)
+        return content
 
     def sample(self, fields: Fields) -> dict[str, Any]:
-        """``n`` draws of the first ``stage`` stages by ``seed``; one seed draws stages by common random numbers."""
-        n = fields.whole("n", 1, self.most, min(36, self.most))
-        seed = fields.whole("seed", 0, MOST_SEED, 0)
+        """Draw from the first stages; one seed draws all stages by common random numbers.
+
+        Parameters
+        ----------
+        fields : Fields
+            ``n`` draws of the first ``stage`` stages by ``seed``.
+        """
+        n = fields.whole("n", 1, self.max_samples, min(DEFAULT_SAMPLES, self.max_samples))
+        seed = fields.whole("seed", 0, MAX_SEED, 0)
         stage = fields.whole("stage", 0, self.stages[-1], self.stages[-1])
         fields.done()
         if stage not in self.stages:
             raise Refused(400, f"stage must be one of {', '.join(map(str, self.stages))}")
         key = (n, seed)
-        if key not in self._kept:
-            self._kept[key] = stage_draws(self.prior, n, seed)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        drawn = self._kept[key][self.stages.index(stage)]
+        if key not in self._samples:
+            self._samples[key] = stage_draws(self.prior, n, seed)
+            while len(self._samples) > MAX_SAMPLE_SETS:
+                self._samples.popitem(last=False)
+        self._samples.move_to_end(key)
+        drawn = self._samples[key][self.stages.index(stage)]
         return {"stage": stage, "seed": seed, "coupled": drawn.shared, "items": self._items(drawn.z)}
 
     def walk(self, fields: Fields) -> dict[str, Any]:
-        """``n`` latents on a path from ``start`` to ``end`` that keeps to where the prior has mass."""
+        """Return a path between two latents that keeps to where the prior has mass.
+
+        Parameters
+        ----------
+        fields : Fields
+            ``n`` latents from ``start`` to ``end``.
+        """
         start, end = fields.latent("start", self.dim), fields.latent("end", self.dim)
-        n = fields.whole("n", 2, min(MOST_STEPS, self.most), min(12, self.most))
+        n = fields.whole("n", 2, min(MAX_STEPS, self.max_samples), min(DEFAULT_STEPS, self.max_samples))
         fields.done()
         path = latent_path(self.prior, self._latent(start), self._latent(end), n)
         return {"items": self._items(path)}
 
     def score(self, fields: Fields) -> dict[str, Any]:
-        """Log density of a latent ``z``, and its p-value under a prior; for images see :meth:`score_image`."""
+        """Return the log density of a latent and its p-value; :meth:`score_image` scores an image.
+
+        Parameters
+        ----------
+        fields : Fields
+            The latent ``z``.
+        """
         if self.model is not None:
             raise Refused(415, "a model scores pictures: send image/png or image/jpeg")
         z = self._latent(fields.latent("z", self.dim))
@@ -132,29 +157,45 @@ class Explorer:
         return {**item, "score": _finite(score), **self._judged(score)}
 
     def score_image(self, x: Tensor) -> dict[str, Any]:
-        """An image ``(1, C, H, W)``: reconstruction, score ``-log p(x, z)``, p-value, log density of its latent."""
+        """Return the reconstruction of an image, its score ``-log p(x, z)`` and p-value, and its latent's log density.
+
+        Parameters
+        ----------
+        x : Tensor
+            The image ``(1, C, H, W)`` in [-1, 1].
+        """
         if self.model is None:
             raise Refused(415, "a prior without a decoder scores latents: send application/json with z")
         x = x.to(self.model.device, self.prior.dtype)
-        z, scores = calibrations.joint_score(self.model, x)
+        z, scores = joint_score(self.model, x)
         (item,) = self._items(z)
         score = float(scores.nan_to_num(math.inf)[0])
         error = float((self.model.decode(z).double() - x).square().mean())
-        found = {"score": _finite(score), **self._judged(score), "squared_error": _finite(error)}
         return {
-            "z": item["z"], "log_prob": item["log_prob"], "image": data_uri(grid(x)),
-            "reconstruction": item["image"], **found,
-        }  # fmt: skip
+            "z": item["z"],
+            "log_prob": item["log_prob"],
+            "image": data_uri(picture_grid(x)),
+            "reconstruction": item["image"],
+            "score": _finite(score),
+            **self._judged(score),
+            "squared_error": _finite(error),
+        }
 
     def tilt(self, fields: Fields) -> dict[str, Any]:
-        """``n`` draws of the prior tilted by a property, with the tilt's log normaliser in nats.
+        """Draw from the prior tilted by a property, and return the log normaliser of the tilt in nats.
 
-        ``before`` and ``after`` are means of the property: brightness in [-1, 1], the probability of the class, or
-        the root mean square distance a standardised coordinate to the latent ``z``. ``r_squared`` or ``accuracy`` say
-        how well the property was read off latents that did not fit it.
+        ``before`` and ``after`` are means of the property: the brightness in [-1, 1], the probability of the class, or
+        the root mean square distance of a standardised coordinate from that of the latent ``z``. ``r_squared`` and
+        ``accuracy`` say how well the property was read off latents that did not fit it.
+
+        Parameters
+        ----------
+        fields : Fields
+            ``n`` draws by ``seed`` with ``property`` at ``strength``; ``towards`` also takes ``z``, and ``class`` takes
+            ``class``.
         """
         name = fields.one_of("property", self.tilts)
-        strength = fields.real("strength", self.tilts[name].low, self.tilts[name].high)
+        strength = fields.real("strength", TILTS[name]["low"], TILTS[name]["high"])
         g: nn.Module
         if name == "towards":
             z = self._latent(fields.latent("z", self.dim))
@@ -167,33 +208,29 @@ class Explorer:
             if label not in self.classes.names:
                 raise Refused(400, f"class must be one of {', '.join(map(str, self.classes.names))}")
             g = self.classes.at(label, strength)
-        n = fields.whole("n", 1, self.most, min(36, self.most))
-        seed = fields.whole("seed", 0, MOST_SEED, 0)
+        n = fields.whole("n", 1, self.max_samples, min(DEFAULT_SAMPLES, self.max_samples))
+        seed = fields.whole("seed", 0, MAX_SEED, 0)
         fields.done()
         draws = derived_generator(self.prior.device, seed, "explorer", "tilt")
-        found = tilted_draws(self.prior, self._pool, g, n, draws)
-        z = self.prior.whitening.unwhiten(found.u).reshape(-1, *self.prior.event_shape)
+        tilted = tilted_draws(self.prior, self._pool, g, n, draws)
+        z = self.prior.whitening.unwhiten(tilted.u).reshape(-1, *self.prior.event_shape)
         return {
             "property": name,
             "strength": strength,
-            "log_normalizer": _finite(found.log_normalizer.value),
-            "log_normalizer_stderr": _finite(found.log_normalizer.stderr),
-            "before": self._property(g, self._pool[:BACKGROUND]),
-            "after": self._property(g, found.u),
+            "log_normalizer": _finite(tilted.log_normalizer.value),
+            "log_normalizer_stderr": _finite(tilted.log_normalizer.stderr),
+            "before": self._property(g, self._pool[:BACKGROUND_POINTS]),
+            "after": self._property(g, tilted.u),
             "r_squared": g.r_squared if isinstance(g, Brightness) else None,
             "accuracy": g.accuracy if isinstance(g, Classes) else None,
             "items": self._items(z),
         }
 
     @cached_property
-    def tilts(self) -> Mapping[str, Tilt]:
-        """The ways to tilt that are open here, by name."""
-        found = {"towards": TOWARDS}
-        if self.model is not None:
-            found["brightness"] = BRIGHTNESS
-        if self.classes is not None:
-            found["class"] = CLASS
-        return found
+    def tilts(self) -> dict[str, dict[str, Any]]:
+        """Those of :data:`TILTS` that are possible here."""
+        possible = {"towards": True, "brightness": self.model is not None, "class": self.classes is not None}
+        return {name: tilt for name, tilt in TILTS.items() if possible[name]}
 
     @cached_property
     def classes(self) -> Classes | None:
@@ -205,7 +242,7 @@ class Explorer:
     def _pool(self) -> Tensor:
         """Draws of the prior in standardised coordinates ``(m, d)``."""
         draws = derived_generator(self.prior.device, 0, "explorer", "pool")
-        return self._whitened(self.prior.sample((POOL,), generator=draws))
+        return self._whitened(self.prior.sample((TILT_PARTICLES,), generator=draws))
 
     @cached_property
     def _brightness(self) -> Brightness:
@@ -228,14 +265,14 @@ class Explorer:
         return {"p_value": self.calibration.p_value(score), "calibration": self.calibration.text}
 
     def _items(self, z: Tensor) -> list[dict[str, Any]]:
-        """What the page shows of latents ``(n, *event_shape)``: an image or a point each, and its log density."""
+        """Return what the page shows of each latent in ``(n, *event_shape)``: an image or a point, its log density."""
         densities = self.prior.log_prob(z).double().cpu().tolist()
         shown: list[Any]
         if self.model is None:
             name, shown = "point", self._points(z)
         else:
             x = self.model.decode(z)
-            name, shown = "image", [data_uri(grid(x[i : i + 1])) for i in range(len(x))]
+            name, shown = "image", [data_uri(picture_grid(x[i : i + 1])) for i in range(len(x))]
         rows = z.flatten(1).double().cpu().tolist()
         return [
             # Nine digits give back a float32 exactly.
@@ -250,11 +287,11 @@ class Explorer:
 
     @cached_property
     def _background(self) -> Tensor:
-        return self.calibration.z[:BACKGROUND]
+        return self.calibration.z[:BACKGROUND_POINTS]
 
     @cached_property
     def _axes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, first principal directions and their shares of the calibration's latents; two, or one where d is 1."""
+        """The mean, the first two principal directions (one if d is 1), and their shares for the calibration."""
         return principal_axes(self.calibration.z, 2)
 
     @cached_property
@@ -274,37 +311,32 @@ class Explorer:
 def open_explorer(
     folder: str | Path, calibration: str | Path | None = None, *, device: torch.device | str | None = None
 ) -> Explorer:
-    """Load a saved prior or model and score what it is calibrated with.
+    """Load a saved prior or model, and score the rows that new ones are held against.
 
-    ``calibration`` names images for a model, latents for a prior; without it draws of the model's own stand in.
-    Raises what :func:`latentprior.write_report` raises.
+    Parameters
+    ----------
+    folder : path
+        The folder of the prior or model.
+    calibration : path, optional
+        Images for a model, latents for a prior; without it draws of the model or prior stand in.
+    device : torch.device or str, optional
+        Where to compute.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the folder or the calibration is not what it should be, as in :func:`latentprior.write_report`.
     """
     folder = Path(folder)
     prior, model = load_folder(folder, device)
-    found: Calibration
+    source = None if calibration is None else Path(calibration)
     if model is None:
-        found = calibrations.from_prior(prior) if calibration is None else _latents(prior, Path(calibration))
-    elif calibration is None:
-        found = calibrations.from_model(model)
+        scores = prior_calibration(prior, source)
     else:
-        found = calibrations.from_images(model, folder, Path(calibration), image_shape(model))
-    explorer = Explorer(prior, model, found, folder.absolute().name)
+        scores = model_calibration(model, folder, model.image_shape, source)
+    explorer = Explorer(prior, model, scores, folder.absolute().name)
     _ = explorer.info
     return explorer
-
-
-def image_shape(model: LatentVariableModel) -> tuple[int, ...]:
-    """Shape (C, H, W) of the images that a model makes."""
-    shape: Any = getattr(model.decoder, "image_shape", None)
-    if shape is None:
-        shape = model.decode(torch.zeros(1, *model.event_shape, dtype=model.prior.dtype, device=model.device)).shape[1:]
-    return tuple(shape)
-
-
-def _latents(prior: LatentPrior, source: Path) -> Calibration:
-    if source.is_dir():
-        raise LatentPriorError(f"{source}: is a folder; a prior without a decoder is calibrated with latents, a file")
-    return calibrations.from_latents(prior, source)
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,8 @@
-"""Properties of images read off their latents, and the log potentials that tilt a prior by them.
+"""Properties of images that are read off their latents, and the log potentials that tilt a prior by them.
 
-A tilt meets its potential thousands of times a second; decoding every particle would take minutes. So brightness and
-class are read off the standardised latent u by small regressions on u and its products, whose accuracy is shown.
+A tilt evaluates its potential thousands of times a second; decoding every particle would take minutes. Brightness and
+class are therefore read off the standardised latent u by small regressions on u and its products. Their accuracy is
+shown.
 """
 
 from __future__ import annotations
@@ -10,51 +11,67 @@ import time
 from typing import NamedTuple
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from ..density.ladder import carried
 from ..density.prior import LatentPrior
 from ..density.sampling.resampling import LogMean
-from ..errors import LatentPriorError
+from ..errors import LatentPriorError, MissingExtraError
 from ..runtime.seeding import derived_generator
 
 __all__ = ["Brightness", "Classes", "Tilted", "Towards", "fit_brightness", "fit_classes", "tilted_draws"]
 
-PAIRS_UP_TO = 32
-ISLANDS, MOVES = 16, 6
-LEVELS, SECONDS = 40, 60.0
-LIMIT = 3.0
-
-
-def features(u: Tensor) -> Tensor:
-    """1, u and its products (squares alone past 32 dimensions), ``(n, d) -> (n, m)``."""
-    d = u.shape[1]
-    if d <= PAIRS_UP_TO:
-        i, j = torch.triu_indices(d, d, device=u.device)
-        products = u[:, i] * u[:, j]
-    else:
-        products = u.square()
-    return torch.cat([torch.ones_like(u[:, :1]), u, products], 1)
+# These values give answers within seconds; they were not measured against others.
+MAX_DIM_OF_PAIRS = 32
+"""The largest dimension in which all products of two coordinates are features: 561 of them."""
+ISLANDS = 16
+"""Independent populations of particles, which give the error of the normaliser."""
+MOVES_PER_LEVEL = 6
+MAX_LEVELS = 40
+MAX_SECONDS = 60.0
+BRIGHTNESS_BOUND = 3.0
+"""Where the potential of brightness levels off, in standard deviations of brightness."""
+RIDGE = 1e-2
+"""The penalty of the regression on brightness, for each row."""
+CLASSES_RANGE = (2, 100)
+"""The fewest and the most classes that are told apart."""
+ROWS_PER_CLASS = 10
+"""The rows that a class needs on average."""
 
 
 class Towards(nn.Module):
-    r"""The log potential :math:`-\tfrac{s}{2} \|u - u_0\|^2`: a Gaussian around one latent."""
+    r"""The log potential :math:`-\tfrac{s}{2} \|u - u_0\|^2`, a Gaussian around one latent.
+
+    Parameters
+    ----------
+    centre : Tensor
+        The latent :math:`u_0`, ``(1, d)``.
+    strength : float
+        The strength s.
+    """
 
     def __init__(self, centre: Tensor, strength: float) -> None:
         super().__init__()
         self.centre, self.strength = centre, strength
 
     def forward(self, u: Tensor) -> Tensor:
-        """``(n, d) -> (n,)``."""
+        """Map ``(n, d)`` to ``(n,)``."""
         return -0.5 * self.strength * (u - self.centre).square().sum(1)
 
 
 class Brightness(nn.Module):
     r"""The log potential :math:`3 s \tanh(\hat b(u) / 3)`, :math:`\hat b` the brightness in standard deviations.
 
-    The bound keeps the tilted density integrable: :math:`\hat b` is quadratic. ``r_squared`` is its share of the
-    variance of brightness on draws that did not fit it.
+    The bound keeps the tilted density integrable, since :math:`\hat b` is quadratic.
+
+    Parameters
+    ----------
+    weights : Tensor
+        The weights of the features of u, ``(m,)``.
+    r_squared : float
+        The share of the variance of brightness that the regression explains on draws that did not fit it.
+    strength : float
+        The strength s.
     """
 
     def __init__(self, weights: Tensor, r_squared: float, strength: float = 0.0) -> None:
@@ -62,18 +79,29 @@ class Brightness(nn.Module):
         self.weights, self.r_squared, self.strength = weights, r_squared, strength
 
     def at(self, strength: float) -> Brightness:
-        """The same property at another strength."""
+        """Return the same property at another strength."""
         return Brightness(self.weights, self.r_squared, strength)
 
     def forward(self, u: Tensor) -> Tensor:
-        """``(n, d) -> (n,)``."""
-        return self.strength * LIMIT * torch.tanh(features(u) @ self.weights / LIMIT)
+        """Map ``(n, d)`` to ``(n,)``."""
+        return self.strength * BRIGHTNESS_BOUND * torch.tanh(_features(u) @ self.weights / BRIGHTNESS_BOUND)
 
 
 class Classes(nn.Module):
     r"""The log potential :math:`s \log p(c \mid u)` of a softmax regression on the features of u.
 
-    ``accuracy`` is that on a fifth of the labelled latents that did not fit it.
+    Parameters
+    ----------
+    weights : Tensor
+        The weights of the features for each class, ``(m, k)``.
+    names : list of int
+        The labels of the classes, in order.
+    accuracy : float
+        The share of right answers on a fifth of the labelled latents that did not fit the regression.
+    which : int
+        The position of the class c in ``names``.
+    strength : float
+        The strength s.
     """
 
     def __init__(self, weights: Tensor, names: list[int], accuracy: float, which: int = 0, strength: float = 0.0):
@@ -81,72 +109,124 @@ class Classes(nn.Module):
         self.weights, self.names, self.accuracy = weights, names, accuracy
         self.which, self.strength = which, strength
 
-    def at(self, which: int, strength: float) -> Classes:
-        """The same regression, tilting towards the class of one name."""
-        return Classes(self.weights, self.names, self.accuracy, self.names.index(which), strength)
+    def at(self, name: int, strength: float) -> Classes:
+        """Return the same regression, tilting towards the class of another name."""
+        return Classes(self.weights, self.names, self.accuracy, self.names.index(name), strength)
 
     def log_probability(self, u: Tensor) -> Tensor:
-        """Log probability of the class, ``(n, d) -> (n,)``."""
-        return torch.log_softmax(features(u) @ self.weights, 1)[:, self.which]
+        """Return the log probability of the class, ``(n, d) -> (n,)``."""
+        return torch.log_softmax(_features(u) @ self.weights, 1)[:, self.which]
 
     def forward(self, u: Tensor) -> Tensor:
-        """``(n, d) -> (n,)``."""
+        """Map ``(n, d)`` to ``(n,)``."""
         return self.strength * self.log_probability(u)
 
 
 class Tilted(NamedTuple):
-    """Draws ``(n, d)`` of a tilted prior in standardised coordinates, and the log normaliser of the tilt in nats."""
+    """Draws of a tilted prior."""
 
     u: Tensor
+    """The draws in standardised coordinates, ``(n, d)``."""
     log_normalizer: LogMean
+    """The log normaliser of the tilt in nats, with its standard error."""
 
 
 def fit_brightness(u: Tensor, brightness: Tensor) -> Brightness:
-    """Ridge regression of standardised brightness ``(n,)`` on the features of ``u`` ``(n, d)``, by three quarters."""
-    x, y = features(u.double()), brightness.to(u.device).double()
+    """Fit a ridge regression of brightness by three quarters of the rows; the last quarter measures it.
+
+    Parameters
+    ----------
+    u : Tensor
+        Standardised latents ``(n, d)``.
+    brightness : Tensor
+        The brightness of their images, ``(n,)``; it is standardised here.
+    """
+    x, y = _features(u.double()), brightness.to(u.device).double()
     y = (y - y.mean()) / y.std().clamp_min(1e-12)
     n = 3 * len(u) // 4
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(x[:n].T @ x[:n] + 1e-2 * n * eye, x[:n].T @ y[:n])
-    missed = (x[n:] @ weights - y[n:]).square().mean() / y[n:].var(unbiased=False).clamp_min(1e-12)
-    return Brightness(weights.to(u), 1 - float(missed))
+    weights = torch.linalg.solve(x[:n].T @ x[:n] + RIDGE * n * eye, x[:n].T @ y[:n])
+    unexplained = (x[n:] @ weights - y[n:]).square().mean() / y[n:].var(unbiased=False).clamp_min(1e-12)
+    return Brightness(weights.to(u), 1 - float(unexplained))
 
 
 def fit_classes(u: Tensor, labels: Tensor, seed: int = 0) -> Classes | None:
-    """Softmax regression of ``labels`` ``(n,)`` on ``u`` ``(n, d)`` by four fifths; None for one class or too many."""
+    """Fit a softmax regression by four fifths of the rows; None for a single class, or too many for the rows.
+
+    Parameters
+    ----------
+    u : Tensor
+        Standardised latents ``(n, d)``.
+    labels : Tensor
+        Their classes, whole numbers ``(n,)``.
+    seed : int
+        It chooses the rows that measure the accuracy.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise MissingExtraError("tilting towards a class", "explore") from None
     names = sorted(set(labels.tolist()))
-    if not 2 <= len(names) <= 100 or len(u) < 10 * len(names):
+    if not CLASSES_RANGE[0] <= len(names) <= CLASSES_RANGE[1] or len(u) < ROWS_PER_CLASS * len(names):
         return None
     order = torch.randperm(len(u), generator=derived_generator(torch.device("cpu"), seed, "explorer", "classes"))
-    x = features(u.double()).cpu().numpy()[order]
+    x = _features(u.double()).cpu().numpy()[order]
     y = labels.numpy()[order]
     n = 4 * len(u) // 5
     if len(set(y[:n].tolist())) < len(names):
         return None
-    found = LogisticRegression(C=0.1, max_iter=1000, fit_intercept=False).fit(x[:n], y[:n])
-    rows = torch.from_numpy(found.coef_)
-    # Of two classes scikit-learn keeps the second's weights alone.
+    regression = LogisticRegression(C=0.1, max_iter=1000, fit_intercept=False).fit(x[:n], y[:n])
+    rows = torch.from_numpy(regression.coef_)
+    # For two classes scikit-learn keeps the weights of the second alone.
     weights = torch.cat([torch.zeros_like(rows), rows]) if len(names) == 2 else rows
-    return Classes(weights.T.to(u), names, float(found.score(x[n:], y[n:])))
+    return Classes(weights.T.to(u), names, float(regression.score(x[n:], y[n:])))
 
 
 def tilted_draws(prior: LatentPrior, start: Tensor, g: nn.Module, n: int, generator: torch.Generator) -> Tilted:
-    r"""``n`` draws of :math:`p(u)\, e^{g(u)} / Z_g` from draws ``start`` ``(m, d)`` of the prior.
+    r"""Draw from the tilted prior :math:`p(u)\, e^{g(u)} / Z_g`.
 
-    What :meth:`LatentPrior.tilt` does, from draws that are known already, and kept: sequential Monte Carlo from the
-    ladder's top to one stage above it. m must divide by 16. Raises :class:`LatentPriorError` where that takes more
-    than 40 levels or 60 s, as towards a latent that the prior does not know.
+    This is the one place where the explorer tilts. It does what :meth:`LatentPrior.tilt` does, but begins at draws of
+    the prior that are there already: sequential Monte Carlo from the ladder's top to one stage above it.
+
+    Parameters
+    ----------
+    prior : LatentPrior
+        The prior.
+    start : Tensor
+        Its draws in standardised coordinates, ``(m, d)``; 16 divides m.
+    g : Module
+        The log potential, ``(m, d) -> (m,)``.
+    n : int
+        The number of draws, at most m.
+    generator : torch.Generator
+        The random stream.
+
+    Raises
+    ------
+    LatentPriorError
+        Where this takes more than 40 levels or 60 s, as towards a latent that the prior does not know.
     """
-    late = time.monotonic() + SECONDS
+    latest = time.monotonic() + MAX_SECONDS
 
-    def on_level(levels: int) -> None:
-        if time.monotonic() > late:
-            raise LatentPriorError(f"this tilt took more than {SECONDS:g} s: use less strength")
-        if levels >= LEVELS:
+    def check_limits(levels: int) -> None:
+        if time.monotonic() > latest:
+            raise LatentPriorError(f"this tilt took more than {MAX_SECONDS:g} s: use less strength")
+        if levels >= MAX_LEVELS:
             raise LatentPriorError("this tilt leads too far from where the prior has mass: use less strength")
 
     position, passed = carried(
-        prior.ladder, g, start, islands=ISLANDS, moves=MOVES, generator=generator, on_level=on_level
+        prior.ladder, g, start, islands=ISLANDS, moves=MOVES_PER_LEVEL, generator=generator, on_level=check_limits
     )
-    picked = torch.randperm(len(start), generator=generator, device=generator.device)[:n]
-    return Tilted(position[picked.to(start.device)], passed.constant)
+    rows = torch.randperm(len(start), generator=generator, device=generator.device)[:n]
+    return Tilted(position[rows.to(start.device)], passed.constant)
+
+
+def _features(u: Tensor) -> Tensor:
+    """Return 1, u and its products (beyond 32 dimensions its squares alone), ``(n, d) -> (n, m)``."""
+    d = u.shape[1]
+    if d <= MAX_DIM_OF_PAIRS:
+        i, j = torch.triu_indices(d, d, device=u.device)
+        products = u[:, i] * u[:, j]
+    else:
+        products = u.square()
+    return torch.cat([torch.ones_like(u[:, :1]), u, products], 1)

@@ -10,85 +10,119 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["Fields", "Refused", "most_bytes", "parse"]
+__all__ = ["Fields", "Refused", "max_json_bytes", "parse"]
 
-FARTHEST = 1e6
-"""Most that a coordinate of a latent may be, in absolute value."""
+MAX_COORDINATE = 1e6
+"""The largest absolute value of a coordinate of a latent: its square is finite in float32."""
 
 
 class Refused(Exception):
-    """A request that is answered with ``status`` and ``{"error": message}``."""
+    """A request is answered with an error.
+
+    Parameters
+    ----------
+    status : int
+        The HTTP status of the answer.
+    message : str
+        One line that says what is wrong.
+    headers : mapping of str to str, optional
+        Further headers of the answer.
+    """
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = dict(headers or {})
+        self.status, self.message, self.headers = status, message, dict(headers or {})
 
 
-def most_bytes(dim: int) -> int:
-    """Length of the longest JSON that is read: two latents, with room."""
+def max_json_bytes(dim: int) -> int:
+    """Return the length in bytes of the longest JSON that is read: two latents of 32 bytes a coordinate, and the rest.
+
+    Parameters
+    ----------
+    dim : int
+        The number of coordinates of a latent.
+    """
     return 4096 + 64 * dim
 
 
 def parse(body: bytes) -> Fields:
-    """Read one JSON object; NaN, infinities and anything else that is not JSON are refused."""
+    """Read one JSON object; NaN and infinities, which are not JSON, are refused as well.
+
+    Parameters
+    ----------
+    body : bytes
+        The body of a request.
+
+    Raises
+    ------
+    Refused
+        400 for anything else.
+    """
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON: send one object, numbers finite") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise Refused(400, "the body must be one JSON object")
-    return Fields(found)
+    return Fields(content)
 
 
-def _no_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
 class Fields:
-    """The fields of one object, taken one by one; :meth:`done` refuses what nobody asked for."""
+    """The fields of one JSON object, to be taken one by one.
 
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self._left = dict(found)
+    Each method takes the ``name`` of a field and what its value may be, from ``low`` to ``high`` where it is a number;
+    a field without a ``default`` is required. It raises :class:`Refused` with status 400 for any other value.
+
+    Parameters
+    ----------
+    content : mapping of str to object
+        The JSON object.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._rest = dict(content)
 
     def whole(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number in ``[low, high]``."""
+        """Take a whole number."""
         value = self._take(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise Refused(400, f"{name} must be a whole number from {low} to {high}")
         return value
 
     def real(self, name: str, low: float, high: float) -> float:
-        """A number in ``[low, high]``."""
+        """Take a number."""
         value = self._take(name)
         if not _is_number(value) or not low <= value <= high:
             raise Refused(400, f"{name} must be a number from {low:g} to {high:g}")
         return float(value)
 
-    def one_of(self, name: str, known: Mapping[str, Any]) -> str:
-        """One of the known words."""
+    def one_of(self, name: str, options: Mapping[str, Any]) -> str:
+        """Take a word, one of the keys of ``options``."""
         value = self._take(name)
-        if not isinstance(value, str) or value not in known:
-            raise Refused(400, f"{name} must be one of: {', '.join(known)}")
+        if not isinstance(value, str) or value not in options:
+            raise Refused(400, f"{name} must be one of: {', '.join(options)}")
         return value
 
     def latent(self, name: str, dim: int) -> Tensor:
-        """The coordinates of one latent, flat, float64 ``(dim,)``."""
+        """Take the ``dim`` coordinates of one latent, float64 ``(dim,)``."""
         value = self._take(name)
         if not isinstance(value, list) or len(value) != dim:
             raise Refused(400, f"{name} must be a list of {dim} numbers")
-        if not all(_is_number(x) and abs(x) <= FARTHEST for x in value):
-            raise Refused(400, f"{name} must hold finite numbers of at most {FARTHEST:g}")
+        if not all(_is_number(x) and abs(x) <= MAX_COORDINATE for x in value):
+            raise Refused(400, f"{name} must hold finite numbers of at most {MAX_COORDINATE:g}")
         return torch.tensor([float(x) for x in value], dtype=torch.float64)
 
     def done(self) -> None:
-        """Refuse fields that are left: a misspelt one would go unnoticed."""
-        if self._left:
-            raise Refused(400, f"unknown field {next(iter(self._left))[:40]!r}")
+        """Refuse the fields that nobody took: a misspelt name would otherwise go unnoticed."""
+        if self._rest:
+            raise Refused(400, f"unknown field {next(iter(self._rest))[:40]!r}")
 
     def _take(self, name: str, default: Any = None) -> Any:
-        value = self._left.pop(name, default)
+        value = self._rest.pop(name, default)
         if value is None:
             raise Refused(400, f"{name} is missing")
         return value

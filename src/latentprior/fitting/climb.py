@@ -38,42 +38,21 @@ def climb(
     deadline: Callable[[StageLearner], float | None] = lambda learner: None,
     save: Callable[[Ladder, StageLearner | None], None] = lambda ladder, learner: None,
 ) -> tuple[Ladder, str]:
-    """Add stages until there is a reason to stop.
+    """Add stages until there is a reason to stop; return the ladder and the reason.
 
     The reasons are ``max_stages``; ``time_budget``; ``no gain``, where a stage does not tell held-out rows from
     particles by two standard errors; ``no rise``, where it does not raise the held-out log density by 0.05 nats and two
     standard errors (:attr:`Stage.is_worthwhile`); and ``few draws``, where no particles can be had for another stage.
 
-    Parameters
-    ----------
-    run : FitRun
-        Clock, callbacks and processes of the call.
-    ladder : Ladder
-        Where to begin.
-    begin_stage : callable
-        Makes the learner of the next stage from the ladder below it.
-    most_stages : int
-        Length of the ladder at which to stop.
-    measure : callable, optional
-        How a stage's constant is found, by default :func:`measured_afresh`.
-    deadline : callable
-        When a stage's learning must end (:func:`time.monotonic`), from its learner.
-    save : callable
-        Called with the ladder and the learner at every evaluation, and with the ladder alone after every stage.
-
-    Returns
-    -------
-    The ladder, and the reason why it is not longer.
-
-    Raises
-    ------
-    LearningDivergedError
-        Where a stage has diverged twice.
+    ``begin_stage`` makes the learner of the next stage from the ladder below it, ``measure`` finds its constant (by
+    default :func:`measured_afresh`), ``deadline`` says when its learning must end, and ``save`` is called with the
+    ladder and the learner at every evaluation, and with the ladder alone after every stage. Raises
+    :class:`LearningDivergedError` where a stage has diverged twice.
     """
     particles: FreshParticles | None = None
     seconds = 0.0
     while ladder.length < most_stages:
-        if not run.time_for(seconds):
+        if not run.budget.time_for(seconds):
             return ladder, "time_budget"
         begin, learner = time.monotonic(), begin_stage(ladder)
         limit = deadline(learner)
@@ -126,7 +105,7 @@ def _learned(
                 )
             if not learned.has_gained:
                 return learned, None
-            last = last or not run.time_for(time.monotonic() - begin)
+            last = last or not run.budget.time_for(time.monotonic() - begin)
             return learned, measure(learner, learned, before, last)
         except LearningDivergedError as error:
             # This also holds for a run that was resumed at its second attempt.

@@ -23,7 +23,6 @@ from ..errors import InvalidLatentsError, LatentPriorError, StageSaturatedWarnin
 from ..runtime.events import Callback
 from ..runtime.processes import Processes, in_unison, launched_processes
 from ..runtime.seeding import derived_generator
-from ..storage.checkpoint import locked
 from .climb import climb
 from .rows import Target
 from .run import FitRun, restored
@@ -179,7 +178,7 @@ def fit(
         )
     with contextlib.ExitStack() as stack:
         with in_unison(processes):
-            stack.enter_context(locked(run.folder))
+            stack.enter_context(run.lock())
         # Nothing can be learned in a caller's torch.inference_mode().
         stack.enter_context(torch.inference_mode(False))
         return _fitted(run, task, max_stages, resume)
@@ -190,13 +189,13 @@ def _fitted(run: FitRun, task: FitTask, max_stages: int, resume: bool) -> Latent
     saved, start, stage_state = None, None, None
     with in_unison(run.processes):
         if run.processes.rank == 0:
-            saved = run.load() if resume else None
+            saved = run.load_fit() if resume else None
             if saved is None:
                 name = task.base if isinstance(task.base, str) else type(task.base).__name__
                 run.tell("base", message=name)
                 # Stages between waypoints are a path of their own: sampling needs no cover.
                 with_stages = max_stages > 0 and task.settings.waypoints == 0
-                start, learner = task.start(with_stages, run.deadline)
+                start, learner = task.start(with_stages, run.budget.deadline)
                 stage_state = None if learner is None else learner.state()
     saved = run.processes.first(saved)
     if saved is None:
@@ -215,17 +214,17 @@ def _fitted(run: FitRun, task: FitTask, max_stages: int, resume: bool) -> Latent
         return learner
 
     def deadline(learner: StageLearner) -> float | None:
-        if run.end is not None:
+        if run.budget.end is not None:
             longer = learner.ladder.extended(Stage(learner.ratio))
-            run.keep(expected_seconds(longer, aim.held_out, run.processes))
-        return run.deadline
+            run.budget.reserve(expected_seconds(longer, aim.held_out, run.processes))
+        return run.budget.deadline
 
     def save(ladder: Ladder, learner: StageLearner | None) -> None:
-        run.save(prior.with_ladder(ladder), learner)
+        run.save_fit(prior.with_ladder(ladder), learner)
 
     if task.settings.waypoints > len(prior.stages):
         prior = prior.with_ladder(_waypoint_ladder(run, task, aim, prior.ladder))
-        run.save(prior, None)
+        run.save_fit(prior, None)
     ladder, reason = climb(run, prior.ladder, begin_stage, max_stages, deadline=deadline, save=save)
     prior = _normalised(run, prior.with_ladder(ladder), aim.held_out, task.seed, reason)
     return run.shared(prior, task.given_distribution, task.device)
@@ -235,7 +234,7 @@ def _waypoint_ladder(run: FitRun, task: FitTask, aim: Target, ladder: Ladder) ->
     """Learn the stages between waypoints."""
     with torch.enable_grad():
         return learn_waypoints(
-            aim, ladder, task.settings, task.event_shape, task.seed, deadline=run.deadline,
+            aim, ladder, task.settings, task.event_shape, task.seed, deadline=run.budget.deadline,
             on_step=partial(run.tell_of, "step"), on_learned=partial(run.tell_of, "learned"),
         )  # fmt: skip
 
@@ -244,7 +243,7 @@ def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason
     """Estimate and bracket log Z on particles that trained nothing."""
     run.tell("normalizer", len(prior.stages))
     generator = derived_generator(prior.device, seed, "normalizer", *run.processes.keys)
-    total = estimate(prior.ladder, rows, generator, run.processes, deadline=run.end)
+    total = estimate(prior.ladder, rows, generator, run.processes, deadline=run.budget.end)
     if prior.stages and reason in ("max_stages", "time_budget") and prior.stages[-1].gain > SATURATED_GAIN_NATS:
         warn(
             f"the ladder ended ({reason}) while stage {len(prior.stages) - 1} still told data from samples almost "
@@ -252,7 +251,7 @@ def _normalised(run: FitRun, prior: LatentPrior, rows: Tensor, seed: int, reason
             StageSaturatedWarning,
         )
     prior = normalised(prior, total, rows, stopped=reason, total_seconds=run.seconds(), versions=_versions())
-    run.save(prior, None)
+    run.save_fit(prior, None)
     run.tell("end", len(prior.stages), message=reason)
     return prior
 

@@ -21,19 +21,7 @@ AVERAGE_DELAY_STEPS = 9
 
 
 class Optimisation:
-    """The weights of a ratio network, their optimisers under a cosine schedule, their average, and the best average.
-
-    Parameters
-    ----------
-    ratio : BoundedRatio
-        The network, on its device.
-    settings : StageSettings
-        How it is learned.
-    learning_rate : float
-        The highest rate of the schedule.
-    half_precision : bool
-        Whether matrix products are taken in bfloat16.
-    """
+    """The weights of a ratio network, their optimisers under a cosine schedule, their average, and the best average."""
 
     def __init__(
         self, ratio: BoundedRatio, settings: StageSettings, learning_rate: float, half_precision: bool

@@ -19,19 +19,7 @@ LAST_PARTICLES, LAST_SMC_PARTICLES = 65_536, 8192
 
 
 class StageParticles:
-    """Where a stage's particles come from: fresh passes of the ladder below it, each with a random stream of its own.
-
-    Parameters
-    ----------
-    ladder : Ladder
-        The ladder below the stage.
-    seed : int
-        Seed of every random draw.
-    device : torch.device
-        Where particles are drawn.
-    processes : Processes
-        Those that learn the stage together.
-    """
+    """Where a stage's particles come from: fresh passes of the ladder below it, by random streams of its own."""
 
     def __init__(self, ladder: Ladder, seed: int, device: torch.device, processes: Processes) -> None:
         self.ladder, self.seed, self.device, self.processes = ladder, seed, device, processes
@@ -60,17 +48,7 @@ class StageParticles:
 
 
 class Negatives:
-    """The particles of one stage while it learns: some teach, refreshed chunk by chunk, others judge.
-
-    Parameters
-    ----------
-    source : StageParticles
-        Where they come from.
-    first : FreshParticles
-        The first pass.
-    rows : int
-        Rows of a chunk, over all processes.
-    """
+    """The particles of one stage while it learns: some teach, refreshed every ``rows`` rows, others judge."""
 
     def __init__(self, source: StageParticles, first: FreshParticles, rows: int) -> None:
         self.source, self.rows, self.made_by = source, rows, first.source

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.latents import as_latents
 from ..density import normalizers
-from ..density.decoded_ratio import Decoder
+from ..density.decoded_ratio import StandardisedDecoder
 from ..density.ladder import FreshParticles, Ladder, Pass, Stage, passed_afresh
 from ..density.prior import LatentPrior
 from ..density.sampling.resampling import log_mean_exp
@@ -148,9 +148,9 @@ def _refined(
     rows = standardised_rows(*held_out, seed, prior.whitening)
     aim = Target(target[0], target[1], rows, prior.whitening)
     shape = tuple(prior.event_shape)
-    pictures = Decoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED_ROWS])
+    pictures = StandardisedDecoder.describe(decoder, prior.whitening, shape, rows[:DESCRIBED_ROWS])
     begin = time.monotonic()
-    limit = None if run.end is None else begin + STAGE_SHARE * (run.end - begin)
+    limit = None if run.budget.end is None else begin + STAGE_SHARE * (run.budget.end - begin)
 
     def begin_stage(ladder: Ladder) -> StageLearner:
         return StageLearner(aim, ladder, settings, shape, seed, decoder=pictures)
@@ -172,7 +172,7 @@ def _refined(
     run.tell("normalizer", most)
     generator = derived_generator(prior.device, seed, "refined", most)
     # Hardly a draw of the base would count: the bracket is all that there is.
-    deadline = None if run.end is None else _bracket_deadline(time.monotonic(), run.end)
+    deadline = None if run.budget.end is None else _bracket_deadline(time.monotonic(), run.budget.end)
     total = normalizers.estimate(ladder, rows, generator, draws=0, deadline=deadline)
     facts = {"stopped": "refined", "total_seconds": run.seconds()}
     return normalised(prior.with_ladder(ladder), total, rows, **facts), "refined"
@@ -180,9 +180,9 @@ def _refined(
 
 def _affordable_particles(run: FitRun, ladder: Ladder, rows: Tensor) -> int:
     """Particles of sequential Monte Carlo that there is time for."""
-    if run.time_budget is None:
+    if run.budget.seconds is None:
         return MOST_PARTICLES
-    seconds = PARTICLES_SHARE * run.time_budget
+    seconds = PARTICLES_SHARE * run.budget.seconds
     return normalizers.affordable(ladder, rows, seconds, normalizers.BRACKET_MOVES, MOST_PARTICLES)
 
 

@@ -20,16 +20,8 @@ MOST_PERMUTED_ROWS = 1 << 22
 class Target:
     """The rows of q that a stage learns from and those that are held out, drawn in standardised coordinates.
 
-    Parameters
-    ----------
-    latents : Latents
-        Where rows are drawn from.
-    train : Tensor
-        Indices ``(n,)`` of training rows.
-    held_out : Tensor
-        Held-out rows, one draw each, standardised ``(m, d)``.
-    whitening : Whitening
-        The map to standardised coordinates.
+    ``train`` are indices ``(n,)`` of rows of the latents; ``held_out`` are rows ``(m, d)``, one draw each,
+    standardised.
     """
 
     latents: Latents

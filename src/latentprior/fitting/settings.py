@@ -14,8 +14,10 @@ __all__ = ["StageSettings", "multiplies_bfloat16"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Optimization = Literal["muon", "adamw", "natural"]
-DECAYS, SHARES = (0.1, 0.5), (0.1, 0.25)
-"""Least and most weight decay, and the shares of the gain that are missing on held-out rows where they begin."""
+LEAST_DECAY, MOST_DECAY = 0.1, 0.5
+"""Weight decays between which the default moves."""
+FEW_REMEMBERED, MANY_REMEMBERED = 0.1, 0.25
+"""Shares of the gain that are missing on held-out rows at which the least and the most decay begin."""
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -28,42 +30,68 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How a stage is learned. The defaults were chosen on latents of 16 to 128 coordinates and serve every set."""
+    """How a stage is learned. The defaults were chosen on latents of 16 to 128 coordinates and serve every set.
+
+    Parameters
+    ----------
+    ratio : str
+        The network: ``residual``, ``mlp``, ``quadratic`` or ``conv``. ``auto`` is ``conv`` for latents (C, H, W) that
+        are 4 or more wide, else ``residual``. :func:`~latentprior.refine` takes ``decoded``, which reads what a decoder
+        makes of the latents.
+    width, depth : int
+        Units of a hidden layer, and number of hidden layers, residual blocks or strided convolutions.
+    bound : float
+        Largest log ratio of one stage, in nats.
+    mixture_features : bool
+        Whether the network also reads where a row stands in the ladder's mixture.
+    steps : int
+        Most steps of a stage.
+    batch_size : int
+        Rows and particles a step; an eighth of the rows where that is less, but 64 at least.
+    odds : float
+        Weight of the particles in the loss, as if there were so many of them to a row of latents. A higher value lets a
+        given number of rows teach more, since particles can be had anew; a lower one suits particles that are few.
+    optimizer : {"muon", "adamw", "natural"}
+        ``muon`` is orthogonalised momentum for hidden layers and AdamW for the rest; ``adamw`` is AdamW for all;
+        ``natural`` are natural gradients, for a ``quadratic`` ratio only.
+    learning_rate : float
+        Highest rate of the cosine schedule.
+    weight_decay : float, optional
+        Bounds how steep hidden layers can become. A lower value fits large sets better, a higher one prevents
+        overfitting of small ones. By default it moves between 0.1 and 0.5: it is the higher, the larger a share of the
+        gain on rows that were learned from is missing on held-out rows.
+    average : float
+        Decay of the exponential moving average of weights that is evaluated and kept.
+    patience : int
+        Evaluations without a better held-out loss after which a stage ends.
+    precision : {"auto", "float32", "bfloat16"}
+        Floating type of the matrix products in training; ``auto`` is bfloat16 where the processor multiplies it
+        natively. Weights, their average, gains and the learned ratio are in the prior's dtype.
+    waypoints : int
+        How many of the first stages tell neighbouring waypoints between base and target apart, for targets too far from
+        the base for one classifier (Rhodes, Xu and Gutmann, NeurIPS 2020); in one process only.
+
+    Raises
+    ------
+    LatentPriorError
+        For settings that no stage can be learned with.
+    """
 
     ratio: str = "auto"
-    """``residual``, ``mlp``, ``quadratic`` or ``conv``;
-    ``auto``: ``conv`` for latents (C, H, W) 4 or more wide, else ``residual``. :func:`~latentprior.refine` takes
-    ``decoded``, which reads what a decoder makes of the latents."""
     width: int = 256
     depth: int = 2
     bound: float = 5.0
-    """Largest log ratio of one stage, in nats."""
     mixture_features: bool = True
-    """Whether the network also reads where a row stands in the ladder's mixture."""
     steps: int = 3000
     batch_size: int = 1024
-    """Rows and particles a step; an eighth of the rows where that is less, but 64 at least."""
     odds: float = 16.0
-    """How much the particles' part of the loss weighs: as if there were so many of them to a row of latents. More
-    lets a given number of rows teach more, since particles can be had anew; less forgives particles that are few."""
     optimizer: Optimization = "muon"
-    """``muon``: orthogonalised momentum for hidden layers, AdamW for the rest; ``adamw``: AdamW for all; ``natural``:
-    natural gradients, for a ``quadratic`` ratio only."""
     learning_rate: float = 3e-3
     weight_decay: float | None = None
-    """Bounds how steep hidden layers can become: less learns more from many rows, more keeps few from being
-    remembered. By default from 0.1 to 0.5, the more the larger a share of the gain on rows that were learned from is
-    missing on held-out rows."""
     average: float = 0.999
-    """Decay of the exponential moving average of weights that is evaluated and kept."""
     patience: int = 3
-    """Evaluations without a better held-out loss after which a stage ends."""
     precision: Precision = "auto"
-    """Of the matrix products that training takes: ``float32``, ``bfloat16``, or ``auto``, the latter where the
-    processor multiplies it natively. Weights, their average, gains and the learned ratio are in the prior's dtype."""
     waypoints: int = 0
-    """How many of the first stages tell neighbouring waypoints between base and target apart, for targets too far from
-    the base for one classifier (Rhodes, Xu and Gutmann, NeurIPS 2020); one process only."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that no stage can be learned with."""
@@ -86,8 +114,8 @@ class StageSettings:
         """Weight decay where that share of the gain is missing on held-out rows."""
         if self.weight_decay is not None:
             return self.weight_decay
-        (least, most), (few, many) = DECAYS, SHARES
-        return least + (most - least) * min(1.0, max(0.0, (remembered - few) / (many - few)))
+        share = (remembered - FEW_REMEMBERED) / (MANY_REMEMBERED - FEW_REMEMBERED)
+        return LEAST_DECAY + (MOST_DECAY - LEAST_DECAY) * min(1.0, max(0.0, share))
 
     def spec(self, event_shape: tuple[int, ...], features: bool = False) -> dict[str, Any]:
         """The network's specification for :func:`~latentprior.density.ratios.build_ratio`."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..density.decoded_ratio import Decoder
+from ..density.decoded_ratio import StandardisedDecoder
 from ..density.ladder import FreshParticles, Ladder
 from ..density.ratios import BoundedRatio, Gain, build_ratio, gain, logistic_loss
 from ..errors import LearningDivergedError
@@ -56,28 +56,8 @@ class StageLearner:
 
     Minimises :func:`~latentprior.density.ratios.logistic_loss` at the settings' odds, and keeps the moving average of
     weights with the best held-out loss. Several processes each draw a share of every batch from random streams of their
-    own; gradients are averaged, and gains and clocks agreed on, so that all learn one network.
-
-    Parameters
-    ----------
-    target : Target
-        The rows to learn from and to hold out.
-    ladder : Ladder
-        The ladder so far.
-    settings : StageSettings
-        How the stage is learned.
-    event_shape : tuple of int
-        Shape of one latent.
-    seed : int
-        Seed of every random draw.
-    learning_rate : float, optional
-        In place of that of the settings.
-    processes : Processes
-        Those that learn together.
-    decoder : Decoder, optional
-        For a ratio of the kind ``decoded``, as :meth:`Decoder.describe` gives it.
-    source : StageParticles, optional
-        Where particles come from, by default fresh passes of the ladder.
+    own; gradients are averaged, and gains and clocks agreed on, so that all learn one network. ``decoder`` is for a
+    ratio of the kind ``decoded``; ``source`` yields particles, by default fresh passes of the ladder.
     """
 
     def __init__(
@@ -90,7 +70,7 @@ class StageLearner:
         *,
         learning_rate: float | None = None,
         processes: Processes = ALONE,
-        decoder: Decoder | None = None,
+        decoder: StandardisedDecoder | None = None,
         source: StageParticles | None = None,
     ) -> None:
         self.target, self.ladder, self.settings = target, ladder, settings
@@ -160,23 +140,10 @@ class StageLearner:
         on_step: Callable[[StageLearner], None] = lambda learner: None,
         on_evaluate: Callable[[StageLearner], None] = lambda learner: None,
     ) -> LearnedStage:
-        """Go on until the schedule, the patience or the time ends.
+        """Go on until the schedule, the patience or the ``deadline`` (:func:`time.monotonic`) ends, or a step's number.
 
-        Parameters
-        ----------
-        first : FreshParticles
-            The first pass of particles.
-        deadline : float, optional
-            When to end, by :func:`time.monotonic`; the schedule is shortened to fit.
-        until : int, optional
-            Step at which to end.
-        on_step, on_evaluate : callable
-            Called with this learner after every step and after every evaluation.
-
-        Raises
-        ------
-        LearningDivergedError
-            Where the held-out loss is not finite.
+        ``first`` is the first pass of particles. Raises :class:`LearningDivergedError` where the held-out loss is not
+        finite.
         """
         negatives = Negatives(self.source, first, self.chunk_rows)
         self._adapt_metric(negatives.teaching)

@@ -80,23 +80,7 @@ def standardised_rows(latents: Latents, index: Tensor, seed: int, whitening: Whi
 
 @dataclass(frozen=True)
 class FitTask:
-    """What one call of fit is asked for, apart from when to stop and where to save.
-
-    Parameters
-    ----------
-    target, held_out : Rows
-        Rows to learn from and rows to hold out.
-    base : str, Distribution or Base
-        What the ladder stands on.
-    seed : int
-        Seed of every random draw.
-    device, dtype : torch.device, torch.dtype
-        Where and in which floating type the prior is learned.
-    whitening : {"full", "diagonal", "none"}, optional
-        The standardising map; by default full, and diagonal below a copula, whose margins it would mix.
-    settings : StageSettings
-        How a stage is learned.
-    """
+    """What one call of fit is asked for, apart from when to stop and where to save."""
 
     target: Rows
     held_out: Rows

@@ -1,4 +1,4 @@
-r"""A prior, or a model of images, as an ONNX graph (extra ``onnx``): log density, one-shot sampler, decoder."""
+r"""A prior or a model of images as an ONNX graph (extra ``onnx``): log density, one-shot sampler, decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,73 +17,105 @@ from ..density.bases import Base, CopulaBase, GaussianMixtureBase, LowRankMixtur
 from ..density.ladder import COVER_WIDTHS
 from ..density.prior import LatentPrior
 from ..density.ratios import BoundedRatio
-from ..errors import ExportError, MissingExtraError
+from ..errors import ExportError, MissingExtraError, reason
 from ..models.model import LatentVariableModel
 from ..storage.checkpoint import write_whole
 
 __all__ = ["export_onnx"]
 
-What = Literal["log_prob", "sampler", "decoder", "generate"]
-OPSET = 18
+Graph = Literal["log_prob", "sampler", "decoder", "generate"]
+OPSET_VERSION = 18
+"""The version of ONNX's operators that torch's exporter writes without converting them."""
+LEAST_FREE_ROWS = 3
+"""Rows of the inputs that are traced: the exporter makes a constant of a dimension of 0 or 1."""
+REASON_CHARACTERS = 200
+"""Most of what torch says that an error repeats: it may print whole graphs."""
 
 
 def export_onnx(
     prior_or_model: LatentPrior | LatentVariableModel,
     path: str | Path,
-    what: What = "log_prob",
+    what: Graph = "log_prob",
     *,
     candidates: int = 64,
 ) -> Path:
-    r"""Write one ``.onnx`` file, in float32, whose number of rows n is free; return its path.
+    r"""Write a prior or a part of a model to one ``.onnx`` file in float32, whose number of rows n is free.
 
-    Graphs
+    Rows are independent of one another, and nothing in a graph is random: equal inputs give equal outputs.
+
+    Parameters
+    ----------
+    prior_or_model : LatentPrior or LatentVariableModel
+        What to export.
+    path : str or Path
+        The file to write.
+    what : {"log_prob", "sampler", "decoder", "generate"}
+        The graph to write:
+
+        - ``log_prob`` maps ``z`` ``(n, *event_shape)`` to ``log_prob`` ``(n,)``, normalised, in nats. It takes all
+          bases but ``flow`` and Distributions of your own.
+        - ``sampler`` maps ``normal`` ``(n, candidates, d)``, standard normal numbers, and ``uniform``
+          ``(n, candidates + 1)``, numbers in [0, 1), to ``z`` ``(n, *event_shape)``. It takes the bases ``normal`` and
+          ``gmm``.
+        - ``decoder`` maps ``z`` to ``images`` ``(n, C, H, W)`` in [-1, 1]; for a model only.
+        - ``generate`` maps the inputs of the sampler to ``images``; for a model only.
+    candidates : int
+        Draws M of the base from which the sampler picks one for every row, in proportion to
+        :math:`w = \prod_k r_k`; the last uniform number says which.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
     ------
-    ``log_prob`` : ``z`` ``(n, *event_shape)`` to ``log_prob`` ``(n,)``, nats, normalised: all bases but ``flow`` and
-        Distributions of your own.
-    ``sampler`` : ``normal`` ``(n, candidates, d)`` standard normal numbers and ``uniform`` ``(n, candidates + 1)``
-        numbers in [0, 1) to ``z`` ``(n, *event_shape)``. Of a row's candidate draws of the base one is picked in
-        proportion to :math:`w = \prod_k r_k`, the last uniform number says which. For bases ``normal`` and ``gmm``.
-    ``decoder`` : of a model, ``z`` to ``images`` ``(n, C, H, W)`` in [-1, 1].
-    ``generate`` : of a model, the sampler's inputs to ``images``.
+    ExportError
+        For what has no such graph: a flow, a Distribution, a tilt, or a decoder that torch cannot trace.
+    MissingExtraError
+        Without the extra.
 
-    The sampler's law is that of sampling-importance-resampling, :math:`p_K` in the limit of many candidates; with M
-    of them its density is off by a factor of about :math:`1 + O(\mathrm{var}(w) / M)`. Rows are independent of one
-    another and nothing in the graph is random: equal inputs give equal outputs.
-
-    Raises :class:`~latentprior.errors.ExportError` for what has no such graph: a flow, a Distribution, a tilt, a
-    decoder that torch cannot trace; :class:`~latentprior.errors.MissingExtraError` without the extra. Source of the
-    sampler: Rubin (1987); Aneja, Schwing, Kautz and Vahdat (NeurIPS 2021), whose NCP-VAE samples so.
+    Notes
+    -----
+    The sampler is sampling-importance-resampling (Rubin, 1987), as NCP-VAE samples (Aneja, Schwing, Kautz and Vahdat,
+    NeurIPS 2021). In the limit of many candidates its density is :math:`p_K`; with M of them it is off by a factor of
+    about :math:`1 + O(\mathrm{var}(w) / M)`.
     """
-    if what not in ("log_prob", "sampler", "decoder", "generate"):
+    if what not in get_args(Graph):
         raise ExportError(f"unknown graph {what!r}: choose log_prob, sampler, decoder or generate")
     if candidates < 1:
         raise ExportError(f"candidates must be 1 or more, got {candidates}")
     model = prior_or_model if isinstance(prior_or_model, LatentVariableModel) else None
     prior = prior_or_model if isinstance(prior_or_model, LatentPrior) else prior_or_model.prior
     prior = prior.to("cpu", torch.float32)
-    decoder = None
-    if what in ("decoder", "generate"):
-        if model is None:
-            raise ExportError(f"a prior alone makes no images: export {what!r} of the LatentVariableModel")
-        decoder = copy.deepcopy(model.decoder).to("cpu", torch.float32).eval()
-    d = len(prior.whitening.loc)
-    # Three rows: of a dimension of 0 or 1 the exporter would make a constant.
-    latents = torch.zeros(3, *prior.event_shape)
-    draws = (torch.zeros(3, candidates, d), torch.full((3, candidates + 1), 0.5))
-    if what == "decoder":
-        assert decoder is not None
-        return _write(decoder, {"z": latents}, "images", path)
-    density = _Density(prior)
     if what == "log_prob":
-        return _write(density, {"z": latents}, "log_prob", path)
-    sampler = _Sampler(prior, density)
-    if decoder is None:
-        return _write(sampler, dict(zip(("normal", "uniform"), draws, strict=True)), "z", path)
-    return _write(_Generate(sampler, decoder), dict(zip(("normal", "uniform"), draws, strict=True)), "images", path)
+        return _write(_Density(prior), {"z": _latents(prior)}, what, path)
+    if what == "sampler":
+        return _write(_Sampler(prior), _numbers(prior, candidates), "z", path)
+    if model is None:
+        raise ExportError(f"a prior alone makes no images: export {what!r} of the LatentVariableModel")
+    decoder = copy.deepcopy(model.decoder).to("cpu", torch.float32).eval()
+    if what == "decoder":
+        return _write(decoder, {"z": _latents(prior)}, "images", path)
+    return _write(_Generate(_Sampler(prior), decoder), _numbers(prior, candidates), "images", path)
+
+
+def _latents(prior: LatentPrior) -> Tensor:
+    return torch.zeros(LEAST_FREE_ROWS, *prior.event_shape)
+
+
+def _numbers(prior: LatentPrior, candidates: int) -> dict[str, Tensor]:
+    """Return inputs of a sampler, to trace it with."""
+    d = len(prior.whitening.loc)
+    normal = torch.zeros(LEAST_FREE_ROWS, candidates, d)
+    return {"normal": normal, "uniform": torch.full((LEAST_FREE_ROWS, candidates + 1), 0.5)}
 
 
 class _Mixture(nn.Module):
-    """A Gaussian mixture in whole batches: :class:`MixtureBase` works in blocks, which have no free length."""
+    """A Gaussian mixture that evaluates a whole batch at once, whose length is then free in the graph.
+
+    :class:`MixtureBase` evaluates blocks of a fixed length.
+    """
 
     def __init__(self, mixture: MixtureBase) -> None:
         super().__init__()
@@ -94,7 +126,7 @@ class _Mixture(nn.Module):
 
 
 class _Density(nn.Module):
-    """The log density of a prior, free of blocks and of what depends on the number of rows."""
+    """The log density of a prior, without blocks and without anything that depends on the number of rows."""
 
     def __init__(self, prior: LatentPrior) -> None:
         super().__init__()
@@ -120,7 +152,7 @@ class _Density(nn.Module):
         return self.log_base(u, terms) + self.log_potential(u, terms) - self.shift
 
     def terms(self, u: Tensor) -> Tensor | None:
-        """Log terms of the mixture that base or stages read, if there is one."""
+        """Log terms of the mixture that the base or the stages read, if there is one."""
         return None if self.mixture is None else self.mixture.log_terms(u)
 
     def log_base(self, u: Tensor, terms: Tensor | None) -> Tensor:
@@ -145,23 +177,23 @@ class _Density(nn.Module):
 
 
 class _Sampler(nn.Module):
-    """Of M draws of the proposal a row, the one that a uniform number picks in proportion to its weight."""
+    """For every row, one of M draws of the proposal, which a uniform number picks in proportion to the weights."""
 
-    def __init__(self, prior: LatentPrior, density: _Density) -> None:
+    def __init__(self, prior: LatentPrior) -> None:
         super().__init__()
-        self.density = density
+        self.density = _Density(prior)
         self.event_shape = tuple(prior.event_shape)
         self.proposal = _proposal(prior)
         self.weighted = bool(prior.stages)
-        # Where the base is the proposal its density cancels.
+        # Where the base is the proposal, its density cancels.
         self.covered = prior.ladder.cover is not None
         self.register_buffer("cumulative", self.proposal.log_weights.exp().cumsum(0)[:-1].clone())
 
     def forward(self, normal: Tensor, uniform: Tensor) -> Tensor:
         d = normal.shape[2]
-        which = (uniform[:, :-1, None] >= self.get_buffer("cumulative")).sum(2)
-        scale = self.proposal.cholesky[which]
-        u = self.proposal.means[which] + (scale * normal[:, :, None, :]).sum(3)
+        component = (uniform[:, :-1, None] >= self.get_buffer("cumulative")).sum(2)
+        scale = self.proposal.cholesky[component]
+        u = self.proposal.means[component] + (scale * normal[:, :, None, :]).sum(3)
         if not self.weighted:
             return self._event(u[:, 0])
         flat = u.reshape(-1, d)
@@ -171,9 +203,9 @@ class _Sampler(nn.Module):
             proposed = torch.logsumexp(self.proposal.project(flat)[1], 1)
             log_weight = log_weight + self.density.log_base(flat, terms) - proposed
         share = torch.softmax(log_weight.reshape(-1, normal.shape[1]), 1).cumsum(1)
-        # Sums of rounded shares may end below 1: the last candidate takes the rest.
-        picked = (uniform[:, -1:] >= share[:, :-1]).sum(1)
-        return self._event(torch.gather(u, 1, picked[:, None, None].expand(-1, 1, d))[:, 0])
+        # The sum of rounded shares may end below 1, so the last candidate takes the rest.
+        candidate = (uniform[:, -1:] >= share[:, :-1]).sum(1)
+        return self._event(torch.gather(u, 1, candidate[:, None, None].expand(-1, 1, d))[:, 0])
 
     def _event(self, u: Tensor) -> Tensor:
         return self.density.whitening.unwhiten(u).reshape(-1, *self.event_shape)
@@ -189,7 +221,7 @@ class _Generate(nn.Module):
 
 
 def _proposal(prior: LatentPrior) -> GaussianMixtureBase:
-    """What the ladder's importance sampling draws from, as one mixture."""
+    """Return what the ladder's importance sampling draws from, as one mixture."""
     base = prior.base
     if isinstance(base, NormalBase):
         d = len(base.zero)
@@ -199,7 +231,7 @@ def _proposal(prior: LatentPrior) -> GaussianMixtureBase:
     base = _full(base)
     if prior.ladder.cover is None or not prior.stages:
         return base
-    # The blend of Ladder.start: half base, half cover at three widths.
+    # This is the blend of Ladder.start: half base, half cover at three widths. The weights are normalised together.
     cover = _full(prior.ladder.cover.widened(COVER_WIDTHS))
     return GaussianMixtureBase(
         torch.cat([base.log_weights.exp(), cover.log_weights.exp()]),
@@ -209,7 +241,7 @@ def _proposal(prior: LatentPrior) -> GaussianMixtureBase:
 
 
 def _full(mixture: MixtureBase) -> GaussianMixtureBase:
-    """A copy with full covariances."""
+    """Copy a mixture with full covariances."""
     if isinstance(mixture, LowRankMixtureBase):
         return mixture.full()
     assert isinstance(mixture, GaussianMixtureBase)
@@ -217,7 +249,7 @@ def _full(mixture: MixtureBase) -> GaussianMixtureBase:
 
 
 def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str | Path) -> Path:
-    """Trace, with the first dimension of every input free, and write the file whole."""
+    """Trace a module with the first dimension of every input free, and write the file in one piece."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -233,14 +265,15 @@ def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str 
                 input_names=list(inputs),
                 output_names=[output],
                 dynamic_shapes=tuple({0: rows} for _ in inputs),
-                opset_version=OPSET,
+                opset_version=OPSET_VERSION,
                 dynamo=True,
                 verbose=False,
             )
         assert program is not None
         blob = program.model_proto.SerializeToString()
-    except Exception as error:  # Whatever a network of the user's raises while it is traced; files beyond 2 GB.
-        line = " ".join(str(error).split())[:200]
+    except Exception as error:
+        # A user's network may raise anything while it is traced, and files beyond 2 GB cannot be serialised.
+        line = reason(error)[:REASON_CHARACTERS]
         raise ExportError(f"torch cannot turn this into ONNX ({type(error).__name__}: {line})") from error
     write_whole(Path(path), blob)
     return Path(path)
@@ -248,7 +281,7 @@ def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says about itself, and about packages that it could use."""
+    """Silence what torch's exporter says about itself and about packages that it could use."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

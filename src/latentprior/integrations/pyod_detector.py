@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from ..data.latents import Latents
@@ -26,12 +24,13 @@ from ..fitting.settings import StageSettings
 from ..fitting.stage import LearnedStage, StageLearner
 from ..fitting.start import default_whitening
 from ..runtime.processes import SingleProcess
-from ..runtime.progress import part_bar
+from ..runtime.progress import work_bar
 from ..runtime.seeding import derived_generator
 from .tables import Columns, held_out_rows, seed_from
 
 try:
     from pyod.models.base import BaseDetector
+    from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError:
     raise MissingExtraError("RatioDetector", "pyod") from None
 
@@ -124,10 +123,10 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         order = np.random.default_rng(seed).permutation(len(x))
         train = x[order[m:]]
         self._columns = Columns.fit(train, robust=True)
-        with part_bar(2, "RatioDetector") if self.verbose else contextlib.nullcontext(lambda _: None) as begin:
-            begin("density")
+        with work_bar("RatioDetector", 2, shown=bool(self.verbose)) as bar:
+            bar.begin("density")
             self.prior_ = self._learn(np.unique(self._squash(train)[:, self._columns.varies], axis=0), seed)
-            begin("scores")
+            bar.begin("scores")
             self.ceiling_ = float(self._terms(self._squash(train))[1].median())
             self.decision_scores_ = self._score(x)
         self.calibration_scores_ = np.sort(self.decision_scores_[order[:m]])

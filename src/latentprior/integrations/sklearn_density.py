@@ -1,4 +1,4 @@
-"""A density estimator for scikit-learn: the ladder behind fit, score_samples and sample."""
+"""A density estimator for scikit-learn (extra ``sklearn``): the ladder behind fit, score_samples and sample."""
 
 from __future__ import annotations
 
@@ -6,49 +6,87 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..density.prior import LatentPrior
+from ..errors import MissingExtraError
 from ..fitting.settings import StageSettings
-from ..runtime.progress import FitProgress
+from ..runtime.progress import Progress
 from .tables import TableDensity, seed_from
+
+try:
+    from sklearn.base import BaseEstimator, DensityMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError:
+    raise MissingExtraError("LatentDensity", "sklearn") from None
 
 __all__ = ["LatentDensity"]
 
 Array = NDArray[np.float64]
 
-FEWEST_ROWS = 200
+LEAST_ROWS_FOR_STAGES = 200
+"""Rows from which stages are learned. Of fewer, less than 20 are held out by default, too few to judge a stage by."""
 
 
 class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     r"""Density estimation by a ladder of density ratios, :math:`\log p(x) = \log p_0(x) + \sum_k (f_k(x) - c_k)`.
 
-    :func:`latentprior.fit` as a scikit-learn estimator: it can be cloned, searched over and put at the end of a
-    pipeline. Columns are standardised inside; log densities are in nats, normalised, in float64, and in X's own
+    This is :func:`latentprior.fit` as a scikit-learn estimator: it can be cloned, searched over and put at the end of
+    a pipeline. Columns are standardised inside. Log densities are in nats, normalised, in float64, and in X's own
     coordinates. A column that does not vary is scored as a narrow normal about its value.
 
-    On fewer than 200 rows the base alone is fitted: a stage's rise over it could not be told from noise on the few
-    rows that can be held out.
+    Fewer than 200 rows get the base alone: the few of them that can be held out could not tell a stage's gain from
+    noise.
 
-    Arguments
-    ---------
-    base : ``"gmm"`` (components chosen on held-out rows), ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"``, ``"copula"``
-        or ``"flow"``.
-    max_stages : most stages above the base; the ladder ends sooner where held-out rows no longer gain.
-    whitening : ``"full"``, ``"diagonal"``, ``"none"``, or None for the base's own.
-    validation : share of distinct rows held out; copies of a row stay together.
-    width, depth, bound, steps, batch_size, learning_rate : how a stage is learned, see
-        :class:`~latentprior.StageSettings`.
-    time_budget : seconds a fit may take, or None. With a budget, results depend on the machine.
-    random_state : int, ``RandomState``, or None for a fit that differs every time.
-    device : where to learn and score, ``"cpu"`` by default.
-    verbose : draw progress bars while fitting, on a terminal or in a notebook.
+    The settings of a stage stand here one by one, and not as one :class:`~latentprior.StageSettings`, so that
+    ``set_params`` and a grid search reach each of them by its name. Their defaults are those of ``StageSettings``.
+
+    Parameters
+    ----------
+    base : str
+        ``"gmm"`` (components chosen on held-out rows), ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"``, ``"copula"`` or
+        ``"flow"``.
+    max_stages : int
+        Most stages above the base; the ladder ends sooner where held-out rows no longer gain.
+    whitening : {"full", "diagonal", "none"}, optional
+        How rows are standardised before they are learned from; by default the base decides.
+    validation : float
+        Share of the distinct rows that are held out, between 0 and 1; copies of a row stay together.
+    width : int
+        Units of each hidden layer of a stage's network.
+    depth : int
+        Hidden layers or residual blocks of a stage's network.
+    bound : float
+        Largest log ratio of one stage, in nats.
+    steps : int
+        Most gradient steps of one stage.
+    batch_size : int
+        Rows and particles a step; an eighth of the rows where that is less, but 64 at least.
+    learning_rate : float
+        Learning rate of a stage.
+    time_budget : float, optional
+        Seconds that a fit may take. With a budget, results depend on the machine; by default there is none.
+    random_state : int, RandomState or Generator, optional
+        Seed of the fit; by default every fit is different.
+    device : str, optional
+        Where to learn and score, by default ``"cpu"``.
+    verbose : bool
+        Whether progress is shown while fitting, on a terminal or in a notebook.
 
     Attributes
     ----------
-    prior_ : :class:`~latentprior.LatentPrior` over the columns that vary, in their own coordinates.
-    n_features_in_, feature_names_in_ : as everywhere in scikit-learn.
+    prior_ : LatentPrior
+        The fitted density of the columns that vary, in their own coordinates.
+    n_features_in_ : int
+        Number of columns of X.
+    feature_names_in_ : array of str
+        Names of the columns, where X has names.
+
+    Examples
+    --------
+    >>> from latentprior import LatentDensity
+    >>> x = np.random.default_rng(0).standard_normal((150, 2))
+    >>> LatentDensity(random_state=0).fit(x).score_samples(x).shape
+    (150,)
     """
 
     def __init__(
@@ -57,12 +95,12 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         max_stages: int = 20,
         whitening: Literal["full", "diagonal", "none"] | None = None,
         validation: float = 0.1,
-        width: int = 256,
-        depth: int = 2,
-        bound: float = 5.0,
-        steps: int = 2000,
-        batch_size: int = 1024,
-        learning_rate: float = 3e-3,
+        width: int = StageSettings.width,
+        depth: int = StageSettings.depth,
+        bound: float = StageSettings.bound,
+        steps: int = StageSettings.steps,
+        batch_size: int = StageSettings.batch_size,
+        learning_rate: float = StageSettings.learning_rate,
         time_budget: float | None = None,
         random_state: Any = None,
         device: str | None = None,
@@ -89,10 +127,26 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return self._density.prior
 
     def fit(self, X: Any, y: Any = None) -> LatentDensity:
-        """Learn the density of the rows of ``X`` ``(n, d)``, n at least 2; ``y`` is ignored.
+        """Learn the density of rows.
 
-        Raises ``ValueError`` for input that scikit-learn refuses, and its subclass
-        :class:`~latentprior.InvalidLatentsError` where all rows are equal.
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``, n at least 2.
+        y : None
+            Ignored; pipelines pass it.
+
+        Returns
+        -------
+        LatentDensity
+            The estimator itself.
+
+        Raises
+        ------
+        ValueError
+            For input that scikit-learn refuses.
+        InvalidLatentsError
+            Where all rows are equal.
         """
         x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         settings = StageSettings(
@@ -103,13 +157,13 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
         )
-        with FitProgress() as progress:
+        with Progress() as progress:
             self._density = TableDensity.fit(
                 x,
                 seed=seed_from(self.random_state),
                 validation=self.validation,
                 base=self.base,
-                max_stages=self.max_stages if len(x) >= FEWEST_ROWS else 0,
+                max_stages=self.max_stages if len(x) >= LEAST_ROWS_FOR_STAGES else 0,
                 whitening=self.whitening,
                 settings=settings,
                 time_budget=self.time_budget,
@@ -119,18 +173,57 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def score_samples(self, X: Any) -> Array:
-        """Log density of every row in nats, ``(n, d) -> (n,)``."""
+        """Log density of every row.
+
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``.
+
+        Returns
+        -------
+        array
+            Log densities in nats, ``(n,)``.
+        """
         check_is_fitted(self)
         return self._density.log_prob(validate_data(self, X, dtype=np.float64, reset=False))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log density of the rows in nats, as ``GaussianMixture.score``; ``KernelDensity.score`` is the sum."""
+        """Mean log density of the rows, as ``GaussianMixture.score`` has it; ``KernelDensity.score`` is the sum.
+
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``.
+        y : None
+            Ignored; searches pass it.
+
+        Returns
+        -------
+        float
+            The mean in nats.
+        """
         return float(self.score_samples(X).mean())
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Array:
-        """Draw ``(n_samples, d)`` rows; ``random_state`` as in the constructor, None for new rows every time.
+        """Draw rows of the density.
 
-        Raises ``ValueError`` for fewer than one row.
+        Parameters
+        ----------
+        n_samples : int
+            Number of rows, at least 1.
+        random_state : int, RandomState or Generator, optional
+            Seed of the draws; by default they are different every time.
+
+        Returns
+        -------
+        array
+            Rows ``(n_samples, d)``.
+
+        Raises
+        ------
+        ValueError
+            For fewer than one row.
         """
         check_is_fitted(self)
         if n_samples < 1:

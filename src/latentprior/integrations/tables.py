@@ -1,4 +1,4 @@
-"""Tables as latents: columns on mixed scales, constant columns, repeated rows, and seeds as scikit-learn has them."""
+"""Tables as latents: columns of different scales, constant columns, repeated rows, and scikit-learn's seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ __all__ = ["Columns", "TableDensity", "held_out_rows", "seed_from"]
 
 Array = NDArray[np.float64]
 
-RELATIVE_FLOOR = 1e-10
+LEAST_RELATIVE_SPREAD = 1e-10
+"""A column whose standard deviation is below this share of its largest value is constant up to rounding."""
 CONSTANT_WIDTH = 1e-3
+"""Standard deviation of the normal that scores a constant column, as a share of its value."""
+QUANTILES = (0.05, 0.95)
+NORMAL_QUANTILE_DISTANCE = 3.29
+"""Distance between these two quantiles of a standard normal."""
 
 
 def seed_from(random_state: Any) -> int:
-    """A seed from an int, a numpy ``RandomState`` or ``Generator`` (one draw of it), or None (fresh entropy)."""
+    """Return a seed: the int itself, one draw of a ``RandomState`` or ``Generator``, or a fresh one for None."""
     if random_state is None:
         return int(np.random.default_rng().integers(2**31 - 1))
     if isinstance(random_state, (int, np.integer)):
@@ -39,13 +44,9 @@ def seed_from(random_state: Any) -> int:
 class Columns(NamedTuple):
     r"""Location and scale of every column, :math:`u_j = (x_j - m_j) / s_j`, and which columns vary at all.
 
-    A column whose standard deviation is below 1e-10 of its size is constant: it has no density that could be
-    learned. It is scored as a narrow normal about its value, a thousandth of that value (of 1, for 0) wide, so that
-    a row that departs from it is unlikely and everything stays finite.
-
-    By default m and s are mean and standard deviation. ``robust`` takes the median and the distance between the 5%
-    and 95% quantiles over 3.29 (that distance for a standard normal), which up to a twentieth of odd rows on either
-    side cannot inflate; where more than 90% of a column are equal, the standard deviation.
+    A column whose standard deviation is below 1e-10 of its largest value is constant: it has no density that could be
+    learned. It is scored as a narrow normal about its value, whose standard deviation is a thousandth of that value
+    (or of 1, for 0). A row that departs from the value is then unlikely, and its log density is still finite.
     """
 
     loc: Array
@@ -54,24 +55,29 @@ class Columns(NamedTuple):
 
     @classmethod
     def fit(cls, x: Array, *, robust: bool = False) -> Columns:
-        """Fit to ``(n, d)`` finite numbers; raises :class:`InvalidLatentsError` where no column varies."""
+        """Fit to finite numbers ``(n, d)``; raises :class:`InvalidLatentsError` where no column varies.
+
+        By default m and s are mean and standard deviation. ``robust`` takes the median, and the distance between the
+        5% and 95% quantiles over 3.29: outliers cannot inflate these while they are less than a twentieth of the rows
+        on either side. Where more than 90% of a column are equal, s is the standard deviation all the same.
+        """
         size = np.abs(x).max(0)
-        # Divided first: squares of large numbers overflow.
+        # Columns are divided by their size first, since squares of large numbers overflow.
         unit = np.where(size > 0, size, 1.0)
         loc = (x / unit).mean(0) * unit
         scale = ((x - loc) / unit).std(0) * unit
-        varies = scale > RELATIVE_FLOOR * size
+        varies = scale > LEAST_RELATIVE_SPREAD * size
         if not varies.any():
             raise InvalidLatentsError("all rows are equal: no column varies, so there is no density to learn")
         if robust:
-            loc, (low, high) = np.median(x, axis=0), np.quantile(x, [0.05, 0.95], axis=0)
-            spread = high / 3.29 - low / 3.29
-            scale = np.where(spread > RELATIVE_FLOOR * size, spread, scale)
+            loc, (low, high) = np.median(x, axis=0), np.quantile(x, QUANTILES, axis=0)
+            spread = high / NORMAL_QUANTILE_DISTANCE - low / NORMAL_QUANTILE_DISTANCE
+            scale = np.where(spread > LEAST_RELATIVE_SPREAD * size, spread, scale)
         constant = np.where(size > 0, size, 1.0) * CONSTANT_WIDTH
         return cls(np.where(varies, loc, x[0]), np.where(varies, scale, constant), varies)
 
     def standardise(self, x: Array) -> Array:
-        """``(n, d) -> (n, d)``."""
+        """Shift and scale the columns of ``(n, d)``."""
         return (x - self.loc) / self.scale
 
     def restore(self, u: Array) -> Array:
@@ -79,58 +85,49 @@ class Columns(NamedTuple):
         return u * self.scale + self.loc
 
     def constant_log_prob(self, u: Array) -> Array:
-        """Log density of the standardised constant columns in X's units, nats ``(n,)``: 0 where there are none."""
-        still = ~self.varies
-        log_scale = np.log(self.scale[still]).sum() + 0.5 * still.sum() * math.log(2 * math.pi)
-        return np.asarray(-0.5 * np.square(u[:, still]).sum(1) - log_scale)
+        """Log density of the constant columns in X's units, ``(n, d)`` standardised to ``(n,)`` nats."""
+        is_constant = ~self.varies
+        log_scale = np.log(self.scale[is_constant]).sum() + 0.5 * is_constant.sum() * math.log(2 * math.pi)
+        return np.asarray(-0.5 * np.square(u[:, is_constant]).sum(1) - log_scale)
 
 
 def held_out_rows(x: Array, share: float, seed: int) -> NDArray[np.bool_]:
     """Mark about ``share`` of the distinct rows, each with all its copies; at least one row stays on either side.
 
-    Held-out copies of rows that are learned from would reward a density that learns rows by heart.
+    If copies of a row were on both sides, a density that learns rows by heart would be rewarded.
     """
     _, group = np.unique(x, axis=0, return_inverse=True)
     group = group.reshape(-1)
-    groups = int(group.max()) + 1
-    if groups < 2:
-        raise InvalidLatentsError("all rows are equal: there is no density to learn")
-    m = max(1, min(groups - 1, round(share * groups)))
-    chosen = np.zeros(groups, dtype=bool)
-    chosen[np.random.default_rng(seed).permutation(groups)[:m]] = True
+    distinct = int(group.max()) + 1
+    if distinct < 2:
+        raise InvalidLatentsError("all rows are equal: there is no density to learn; give at least two different rows")
+    m = max(1, min(distinct - 1, round(share * distinct)))
+    chosen = np.zeros(distinct, dtype=bool)
+    chosen[np.random.default_rng(seed).permutation(distinct)[:m]] = True
     return np.asarray(chosen[group])
 
 
 class TableDensity:
     """A prior learned on the columns of a table that vary, times a narrow normal for each that does not.
 
-    ``prior`` scores in float64 and in the varying columns' own units: the columns' scaling is part of its
-    standardising map.
+    ``prior`` scores in float64 and in the units of the varying columns: their scaling is part of its whitening.
     """
 
     def __init__(self, columns: Columns, prior: LatentPrior) -> None:
         self.columns, self.prior = columns, prior
 
     @classmethod
-    def fit(
-        cls,
-        x: Array,
-        *,
-        seed: int,
-        validation: float = 0.1,
-        **options: Any,
-    ) -> TableDensity:
+    def fit(cls, x: Array, *, seed: int, validation: float = 0.1, **options: Any) -> TableDensity:
         """Learn on ``(n, d)`` rows with :func:`latentprior.fit`, which takes ``options``."""
         if not 0 < validation < 1:
             raise InvalidLatentsError(f"validation must be a share between 0 and 1, got {validation}")
         columns = Columns.fit(x)
-        out = held_out_rows(x, validation, seed)
+        is_held_out = torch.from_numpy(held_out_rows(x, validation, seed))
         u = torch.from_numpy(columns.standardise(x)[:, columns.varies])
-        parts = [u[torch.from_numpy(mask)] for mask in (~out, out)]
-        if len(parts[0]) < 2:
-            parts = [u, parts[1]]
-        train, held_out = (Latents(part, name="X") for part in parts)
-        prior = fit(train, validation=held_out, seed=seed, **options)
+        train, held_out = u[~is_held_out], u[is_held_out]
+        if len(train) < 2:
+            train = u
+        prior = fit(Latents(train, name="X"), validation=Latents(held_out, name="X"), seed=seed, **options)
         return cls(columns, _in_units(prior, columns))
 
     def log_prob(self, x: Array) -> Array:
@@ -149,12 +146,10 @@ class TableDensity:
 
 
 def _in_units(prior: LatentPrior, columns: Columns) -> LatentPrior:
-    """The prior in float64 on the columns' own units: their scaling joins the standardising map."""
+    """Return the prior in float64 and in the units of the columns, whose scaling becomes part of its whitening."""
     exact = prior.to(dtype=torch.float64)
     inner = exact.whitening
-    loc, scale = (
-        torch.from_numpy(v[columns.varies]).to(inner.loc.device) for v in (columns.loc, columns.scale)
-    )  # fmt: skip
+    loc, scale = (torch.from_numpy(v[columns.varies]).to(inner.loc.device) for v in (columns.loc, columns.scale))
     whitening = Whitening(
         loc + scale * inner.loc,
         inner.matrix / scale,

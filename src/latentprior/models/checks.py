@@ -1,4 +1,4 @@
-"""Images and masks that a model is given, checked."""
+"""Checks of the images, masks, latents and chain settings that a model is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,22 @@ __all__ = ["check_chain", "check_images", "check_latents", "check_mask"]
 
 
 def check_images(images: Any, shape: Sequence[int] | None, device: torch.device) -> Tensor:
-    """Images ``(n, C, H, W)`` on ``device``; raises :class:`InvalidImagesError` for anything else, or another shape."""
+    """Images ``(n, C, H, W)`` on ``device``.
+
+    Parameters
+    ----------
+    images : Tensor or array_like
+        What is given as images.
+    shape : sequence of int or None
+        The shape (C, H, W) that they must have; None takes any.
+    device : torch.device
+        Where they are put.
+
+    Raises
+    ------
+    InvalidImagesError
+        For what are no images, for images of another shape, and for NaN or infinite values.
+    """
     x = as_dense(images, "images", InvalidImagesError).to(device=device)
     if x.ndim != 4 or not x.is_floating_point():
         raise InvalidImagesError(
@@ -32,19 +47,49 @@ def check_images(images: Any, shape: Sequence[int] | None, device: torch.device)
 
 
 def check_mask(mask: Any, x: Tensor) -> Tensor:
-    """A mask of the images' shape and type, numbers from 0 to 1; raises :class:`InvalidImagesError` for another."""
-    given = as_dense(mask, "masks", InvalidImagesError).to(x)
+    """A mask of the images' shape and type, numbers from 0 to 1.
+
+    Parameters
+    ----------
+    mask : Tensor or array_like
+        What is given as a mask, of a shape that broadcasts to the images.
+    x : Tensor
+        The images ``(n, C, H, W)``.
+
+    Raises
+    ------
+    InvalidImagesError
+        For a mask of another shape, or with other numbers.
+    """
+    shares = as_dense(mask, "masks", InvalidImagesError).to(x)
     try:
-        seen = given.expand_as(x)
+        full_mask = shares.expand_as(x)
     except RuntimeError:
-        raise InvalidImagesError(f"a mask {tuple(given.shape)} does not fit images {tuple(x.shape)}") from None
-    if not ((seen >= 0) & (seen <= 1)).all():
+        raise InvalidImagesError(f"a mask {tuple(shares.shape)} does not fit images {tuple(x.shape)}") from None
+    if not ((full_mask >= 0) & (full_mask <= 1)).all():
         raise InvalidImagesError("a mask holds numbers from 0 (unseen) to 1 (seen)")
-    return seen
+    return full_mask
 
 
 def check_latents(z: Any, n: int, event_shape: torch.Size, like: Tensor) -> Tensor:
-    """Latents ``(n, *event_shape)``, one an image; raises :class:`InvalidLatentsError` for anything else."""
+    """Latents ``(n, *event_shape)``, one an image.
+
+    Parameters
+    ----------
+    z : Tensor or array_like
+        What is given as latents.
+    n : int
+        Number of images.
+    event_shape : torch.Size
+        Shape of one latent.
+    like : Tensor
+        A tensor whose device and type they get.
+
+    Raises
+    ------
+    InvalidLatentsError
+        For another number of latents, another shape, and for NaN or infinite values.
+    """
     rows = check_tensor(z, event_shape, like.device, like.dtype)
     if len(rows) != n:
         raise InvalidLatentsError(f"{len(rows)} latents for {n} images: give one an image")
@@ -54,7 +99,20 @@ def check_latents(z: Any, n: int, event_shape: torch.Size, like: Tensor) -> Tens
 
 
 def check_chain(steps: Any, step_size: Any) -> None:
-    """Raise :class:`LatentPriorError` for a number of steps, or a size of them, that no chain can have."""
+    """Check how a chain moves.
+
+    Parameters
+    ----------
+    steps : int
+        Steps of the chain, 0 or more.
+    step_size : float
+        Size of a step, positive and finite.
+
+    Raises
+    ------
+    LatentPriorError
+        For numbers that no chain can have.
+    """
     if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise LatentPriorError(f"steps must be a whole number of 0 or more, got {steps!r}")
     if not isinstance(step_size, (int, float, np.number)) or not 0 < step_size < math.inf:

@@ -14,18 +14,14 @@ from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, L
 from ..storage.checkpoint import tensors_under
 from ..storage.sized_networks import blank, built_for
 
-__all__ = [
-    "DecoderNetwork",
-    "EncoderNetwork",
-    "build_decoder",
-    "build_encoder",
-    "loaded_network",
-    "network_spec",
-]
+__all__ = ["DecoderNetwork", "EncoderNetwork", "build_decoder", "build_encoder", "loaded_network", "network_spec"]
 
-SLOPE = 0.2
+LEAKY_SLOPE = 0.2
+"""Slope of the leaky ReLU for negative inputs; the papers' number."""
 LOG_SCALE_RANGE = (-7.0, 2.0)
-LARGEST = 1 << 14
+"""Least and most of the encoder's log standard deviations."""
+LARGEST_SIZE = 1 << 14
+"""Most coordinates, units or pixels a side that a specification may ask for."""
 
 
 class _Layer(NamedTuple):
@@ -63,11 +59,27 @@ class DecoderNetwork(nn.Module):
     Transposed convolutions (``mlp``: two hidden layers) with leaky ReLU of slope 0.2, and tanh at the end. Nothing
     is normalised over the batch: Langevin dynamics needs each latent's image to be its own.
 
+    Parameters
+    ----------
+    spec : mapping
+        The specification that :func:`network_spec` returns.
+    generator : torch.Generator, optional
+        Source of the first weights, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        For a specification that no network can be made of.
+    InvalidLatentsError
+        When it is called with latents of another shape.
+
+    Notes
+    -----
     Weights start as :math:`\mathcal N(0, a^2 / m)`, m the number of products that one output sums, a the leaky
     ReLU's gain (1 in the last layer); biases start at 0 (He et al. 2015, section 2.2).
 
-    Raises :class:`InvalidLatentsError` for latents of another shape. Source: the generators of Pang et al. (2020)
-    and Xiao and Han (2022), whose widths :func:`network_spec` gives; ``mnist`` and ``mlp`` are small ones beside them.
+    Source: the generators of Pang et al. (2020) and Xiao and Han (2022), whose widths :func:`network_spec` gives;
+    ``mnist`` and ``mlp`` are small ones beside them.
     """
 
     def __init__(self, spec: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
@@ -93,7 +105,13 @@ class DecoderNetwork(nn.Module):
         self.layers = _channels_last(nn.Sequential(*layers, nn.Tanh()))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map latents ``(n, d)`` to images ``(n, C, H, W)`` in [-1, 1]."""
+        """Map latents to images ``(n, C, H, W)`` in [-1, 1].
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents ``(n, d)``.
+        """
         if z.shape[1:] != self.latent_shape:
             raise InvalidLatentsError(
                 f"latents have shape {tuple(z.shape)}: this decoder takes (n, {self.spec['latent_dim']})"
@@ -107,7 +125,19 @@ class EncoderNetwork(nn.Module):
     ``(n, C, H, W)`` in [-1, 1] to the pair ``(mean, scale)``, each ``(n, d)``, the log scale clamped to [-7, 2].
     Weights start as those of :class:`DecoderNetwork`; those of the log scale at 0, so that all scales are 1 at first.
 
-    Raises :class:`InvalidImagesError` for images of another shape.
+    Parameters
+    ----------
+    spec : mapping
+        The specification that :func:`network_spec` returns.
+    generator : torch.Generator, optional
+        Source of the first weights, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        For a specification that no network can be made of.
+    InvalidImagesError
+        When it is called with images of another shape.
     """
 
     def __init__(self, spec: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
@@ -133,7 +163,13 @@ class EncoderNetwork(nn.Module):
         self.layers = _channels_last(nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images ``(n, C, H, W)`` in [-1, 1] to posterior means and standard deviations, each ``(n, d)``."""
+        """Map images to posterior means and standard deviations, each ``(n, d)``.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
         if x.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise InvalidImagesError(f"images have shape {tuple(x.shape)}: this encoder takes (n, {expected})")
@@ -142,7 +178,7 @@ class EncoderNetwork(nn.Module):
 
 
 def _channels_last(layers: nn.Sequential) -> nn.Sequential:
-    """Convolutions by generators this narrow take 0.6 of the time on a CPU with channels last."""
+    """Order weights with channels last: convolutions this narrow then take 0.6 of the time on a CPU."""
     for layer in layers:
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
@@ -158,21 +194,42 @@ def _stacked(maps: Sequence[tuple[Any, int]], generator: torch.Generator | None)
     stack: list[nn.Module] = []
     for i, (layer, products) in enumerate(maps):
         last = i == len(maps) - 1
-        gain = 1.0 if last else nn.init.calculate_gain("leaky_relu", SLOPE)
+        gain = 1.0 if last else nn.init.calculate_gain("leaky_relu", LEAKY_SLOPE)
         nn.init.normal_(layer.weight, std=gain / math.sqrt(products), generator=generator)
         nn.init.zeros_(layer.bias)
-        stack += [layer] if last else [layer, nn.LeakyReLU(SLOPE)]
+        stack += [layer] if last else [layer, nn.LeakyReLU(LEAKY_SLOPE)]
     return stack
 
 
 def network_spec(
-    family: str,
-    latent_dim: int | None = None,
-    width: int | None = None,
-    image_shape: Sequence[int] | None = None,
+    family: str, latent_dim: int | None = None, width: int | None = None, image_shape: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Return the specification of a family, with its paper's latent dimension and width where none is given.
 
+    Parameters
+    ----------
+    family : {"svhn", "cifar10", "celeba64", "mnist", "mlp"}
+        Name of the family. Convolutional families take any number of channels at their image size, ``mlp`` takes any
+        image.
+    latent_dim : int, optional
+        Coordinates of a latent.
+    width : int, optional
+        Channels, or units, that the layers' sizes are multiples of.
+    image_shape : sequence of int, optional
+        Shape (C, H, W) of one image.
+
+    Returns
+    -------
+    dict
+        ``family``, ``latent_dim``, ``width`` and ``image_shape``; JSON.
+
+    Raises
+    ------
+    LatentPriorError
+        For an unknown family or numbers that do not fit it.
+
+    Notes
+    -----
     ========  ===========  =====  ================
     family    latent_dim   width  image_shape
     ========  ===========  =====  ================
@@ -182,9 +239,6 @@ def network_spec(
     mnist     16           32     (1, 28, 28)
     mlp       16           256    (1, 28, 28)
     ========  ===========  =====  ================
-
-    Convolutional families take any number of channels at their image size, ``mlp`` any image. Raises
-    :class:`LatentPriorError` for an unknown family or numbers that do not fit it.
 
     Examples
     --------
@@ -205,16 +259,43 @@ def network_spec(
 
 
 def build_decoder(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> DecoderNetwork:
-    """Make a decoder network from a JSON specification; its weights are a function of ``generator`` (on the CPU).
+    """Make a decoder network from a JSON specification.
 
-    ``spec`` has ``family``, ``latent_dim``, ``width`` and ``image_shape`` as :func:`network_spec` returns them.
-    The module has ``spec``, ``latent_shape`` and ``image_shape``. Raises :class:`CheckpointError` for another spec.
+    Parameters
+    ----------
+    spec : mapping
+        ``family``, ``latent_dim``, ``width`` and ``image_shape``, as :func:`network_spec` returns them.
+    generator : torch.Generator, optional
+        Source of the first weights, on the CPU.
+
+    Returns
+    -------
+    DecoderNetwork
+        A module with ``spec``, ``latent_shape`` and ``image_shape``.
+
+    Raises
+    ------
+    CheckpointError
+        For a specification that no network can be made of.
     """
     return DecoderNetwork(spec, generator)
 
 
 def build_encoder(spec: Mapping[str, Any], generator: torch.Generator | None = None) -> EncoderNetwork:
-    """Make the encoder that mirrors a decoder of the same specification; see :func:`build_decoder`."""
+    """Make the encoder that mirrors a decoder of the same specification.
+
+    Parameters
+    ----------
+    spec : mapping
+        The specification, as :func:`network_spec` returns it.
+    generator : torch.Generator, optional
+        Source of the first weights, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        For a specification that no network can be made of.
+    """
     return EncoderNetwork(spec, generator)
 
 
@@ -230,10 +311,10 @@ def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
     shape = spec["image_shape"]
     sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
     numbers = [spec["latent_dim"], spec["width"], *sizes]
-    if len(sizes) != 3 or not all(type(n) is int and 0 < n <= LARGEST for n in numbers):
+    if len(sizes) != 3 or not all(type(n) is int and 0 < n <= LARGEST_SIZE for n in numbers):
         raise CheckpointError(
             f"network specification {dict(spec)}: give latent_dim, width and image_shape [C, H, W] as whole numbers "
-            f"from 1 to {LARGEST}"
+            f"from 1 to {LARGEST_SIZE}"
         )
     expected = FAMILIES[family].image_shape[1:]
     if family != "mlp" and tuple(sizes[1:]) != expected:
@@ -246,15 +327,34 @@ def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def loaded_network(
     entry: Mapping[str, Any],
-    given: nn.Module | None,
+    own: nn.Module | None,
     build: Callable[..., nn.Module],
     name: str,
     tensors: Mapping[str, Tensor],
 ) -> nn.Module:
-    """The network ``name`` of a saved model with its weights: the one ``given``, else built from its specification."""
-    if given is None and not entry["spec"]:
+    """The network ``name`` of a saved model with its weights: ``own``, else one built from its specification.
+
+    Parameters
+    ----------
+    entry : mapping
+        What the model's configuration says of the network: its ``spec``, None for a network of the user's.
+    own : torch.nn.Module or None
+        The user's own network, untrained.
+    build : callable
+        Makes a network from a specification and a generator.
+    name : str
+        The network's name in the model; its tensors have names that begin so.
+    tensors : mapping
+        All tensors of the model by name.
+
+    Raises
+    ------
+    CheckpointError
+        Where the network is the user's and is not given.
+    """
+    if own is None and not entry["spec"]:
         raise CheckpointError(f"this model's {name} is a network of yours: pass it, from_pretrained(dir, {name}=...)")
     weights = tensors_under(tensors, f"{name}.")
-    network = given if given is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
+    network = own if own is not None else built_for(weights, lambda: build(entry["spec"], torch.Generator()))
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)

@@ -19,9 +19,12 @@ from .adapters import Autoencoder, from_callables
 
 __all__ = ["mlp_vae_from_safetensors", "taesd_from_safetensors"]
 
-# Not stored in the files. Of 1, 2, 4, ..., 256 groups, 4 reconstructs best.
 POOL_GROUPS = 4
+"""Groups of the normalisation in a pooled block. The files do not store it: of powers of 2, 4 reconstructs best."""
 DOWNSAMPLING = 8
+"""Pixels a side of an image for each number a side of its latent."""
+CLAMP_UNITS = 3
+"""Size that a tiny decoder bounds latents to: beyond it the decoder was never trained."""
 
 
 class _MLPEncoder(nn.Module):
@@ -52,10 +55,24 @@ def mlp_vae_from_safetensors(path: str | Path, *, image_shape: Sequence[int] | N
 
     :math:`h = \mathrm{relu}(W_1 x + b_1)`, :math:`m = W_{21} h + b_{21}`, :math:`s = \exp((W_{22} h + b_{22}) / 2)`,
     :math:`x = \mathrm{sigmoid}(W_4 \, \mathrm{relu}(W_3 z + b_3) + b_4)`: images in [0, 1] inside, in [-1, 1] outside.
-    Sizes come from the file; images are square and grey unless ``image_shape`` says otherwise.
 
-    Raises :class:`CheckpointError` for a file that is absent, damaged or of another layout. Source: Kingma and
-    Welling (2014), appendix C.
+    Parameters
+    ----------
+    path : str or Path
+        A safetensors file, whose shapes give the sizes of the layers.
+    image_shape : sequence of int, optional
+        Shape (C, H, W) of one image; by default images are square and grey.
+
+    Raises
+    ------
+    CheckpointError
+        For a file that is absent, damaged or of another layout.
+    LatentPriorError
+        For an ``image_shape`` of another number of pixels.
+
+    Notes
+    -----
+    Source: Kingma and Welling (2014), appendix C.
     """
     tensors = _loaded(path)
     try:
@@ -74,10 +91,10 @@ def mlp_vae_from_safetensors(path: str | Path, *, image_shape: Sequence[int] | N
 
 
 class _Clamp(nn.Module):
-    """Softly bound latents to three units, outside of which the decoder was never trained."""
+    """Softly bound latents."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return 3 * torch.tanh(z / 3)
+        return CLAMP_UNITS * torch.tanh(z / CLAMP_UNITS)
 
 
 class _Block(nn.Module):
@@ -111,13 +128,27 @@ def taesd_from_safetensors(
 ) -> Autoencoder:
     """A tiny autoencoder of the TAESD line (for SD, SDXL, SD3, FLUX.1, FLUX.2) from its two files.
 
-    Images ``(n, 3, H, W)`` to latents ``(n, C, H / 8, W / 8)``, C = 4, 16 or 32, without scales. Layers follow from the
-    names and shapes of the tensors: a residual block has ``i.conv``, a convolution without bias halves the image in
-    the encoder and comes after a doubling in the decoder. Half-precision weights are kept in float32; images lie
-    in [0, 1] inside, in [-1, 1] outside.
+    Images ``(n, 3, H, W)`` to latents ``(n, C, H / 8, W / 8)``, C = 4, 16 or 32, without scales.
 
-    Raises :class:`CheckpointError` for files that are absent, damaged or of another layout, :class:`LatentPriorError`
-    for images whose sides are no multiples of 8.
+    Parameters
+    ----------
+    encoder_path, decoder_path : str or Path
+        The two safetensors files.
+    image_shape : sequence of int
+        Shape (C, H, W) of one image; H and W must be multiples of 8.
+
+    Raises
+    ------
+    CheckpointError
+        For files that are absent, damaged or of another layout.
+    LatentPriorError
+        For images whose sides are no multiples of 8, or of another number of channels.
+
+    Notes
+    -----
+    The layers follow from the names and shapes of the tensors: a residual block has ``i.conv``; a convolution without
+    bias halves the image in the encoder, and comes after a doubling in the decoder. Half-precision weights are kept
+    in float32. Images lie in [0, 1] inside, in [-1, 1] outside.
     """
     channels, height, width = image_shape
     if height % DOWNSAMPLING or width % DOWNSAMPLING or min(height, width) < DOWNSAMPLING:
@@ -146,19 +177,19 @@ def _taesd_half(path: str | Path, decodes: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     doublings = 0
     for i in range(max(shapes, default=-1) + 1):
-        held = shapes.get(i)
-        if held is None:
+        layer = shapes.get(i)
+        if layer is None:
             if not decodes:
                 raise CheckpointError(f"{path}: no encoder of a tiny autoencoder (layer {i} has no weights)")
             layers.append(_Clamp() if i == 0 else nn.ReLU() if i == 2 else nn.Upsample(scale_factor=2.0))
-        elif "conv.0.weight" in held:
-            pool = held.get("pool.0.weight")
-            layers.append(_Block(held["conv.0.weight"][0], None if pool is None else pool[0]))
-        elif len(held.get("weight", ())) == 4:
-            fan_out, fan_in = held["weight"][:2]
-            doublings += "bias" not in held
-            stride = 2 if "bias" not in held and not decodes else 1
-            layers.append(_conv3(fan_in, fan_out, stride=stride, bias="bias" in held))
+        elif "conv.0.weight" in layer:
+            pool = layer.get("pool.0.weight")
+            layers.append(_Block(layer["conv.0.weight"][0], None if pool is None else pool[0]))
+        elif len(layer.get("weight", ())) == 4:
+            fan_out, fan_in = layer["weight"][:2]
+            doublings += "bias" not in layer
+            stride = 2 if "bias" not in layer and not decodes else 1
+            layers.append(_conv3(fan_in, fan_out, stride=stride, bias="bias" in layer))
         else:
             raise CheckpointError(f"{path}: no tiny autoencoder (layer {i} is neither convolution nor block)")
     if 2**doublings != DOWNSAMPLING or not isinstance(layers[-1], nn.Conv2d):

@@ -43,14 +43,26 @@ Method = Literal[
 METHODS: tuple[str, ...] = get_args(Method)
 OURS, RIVAL_METHODS = METHODS[:3], METHODS[3:]
 WITHOUT_AUTOENCODER = ("joint", "sri", "lebm")
-FILE_LIMIT = 1 << 20
+FILE_BYTES = 1 << 20
+"""Most bytes of a recipe's file."""
 BY_SHAPE: Mapping[tuple[int, ...], str] = {(1, 28, 28): "mnist", (3, 32, 32): "cifar10", (3, 64, 64): "celeba64"}
+"""The network family that suits images of a shape; ``mlp`` suits any other."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Decoder and encoder: arguments of :func:`~latentprior.models.networks.network_spec`, None for its own."""
+    """Decoder and encoder: arguments of :func:`~latentprior.models.networks.network_spec`.
+
+    Parameters
+    ----------
+    family : str
+        Name of the network family.
+    latent_dim : int, optional
+        Coordinates of a latent; None takes the family's own number.
+    width : int, optional
+        Channels, or units, that the layers' sizes are multiples of; None takes the family's own number.
+    """
 
     family: str = "mlp"
     latent_dim: int | None = None
@@ -59,12 +71,27 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How the prior of a two-phase run is learned: options of :func:`latentprior.fit`."""
+    """How the prior of a two-phase run is learned: options of :func:`latentprior.fit`.
+
+    Parameters
+    ----------
+    base : str
+        Name of the base density: ``normal``, ``gmm``, ``gmm:K``, ``gmm-lowrank``, ``copula`` or ``flow``.
+    max_stages : int
+        Most stages of the ladder.
+    time_budget : float, optional
+        Seconds for the prior; those of the autoencoder do not count.
+    validation : float
+        Share of the latents that is held out.
+    whitening : str, optional
+        How latents are standardised; None takes the base's own kind.
+    settings : StageSettings
+        Settings of a stage's learning.
+    """
 
     base: str = "gmm"
     max_stages: int = 20
     time_budget: float | None = None
-    """Seconds, the autoencoder's not counted."""
     validation: float = 0.1
     whitening: Kind | None = None
     settings: StageSettings = field(default_factory=StageSettings)
@@ -83,26 +110,46 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run but images, seed and device."""
+    """Everything that decides a training run but images, seed and device.
+
+    Parameters
+    ----------
+    method : str
+        ``joint`` is :func:`~latentprior.training.joint.train`; ``two-phase`` is
+        :func:`~latentprior.training.two_phase.train_two_phase`; ``alternating`` is
+        :func:`~latentprior.training.alternating.train_alternating`; any other of ``METHODS`` is a rival of
+        :mod:`latentprior.baselines`.
+    network : NetworkConfig
+        The networks.
+    sigma : float
+        Standard deviation of a pixel around the decoder's mean.
+    encoder : bool, optional
+        Whether the model has an encoder. None gives one to those methods that begin with an autoencoder. SRI and LEBM
+        leave it out.
+    image_size : int, optional
+        Side, in pixels, of the centre square that images are cut and resized to; None keeps their size.
+    joint : TrainingConfig
+        Settings of joint and alternating learning.
+    autoencoder : AutoencoderConfig
+        Settings of the autoencoder that two-phase and alternating learning begin with.
+    fit : FitConfig
+        Settings of the prior of two-phase and alternating learning.
+    rivals : mapping
+        By method, options of the rivals' own configurations at this recipe's scale.
+    rival : mapping
+        Options of the rival that ``method`` names; they come before those in ``rivals``.
+    """
 
     method: Method = "joint"
-    """``joint``: :func:`~latentprior.training.joint.train`; ``two-phase``:
-    :func:`~latentprior.training.two_phase.train_two_phase`; ``alternating``:
-    :func:`~latentprior.training.alternating.train_alternating`; any other is a rival of
-    :mod:`latentprior.baselines`."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sigma: float = 0.3
     encoder: bool | None = True
-    """Whether there is one; None: only for methods that begin with an autoencoder. SRI and LEBM leave it out."""
     image_size: int | None = None
-    """Side of the centre square that images are cut and resized to; None keeps their size."""
     joint: TrainingConfig = field(default_factory=TrainingConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     rivals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By method, options of the rivals' own configurations at this recipe's scale."""
     rival: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the rival at hand, before those in ``rivals``."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for numbers that no image or density can have, and for unknown rivals."""
@@ -140,16 +187,24 @@ def _config_of(method: str) -> type[Any]:
 
 
 def rival(method: str) -> Callable[..., LatentVariableModel]:
-    """Return the training function of a rival by the name that recipes give it."""
+    """Return the training function of a rival.
+
+    Parameters
+    ----------
+    method : str
+        The name that recipes give it.
+    """
     return RIVALS[{"gmm": "latent_gmm", "flow": "latent_flow"}.get(method, method.replace("-", "_"))]
 
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes in this package: a data set of the paper, at ``cpu`` or ``paper`` scale.
 
-    Those with ``alternating`` begin with an autoencoder; the others learn generator and ladder together at once. Under
+    Those with ``alternating`` begin with an autoencoder; the others learn decoder and ladder together at once. In
     each, ``method`` chooses a row of the paper's tables: any of ``METHODS``, on the same networks.
 
+    Examples
+    --------
     >>> "mnist-cpu" in recipe_names()
     True
     """
@@ -158,8 +213,17 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def recipe_for(image_shape: Sequence[int] = (), *, several: bool = False) -> str:
-    """Name of the recipe at ``cpu`` scale for images ``(C, H, W)`` of this shape, for one process or ``several``.
+    """Name of the recipe at ``cpu`` scale for images of a shape.
 
+    Parameters
+    ----------
+    image_shape : sequence of int
+        Shape (C, H, W) of one image.
+    several : bool
+        Whether several processes learn together, for which only joint learning serves.
+
+    Examples
+    --------
     >>> recipe_for((1, 28, 28)), recipe_for((3, 8, 8)), recipe_for((1, 28, 28), several=True)
     ('mnist-alternating-cpu', 'mlp-alternating-cpu', 'mnist-cpu')
     """
@@ -169,8 +233,15 @@ def recipe_for(image_shape: Sequence[int] = (), *, several: bool = False) -> str
 def read_recipe(source: str | Path) -> Recipe:
     """Read a recipe by its name in :func:`recipe_names`, or from a YAML file (extra ``images``).
 
-    A file leaves out what keeps its default. Raises :class:`LatentPriorError` that names the key for an unknown one
-    or a value of another type, and the file for one that is absent or no YAML.
+    Parameters
+    ----------
+    source : str or Path
+        The name, or the path of a file. A file leaves out what keeps its default.
+
+    Raises
+    ------
+    LatentPriorError
+        For a file that is absent or no YAML, an unknown key, or a value of another type; the error names it.
     """
     name = str(source)
     if name in recipe_names():
@@ -179,7 +250,7 @@ def read_recipe(source: str | Path) -> Recipe:
         path = Path(source)
         if not path.is_file():
             raise LatentPriorError(f"{name}: no such file, nor a recipe of this package ({', '.join(recipe_names())})")
-        if path.stat().st_size > FILE_LIMIT:
+        if path.stat().st_size > FILE_BYTES:
             raise LatentPriorError(f"{name}: too large to be a recipe")
         try:
             text = path.read_text(encoding="utf-8")
@@ -193,8 +264,22 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 def changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Return the recipe with ``key=value`` settings, keys as in ``joint.steps``, values as in YAML.
+    """Return the recipe with other settings.
 
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe, which stays as it is.
+    settings : sequence of str
+        Texts ``key=value``, keys as in ``joint.steps``, values as in YAML.
+
+    Raises
+    ------
+    LatentPriorError
+        For a text of another form, an unknown key, or a value of another type.
+
+    Examples
+    --------
     >>> changed(Recipe(), ["joint.steps=7", "encoder=false"]).joint.steps
     7
     """
@@ -207,14 +292,20 @@ def changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         place = document
         for parent in parents:
             below = place.get(parent)
-            # A name that is no section is told by the check below, with its nearest neighbour.
+            # The check below refuses a name that is no section, and tells its nearest neighbour.
             place[parent] = place = dict(below) if isinstance(below, dict) else {}
         place[last] = _yaml(value, f"--set {key}")
     return filled(Recipe, document)
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return every setting of a recipe as YAML that :func:`read_recipe` takes."""
+    """Return every setting of a recipe as YAML that :func:`read_recipe` takes.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe.
+    """
     text: str = _module().safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
     return text
 
@@ -222,7 +313,19 @@ def to_yaml(recipe: Recipe) -> str:
 def filled(kind: type[T], document: Any, where: str = "") -> T:
     """Make a dataclass of a mapping, its own defaults where keys are absent.
 
-    Raises :class:`LatentPriorError` that names an unknown key and the nearest known one, or a value of another type.
+    Parameters
+    ----------
+    kind : type
+        The dataclass.
+    document : mapping
+        Values by field name; a mapping for a field that is a dataclass itself.
+    where : str
+        Where the mapping stands in the whole document, for error messages.
+
+    Raises
+    ------
+    LatentPriorError
+        For an unknown key, with the nearest known one, and for a value of another type.
     """
     if not isinstance(document, Mapping):
         raise LatentPriorError(f"{where or 'a recipe'}: give a mapping of settings, got {_short(document)}")
@@ -260,17 +363,17 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         return dict(value)
     if hint is float:
         # YAML 1.1 takes 1e-3, without a point, for text.
-        with_point = isinstance(value, (int, float)) and not isinstance(value, bool)
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         try:
-            number = float(value) if with_point or isinstance(value, str) else math.nan
+            number = float(value) if numeric or isinstance(value, str) else math.nan
         except (ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise LatentPriorError(f"{name}: give a finite number, got {_short(value)}")
         return number
     if type(value) is not hint:
-        wanted = {bool: "true or false", int: "a whole number", str: "a text"}[hint]
-        raise LatentPriorError(f"{name}: give {wanted}, got {_short(value)}")
+        kind = {bool: "true or false", int: "a whole number", str: "a text"}[hint]
+        raise LatentPriorError(f"{name}: give {kind}, got {_short(value)}")
     return value
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import LatentPriorError
-from ..runtime.progress import part_bar
+from ..errors import LatentPriorError, MissingExtraError
+from ..runtime.progress import work_bar
 from ..storage.checkpoint import write_whole
 from ..storage.output_files import check_folder
 
@@ -19,7 +19,19 @@ __all__ = ["Report", "check_report_out", "write_report"]
 
 
 class Report(NamedTuple):
-    """Where a report was written, its size in bytes, the number of stages in it, and the seconds that it took."""
+    """A report that was written.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    bytes : int
+        Its size.
+    stages : int
+        Number of stages of the prior.
+    seconds : float
+        Time that the report took.
+    """
 
     path: Path
     bytes: int
@@ -40,45 +52,63 @@ def write_report(
 ) -> Report:
     """Write one HTML file about a prior: samples by stage, gains, normalisers, model against data, settings.
 
-    The file loads nothing from elsewhere. Densities are in nats, in the user's coordinates. Without data it holds what
-    the prior itself knows; the parts that need data say which argument fills them.
+    The file loads nothing from elsewhere. Densities are in nats, in the user's coordinates. Without data the file shows
+    what the prior itself knows, and the parts that need data say which argument fills them.
 
-    Arguments
-    ---------
-    source : a :class:`~latentprior.LatentPrior`, a :class:`~latentprior.LatentVariableModel`, or the folder of one that
-        ``save_pretrained``, ``latentprior fit``, ``train`` or ``demo`` wrote.
-    out : path of the file, ``.html``; it is replaced whole or not at all.
-    latents : training rows ``(n, *event_shape)`` as :func:`latentprior.fit` takes them; 20,000 at most are used. Of a
-        prior that ``latentprior demo`` left they are found beside it.
-    images : training images as :func:`latentprior.read_images` takes them, encoded by the model; 10,000 at most are
-        used. Beside ``latents`` they are the n images that these encode, in their order.
-    held_out : rows that trained nothing, latents or images as the rows above are. Images in parts have them in
-        ``test``. Without them half of the training rows, at random, stands for them, and the page says so.
-    seed : of every draw: equal calls write equal bytes.
-    progress : draw a bar on standard error, if that is a terminal or a notebook's.
+    Parameters
+    ----------
+    source : LatentPrior, LatentVariableModel, str or Path
+        A prior, a model, or the folder of one that ``save_pretrained``, ``latentprior fit``, ``train`` or ``demo``
+        wrote.
+    out : str or Path
+        Path of the file, with the suffix ``.html``. The file is replaced whole or not at all.
+    latents : array, str or Path, optional
+        Training rows ``(n, *event_shape)``, in any form that :func:`latentprior.fit` takes. At most 20,000 are used.
+        For a prior that ``latentprior demo`` wrote they are found beside it.
+    images : Images, array, str or Path, optional
+        Training images, in any form that :func:`latentprior.read_images` takes. The model encodes them; at most 10,000
+        are used. Together with ``latents`` they must be the n images that these encode, in the same order.
+    held_out : array, Images, str or Path, optional
+        Rows that nothing was trained on: latents or images, like the rows above. Images that come in parts have them
+        in ``test``. Without such rows a random half of the training rows takes their place, and the page says so.
+    seed : int, default 0
+        Seed of every draw: equal calls write equal bytes.
+    device : torch.device or str, optional
+        Where to compute; by default where the prior is, or the CPU for a folder.
+    progress : bool, default False
+        Whether to draw a bar on standard error, if that is a terminal or a notebook.
+
+    Returns
+    -------
+    Report
+        Path and size of the file, the number of stages, and the seconds that it took.
 
     Raises
     ------
     CheckpointError
-        For a folder that is absent, damaged, foreign or of unfinished learning.
+        If a folder is absent, damaged, foreign, or its learning has not ended.
     InvalidLatentsError, InvalidImagesError
-        For data of another shape than the prior's or the decoder's, or that cannot be read.
+        If data have another shape than those of the prior or the decoder, or cannot be read.
     LatentPriorError
-        For an ``out`` that cannot be written.
+        If ``out`` cannot be written.
+    MissingExtraError
+        If a package of the extra ``report`` is not installed.
     """
+    for module in ("jinja2", "matplotlib", "PIL"):
+        if find_spec(module) is None:
+            raise MissingExtraError("writing a report", "report")
     # Late, so that `import latentprior` does not load every baseline.
     from . import page, sources
 
-    began = time.monotonic()
+    start = time.monotonic()
     out = Path(out)
     check_report_out(out)
-    bar = part_bar(page.PARTS + 1, "report") if progress else contextlib.nullcontext(lambda name: None)
-    with torch.no_grad(), bar as begin:
-        begin("reading")
+    with torch.no_grad(), work_bar("report", page.PARTS + 1, shown=progress) as bar:
+        bar.begin("reading")
         subject, rows = sources.find(source, latents, images, held_out, seed=seed, device=device)
-        blob = page.build(subject, rows, seed, begin).encode()
+        blob = page.build(subject, rows, seed, bar.begin).encode()
     write_whole(out, blob)
-    return Report(out, len(blob), len(subject.prior.stages), time.monotonic() - began)
+    return Report(out, len(blob), len(subject.prior.stages), time.monotonic() - start)
 
 
 def check_report_out(out: Path) -> None:

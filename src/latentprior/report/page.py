@@ -1,4 +1,4 @@
-"""The page: what was learned in one sentence, key figures, cautions, the parts, settings; one HTML file."""
+"""The page: one sentence, key figures, cautions, the parts, settings; all in one HTML file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from importlib import resources
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from .._version import __version__
 from ..density.bases import DistributionBase, MixtureBase
 from ..density.figures import record
 from ..density.prior import LatentPrior
 from ..density.ratios import BoundedRatio
+from ..fitting.fit import SATURATED_GAIN_NATS
 from . import sections
 from .figures import number
-from .markup import Markup, tag
 from .sources import Rows, Subject
 
-__all__ = ["build"]
+__all__ = ["PARTS", "build"]
 
 STOPPED = {
     "no gain": "the next stage could not tell data from samples",
@@ -32,71 +34,68 @@ STOPPED = {
     "time_budget": "the time allowed ran out",
 }
 PARTS = 8
-"""Parts of the work that :func:`build` tells of."""
-WIDE_BRACKET, SATURATED, TOLD_APART = 0.1, 1.2, 0.6
+"""Parts of the work that :func:`build` announces."""
+TOLD_APART_AUC = 0.6
+"""The two-sample AUC, less two standard errors, above which the page warns: 0.5 is guessing, 1 is certainty."""
 
 
-def build(subject: Subject, rows: Rows | None, seed: int, begin: Callable[[str], None] = lambda name: None) -> str:
-    """The whole document; equal bytes for an equal subject and seed on one machine.
+def build(subject: Subject, rows: Rows | None, seed: int, announce: Callable[[str], None] = lambda name: None) -> str:
+    """Return the whole document; it is the same for an equal subject and seed on one machine.
 
-    ``rows`` are all training rows at hand, among which the oddest are looked for. ``begin`` hears of each part of the
-    work, one of :data:`PARTS`, as it begins.
+    Parameters
+    ----------
+    subject : Subject
+        The prior, its model, and the data it is compared with.
+    rows : Rows, optional
+        All training rows at hand, among which the oddest are looked for.
+    seed : int
+        Seed of every draw.
+    announce : callable
+        It is called with the name of each part of the work, one of :data:`PARTS`, as that part begins.
     """
-    begin("samples and two-sample test")
-    found, measured = record(subject.prior), sections.measure(subject, seed)
-    cautions = list(_cautions(subject, found, measured))
-    parts = [
-        tag("header", tag("h1", "Latent prior report"), tag("p", subject.name, class_="name")),
-        tag("p", _sentence(subject.prior, found), class_="lead"),
-        tag("dl", *_figures(subject, found, measured), class_="figures"),
-        tag("ul", *(tag("li", line) for line in cautions), class_="warnings") if cautions else None,
-    ]
-    sectioned: tuple[tuple[str, Callable[[], Markup]], ...] = (
-        ("samples by stage", lambda: sections.samples(subject, seed)),
-        ("stages", lambda: sections.stages(subject, found, measured)),
-        ("planes", lambda: sections.planes(subject, measured)),
-        ("calibration", lambda: sections.calibration(subject, measured)),
-        ("nearest rows", lambda: sections.copying(subject, measured)),
-        ("oddest rows", lambda: sections.oddities(subject, rows)),
-        ("settings", lambda: _settings(subject, rows, found, seed)),
-    )
-    for name, make in sectioned:
-        begin(name)
-        parts.append(make())
-    return _document(f"Latent prior report: {subject.name}", tag("main", *parts))
-
-
-def _document(title: str, body: Markup) -> str:
-    """A page that loads nothing and runs one script only: its policy names that script by its digest."""
+    announce("samples and two-sample test")
+    figures, measured = record(subject.prior), sections.measure(subject, seed)
+    parts: dict[str, tuple[str, Callable[[], Any]]] = {
+        "samples": ("samples by stage", lambda: sections.samples(subject, seed)),
+        "stages": ("stages", lambda: sections.stages(subject, figures, measured)),
+        "planes": ("planes", lambda: sections.planes(subject, measured)),
+        "calibration": ("calibration", lambda: sections.calibration(subject, measured)),
+        "copying": ("nearest rows", lambda: sections.copying(subject, measured)),
+        "oddities": ("oddest rows", lambda: sections.oddities(subject, rows)),
+        "settings": ("settings", lambda: list(_settings(subject, rows, figures, seed))),
+    }
+    made = {}
+    for key, (name, make) in parts.items():
+        announce(name)
+        made[key] = make()
     style, script = (
-        Markup((resources.files(__package__) / name).read_text(encoding="utf-8")) for name in ("style.css", "script.js")
+        (resources.files(__package__) / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
-    style_digest, script_digest = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
-    )
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{style_digest}'; script-src 'sha256-{script_digest}'"
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="generator", content=f"latentprior {__version__}"),
-        tag("title", title),
-        tag("style", style),
-    )
-    page = tag("html", head, tag("body", body, tag("script", script)), lang="en")
-    return f"<!DOCTYPE html>\n{page}\n"
+    environment = Environment(
+        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made["key_figures"] = list(_key_figures(subject, figures, measured))
+    made["cautions"] = list(_cautions(subject, figures, measured))
+    return environment.get_template("report.html.j2").render(
+        subject=subject, version=__version__, sentence=_sentence(subject.prior, figures),
+        policy=_policy(style, script), style=Markup(style), script=Markup(script), **made,
+    )  # fmt: skip
 
 
-def _sentence(prior: LatentPrior, found: Mapping[str, Any]) -> str:
-    """What was learned."""
+def _policy(style: str, script: str) -> str:
+    """A content security policy: the page loads nothing, and its only style and script are named by their digests."""
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    return "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'".format(*digests)
+
+
+def _sentence(prior: LatentPrior, figures: Mapping[str, Any]) -> str:
+    """Say what was learned."""
     count, d = len(prior.stages), math.prod(prior.event_shape)
     what = _base_name(prior)
     under = {0: "alone", 1: "under one learned density ratio"}.get(count, f"under {count} learned density ratios")
     text = f"{what[0].upper()}{what[1:]} {under} is the density of these {d}-dimensional latents"
-    base, ladder = found["log_prob_base"], found["log_prob_held_out"]
+    base, ladder = figures["log_prob_base"], figures["log_prob_held_out"]
     if base is None or ladder is None:
         return f"{text}."
     if not count:
@@ -116,47 +115,42 @@ def _base_name(prior: LatentPrior) -> str:
     return {"normal": "one Gaussian", "copula": "a product of marginals", "flow": "a flow"}.get(base.name, base.name)
 
 
-def _figures(subject: Subject, found: Mapping[str, Any], measured: sections.Measured) -> Iterator[Markup]:
-    """Key figures, one box each."""
-    base, ladder = found["log_prob_base"], found["log_prob_held_out"]
+def _key_figures(
+    subject: Subject, figures: Mapping[str, Any], measured: sections.Measured
+) -> Iterator[tuple[str, str, str]]:
+    """Name, value and remark of each key figure."""
+    base, ladder = figures["log_prob_base"], figures["log_prob_held_out"]
     if ladder is not None:
         before = "rows held out while learning" if base is None else f"base {number(base, 2)}; held out while learning"
-        yield _box("validation log density, nats", number(ladder, 2), before)
+        yield "validation log density, nats", number(ladder, 2), before
     if measured.log_density:
         first, last = measured.log_density[0], measured.log_density[-1]
-        yield _box(
-            f"log density of {sections.rows_name(subject)}, nats", number(last.value, 2),
-            f"± {number(last.stderr, 2)}; base {number(first.value, 2)}",
-        )  # fmt: skip
-    ends = found["bracket"]
-    text = f"± {number(found['log_normalizer_stderr'], 4)}"
+        text = f"± {number(last.stderr, 2)}; base {number(first.value, 2)}"
+        yield f"log density of {subject.rows_name}, nats", number(last.value, 2), text
+    ends = figures["bracket"]
+    text = f"± {number(figures['log_normalizer_stderr'], 4)}"
     if ends:
         text += f"; bracket {number(ends['forward'])} to {number(ends['reverse'])}"
-    yield _box("log Z, nats", number(found["log_normalizer"], 4), text)
+    yield "log Z, nats", number(figures["log_normalizer"], 4), text
     if measured.auc is not None:
-        yield _box("two-sample AUC", number(measured.auc.auc), f"± {number(measured.auc.stderr)}; 0.5 is best")
-    reason = found["stopped"]
-    count = len(found["stages"])
-    yield _box("stages", str(count), f"ended: {STOPPED.get(reason, reason)}" if reason else "")
-    if found["total_seconds"] is not None:
-        yield _box("time to learn, s", number(found["total_seconds"], 0), "")
+        yield "two-sample AUC", number(measured.auc.auc), f"± {number(measured.auc.stderr)}; 0.5 is best"
+    reason = figures["stopped"]
+    yield "stages", str(len(figures["stages"])), f"ended: {STOPPED.get(reason, reason)}" if reason else ""
+    if figures["total_seconds"] is not None:
+        yield "time to learn, s", number(figures["total_seconds"], 0), ""
 
 
-def _box(name: str, value: str, text: str) -> Markup:
-    return tag("div", tag("dt", name), tag("dd", tag("b", value), tag("span", text) if text else None))
-
-
-def _cautions(subject: Subject, found: Mapping[str, Any], measured: sections.Measured) -> Iterator[str]:
-    """What a reader should know before trusting the rest."""
-    ends, entries = found["bracket"], found["stages"]
-    if ends and abs(ends["width"]) > WIDE_BRACKET and _beyond_noise(ends):
+def _cautions(subject: Subject, figures: Mapping[str, Any], measured: sections.Measured) -> Iterator[str]:
+    """Warn of what a reader should know before trusting the rest."""
+    ends, stages = subject.prior.bracket, subject.prior.stages
+    if ends is not None and ends.is_wide:
         yield (
-            f"log Z differs by {number(abs(ends['width']), 2)} nats between the base's and the data's end: read "
+            f"log Z differs by {number(abs(ends.width), 2)} nats between the base's and the data's end: read "
             "densities up to that constant, or use a better base."
         )
-    if entries and entries[-1]["gain"] > SATURATED and found["stopped"] in ("max_stages", "time_budget"):
+    if stages and stages[-1].gain > SATURATED_GAIN_NATS and figures["stopped"] in ("max_stages", "time_budget"):
         yield "The last stage still told data from samples almost perfectly: more stages or a better base would help."
-    if measured.auc is not None and measured.auc.auc - 2 * measured.auc.stderr > TOLD_APART:
+    if measured.auc is not None and measured.auc.auc - 2 * measured.auc.stderr > TOLD_APART_AUC:
         yield f"Boosted trees tell samples from data (AUC {measured.auc.auc:.2f}): the prior has not arrived."
     if subject.held_out is not None and not subject.separate:
         yield (
@@ -165,32 +159,20 @@ def _cautions(subject: Subject, found: Mapping[str, Any], measured: sections.Mea
         )
 
 
-def _beyond_noise(ends: Mapping[str, float]) -> bool:
-    """Ends that stand apart count; ends that cross count where noise does not explain it, as for the warning."""
-    noise = math.hypot(ends["forward_stderr"], ends["reverse_stderr"])
-    return ends["width"] > 0 or ends["width"] < -WIDE_BRACKET - 2 * noise
-
-
-def _settings(subject: Subject, rows: Rows | None, found: Mapping[str, Any], seed: int) -> Markup:
-    """Everything that decides the outcome, and versions."""
-    lines = [tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in _pairs(subject, found)]
+def _settings(subject: Subject, rows: Rows | None, figures: Mapping[str, Any], seed: int) -> Iterator[tuple[str, str]]:
+    """List everything that decides the outcome, and versions."""
+    yield from _choices(subject)
     for name, part in (("training rows", rows), ("held-out rows", subject.held_out if subject.separate else None)):
-        text = "not given" if part is None else f"{part.name}: {len(part.z):,} used"
-        lines.append(tag("tr", tag("th", name, scope="row"), tag("td", text)))
-    lines.append(tag("tr", tag("th", "seed of this report", scope="row"), tag("td", seed)))
+        yield name, "not given" if part is None else f"{part.name}: {len(part.z):,} used"
+    yield "seed of this report", str(seed)
     here = {"latentprior": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    for name, versions in (("learned with", found["versions"]), ("reported with", here)):
+    for name, versions in (("learned with", figures["versions"]), ("reported with", here)):
         if isinstance(versions, Mapping):
-            text = ", ".join(f"{k} {v}" for k, v in versions.items())
-            lines.append(tag("tr", tag("th", name, scope="row"), tag("td", text)))
-    recipe = None
-    if subject.recipe is not None:
-        recipe = tag("details", tag("summary", "The recipe, config.yaml"), tag("pre", tag("code", subject.recipe)))
-    table = tag("table", tag("tbody", *lines), class_="settings")
-    return sections.section("Settings and versions", table, recipe)
+            yield name, ", ".join(f"{k} {v}" for k, v in versions.items())
 
 
-def _pairs(subject: Subject, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _choices(subject: Subject) -> Iterator[tuple[str, str]]:
+    """List how prior and model are made."""
     prior, model = subject.prior, subject.model
     yield "shape of a latent", " x ".join(map(str, prior.event_shape))
     yield "computed in", f"{str(prior.dtype).removeprefix('torch.')} on {prior.device}"
@@ -209,7 +191,7 @@ def _pairs(subject: Subject, found: Mapping[str, Any]) -> Iterator[tuple[str, st
                 ", ".join(f"{k} {v}" for k, v in spec.items()) if isinstance(spec, Mapping) else type(network).__name__
             )
             yield name, "none" if network is None else text
-    known = {"log_prob_base", "log_prob_held_out", "stopped", "total_seconds", "versions", "sampler"}
+    known = {"log_prob_base", "log_prob_held_out", "stopped", "total_seconds", "versions"}
     yield from _flat({k: v for k, v in prior.info.items() if k not in known})
 
 

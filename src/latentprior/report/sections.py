@@ -1,11 +1,11 @@
-"""The parts of a report, each one function: what is measured, drawn, and said about it."""
+"""The parts of a report, each one function: it measures, draws, and returns what the template shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,316 +13,261 @@ from torch import Tensor
 from ..density.prior import LatentPrior
 from ..evaluation.metrics import TwoSampleTest
 from ..runtime.seeding import derived_generator
-from . import evidence, png
-from .figures import Points, histogram, intervals, number, quantiles, scatter
-from .markup import Markup, tag
+from ..storage.pictures import data_uri, image_grid, png
+from . import evidence
+from .figures import Image, Points, chart, histogram, intervals, number, quantiles, scatter
 from .sources import Rows, Subject
 
 __all__ = ["Measured", "calibration", "copying", "measure", "oddities", "planes", "samples", "stages"]
 
-SAMPLES = 2_000
-SHOWN_POINTS = 600
-COPIES = 512
-PAIRS = 8
-ODD = 12
+MOST_SAMPLES = 2_000
+"""Samples that are compared with as many held-out rows: an AUC with a standard error near 0.01."""
+PLOTTED_POINTS = 600
+COMPARED_SAMPLES = 512
+"""Samples whose nearest training row is looked for; a twentieth of them is 26 samples."""
+SHOWN_PAIRS = 8
+SHOWN_ODD_ROWS = 12
+SMALL_IMAGE = 32 * 32
+"""Pixels of an image up to which a grid has 64 of them, not 36."""
+CLOSE_QUANTILE, MOST_CLOSE = 0.01, 0.05
+"""A sample is close to a training row if only this share of held-out rows is closer, and the share of close samples
+above which the report speaks of copying: five times what chance gives."""
+
+Part = dict[str, Any]
+
+
+class Captioned(NamedTuple):
+    """A picture, its title, and how to read it."""
+
+    image: Image
+    title: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What several parts need: samples of ladder and base, AUCs, log densities by stage of the held-out rows."""
+    """What several parts need: samples of the ladder, AUCs of ladder and base, log densities of held-out rows."""
 
     ladder: Tensor
-    base: Tensor
     auc: TwoSampleTest | None
     base_auc: TwoSampleTest | None
     log_density: list[evidence.LogDensity]
 
 
 def measure(subject: Subject, seed: int) -> Measured:
-    """Draw from ladder and base, and hold them against the held-out rows."""
+    """Draw from ladder and base, and compare both with the held-out rows."""
     prior, rows = subject.prior, subject.held_out
-    n = SAMPLES if rows is None else max(64, min(SAMPLES, len(rows.z)))
-    draws = [derived_generator(prior.device, seed, "report", use) for use in ("ladder", "base")]
-    ladder = prior.sample((n,), generator=draws[0], **subject.sampler).cpu()
-    base = prior.with_ladder(prior.ladder.first(0)).sample((n,), generator=draws[1]).cpu() if prior.stages else ladder
+    n = MOST_SAMPLES if rows is None else max(64, min(MOST_SAMPLES, len(rows.z)))
+    generator = derived_generator(prior.device, seed, "report", "ladder")
+    ladder = prior.sample((n,), generator=generator, **subject.sampler).cpu()
     if rows is None:
-        return Measured(ladder, base, None, None, [])
-    auc = evidence.two_sample(ladder, rows.z, seed)
-    base_auc = evidence.two_sample(base, rows.z, seed) if prior.stages else auc
-    return Measured(ladder, base, auc, base_auc, evidence.held_out_by_stage(prior, rows.z))
+        return Measured(ladder, None, None, [])
+    auc = base_auc = evidence.two_sample(ladder, rows.z, seed)
+    if prior.stages:
+        base = prior.with_ladder(prior.ladder.first(0)).sample(
+            (n,), generator=derived_generator(prior.device, seed, "report", "base")
+        )
+        base_auc = evidence.two_sample(base.cpu(), rows.z, seed)
+    return Measured(ladder, auc, base_auc, evidence.held_out_by_stage(prior, rows.z))
 
 
-def rows_name(subject: Subject) -> str:
-    """What to call the rows that samples are held against."""
-    return "held-out rows" if subject.separate else "given rows"
-
-
-def absent(what: str, options: str) -> Markup:
-    """A line that says which option would have filled this part."""
-    return tag("p", f"{what} Run the command again with ", tag("code", options), ".", class_="quiet")
-
-
-def section(title: str, *children: object) -> Markup:
-    """A part with its heading."""
-    return tag("section", tag("h2", title), *children)
-
-
-def figure(chart: Markup, title: str, text: str = "") -> Markup:
-    """A chart under which its title and how to read it stand."""
-    return tag("figure", chart, tag("figcaption", tag("b", title), f" {text}" if text else None))
-
-
-def samples(subject: Subject, seed: int) -> Markup:
+def samples(subject: Subject, seed: int) -> Part:
     """Draws by stage under a slider: decoded where there is a decoder, else on the first principal plane."""
     prior, model = subject.prior, subject.model
     count = len(prior.stages)
-    pictured = model is not None
-    if model is not None:
-        small = math.prod(getattr(model.decoder, "image_shape", (1, 64, 64))[1:]) <= 32 * 32
-        draws = evidence.stage_draws(prior, 64 if small else 36, seed)
+    if model is None:
+        draws, kind = evidence.stage_draws(prior, PLOTTED_POINTS, seed), "Draws of every stage"
+        images = _stage_planes(subject, draws)
     else:
-        draws = evidence.stage_draws(prior, SHOWN_POINTS, seed)
-    if model is not None:
-        with torch.no_grad():
-            shown = [_picture(model.decode(draw.z), f"{len(draw.z)} images decoded from {_stage(draw.stage, count)}")
-                     for draw in draws]  # fmt: skip
-        kind = "Images decoded from draws of every stage"
-    else:
-        shown, kind = _stage_planes(subject, draws), "Draws of every stage"
-    figures = []
-    for draw, picture in zip(draws, shown, strict=True):
+        small = math.prod(getattr(model.decoder, "image_shape", (1, 64, 64))[1:]) <= SMALL_IMAGE
+        draws, kind = evidence.stage_draws(prior, 64 if small else 36, seed), "Images decoded from draws of every stage"
+        images = []
+        for draw in draws:
+            with torch.no_grad():
+                decoded = model.decode(draw.z)
+            images.append(_picture(decoded, f"{len(draw.z)} images decoded from {_stage(draw.stage, count)}"))
+    frames = []
+    for draw, image in zip(draws, images, strict=True):
         note = "" if draw.shared or not count else " Drawn by itself: the base's draws hardly reach this stage."
-        text = _stage_caption(prior, draw.stage) + note
-        figures.append(tag("figure", picture, tag("figcaption", text), data_stage=_short(draw.stage, count)))
-    control = None
-    if count:
-        control = tag(
-            "div",
-            tag("label", "Stage", for_="stage"),
-            tag("input", type="range", id="stage", min=0, max=len(draws) - 1, value=len(draws) - 1),
-            tag("output", for_="stage"),
-            class_="control",
-        )
-    shared = " from the same random draws, so that a place changes only where a stage changes it" if count else ""
-    what = f"{kind}{shared}. Stage 0 is the base, stage {count} the whole ladder." if count else (
-        "There are no stages: these are draws of the base."
-    )  # fmt: skip
-    missing = None
-    if not pictured:
-        missing = tag("p", "There is no decoder in this folder, so latents are shown, not images.", class_="quiet")
-    return section("Samples by stage", tag("p", what), missing, tag("div", control, *figures, class_="stages"))
+        frames.append((Captioned(image, text=_stage_caption(prior, draw.stage) + note), _short(draw.stage, count)))
+    return {"kind": kind, "count": count, "decoded": model is not None, "frames": frames}
 
 
-def _stage_planes(subject: Subject, draws: Sequence[evidence.StageDraws]) -> list[Markup]:
-    rows = subject.held_out
-    source = draws[-1].z if rows is None else rows.z
-    mean, axes, shares = evidence.principal_axes(source, 2)
-    flat = [(d.z.flatten(1).double().cpu() - mean) @ axes for d in draws]
-    data = [] if rows is None else [Points("data", (rows.z[:SHOWN_POINTS].flatten(1).double() - mean) @ axes, "data")]
-    count = len(subject.prior.stages)
-    titles = [f"{len(d.z)} draws of {_stage(d.stage, count)}" for d in draws]
-    if axes.shape[1] == 1:
-        data = [Points(p.name, p.values[:, 0], p.kind) for p in data]
-        return [
-            histogram(title, [*data, Points("draws", z[:, 0], "model")], "latent")
-            for z, title in zip(flat, titles, strict=True)
-        ]
-    limits = evidence.plane_limits([*flat, *(p.values for p in data)])
-    labels = _axis_names(shares)
-    return [
-        scatter(title, [*data, Points("draws", z, "model")], limits, (labels[0], labels[1]))
-        for z, title in zip(flat, titles, strict=True)
-    ]
+def _stage_planes(subject: Subject, draws: Sequence[evidence.StageDraws]) -> list[Image]:
+    rows, count = subject.held_out, len(subject.prior.stages)
+    mean, axes, shares = evidence.principal_axes(draws[-1].z if rows is None else rows.z, 2)
+    flat = [(draw.z.flatten(1).double().cpu() - mean) @ axes for draw in draws]
+    data = [] if rows is None else [(rows.z[:PLOTTED_POINTS].flatten(1).double() - mean) @ axes]
+    images = []
+    for draw, z in zip(draws, flat, strict=True):
+        sets = [*(Points("data", points, "data") for points in data), Points("draws", z, "model")]
+        if axes.shape[1] == 1:
+            figure = histogram([p._replace(values=p.values[:, 0]) for p in sets], "latent")
+        else:
+            first, second = _axis_names(shares)
+            figure = scatter(sets, evidence.plane_limits([*flat, *data]), (first, second))
+        images.append(chart(figure, f"{len(z)} draws of {_stage(draw.stage, count)}"))
+    return images
 
 
-def stages(subject: Subject, found: dict[str, Any], measured: Measured) -> Markup:
+def stages(subject: Subject, figures: Mapping[str, Any], measured: Measured) -> Part:
     """Gains, normalisers and held-out log density of every stage, with error bars, and all of it as a table."""
-    prior = subject.prior
-    entries, count = found["stages"], len(prior.stages)
+    entries, count = figures["stages"], len(subject.prior.stages)
+    order = range(1, count + 1)
+
+    def by_stage(name: str, label: str, description: str) -> Image:
+        values, stderrs = ([entry[key] for entry in entries] for key in (name, f"{name}_stderr"))
+        return chart(intervals(label, order, values, stderrs), description)
+
     if not count:
-        return section("Stages", tag("p", "No stage was learned: the prior is its base, normalised by construction."))
-    order = list(range(1, count + 1))
-    gain = intervals(
-        "Held-out gain of every stage", "gain, nats", order, *([s[k] for s in entries] for k in ("gain", "gain_stderr"))
-    )
-    c = intervals(
-        "Log normaliser of every stage", "log normaliser, nats", order,
-        *([s[k] for s in entries] for k in ("log_normalizer", "log_normalizer_stderr")),
-    )  # fmt: skip
+        return {"charts": [], "rows": []}
     charts = [
-        figure(gain, "Gain.", "How well a stage told data from samples of the ladder before it: 0 if it could not, "
-               "1.386 if perfectly. Bars: two standard errors."),
-        figure(c, "Log normaliser.", "What each log ratio is lowered by, so that the density integrates to one. "
-               "Bars: two standard errors."),
+        Captioned(by_stage("gain", "gain, nats", "Held-out gain of every stage"), "Gain.",
+                  "How well a stage told data from samples of the ladder before it: 0 if it could not, "
+                  "1.386 if perfectly. Bars: two standard errors."),
+        Captioned(by_stage("log_normalizer", "log normaliser, nats", "Log normaliser of every stage"),
+                  "Log normaliser.", "What each log ratio is lowered by, so that the density integrates to one. "
+                  "Bars: two standard errors."),
     ]  # fmt: skip
     if measured.log_density:
-        known = measured.log_density
-        chart = intervals(
-            "Mean log density by stage", "log density, nats", list(range(count + 1)), [d.value for d in known],
-            [d.rise_stderr for d in known], zero=False, line=True,
-        )  # fmt: skip
-        charts.append(figure(chart, "Log density.", f"Mean over {rows_name(subject)}; 0 is the base. Bars: two "
-                             "standard errors of the rise above the base."))  # fmt: skip
-    # An acceptance of 1 stands for no chain at all: importance sampling drew the particles.
-    heads = ("stage", "gain", "log normaliser", "rise of log density", "ESS", "acceptance", "steps", "seconds")
-    body = []
-    for k, (entry, stage) in enumerate(zip(entries, prior.stages, strict=True), 1):
+        means, stderrs = zip(*((d.value, d.rise_stderr) for d in measured.log_density), strict=True)
+        figure = intervals("log density, nats", range(count + 1), means, stderrs, line=True)
+        text = f"Mean over {subject.rows_name}; 0 is the base. Bars: two standard errors of the rise above the base."
+        charts.append(Captioned(chart(figure, "Mean log density by stage"), "Log density.", text))
+    rows = []
+    for k, (entry, stage) in enumerate(zip(entries, subject.prior.stages, strict=True), 1):
         notes = stage.diagnostics
-        rise = _error(notes.get("log_prob_rise"), notes.get("log_prob_rise_stderr"))
-        cells = (
+        # An acceptance of 1 stands for no chain at all: importance sampling drew the particles.
+        acceptance = None if entry["acceptance"] == 1.0 else entry["acceptance"]
+        rows.append((
             k, _error(entry["gain"], entry["gain_stderr"]),
-            _error(entry["log_normalizer"], entry["log_normalizer_stderr"]), rise,
-            _percent(entry["ess"]), _percent(None if entry["acceptance"] == 1.0 else entry["acceptance"]),
-            number(notes.get("steps"), 0), number(entry["seconds"], 1),
-        )  # fmt: skip
-        body.append(tag("tr", *(tag("td", cell, class_="n") for cell in cells)))
-    table = tag(
-        "table",
-        tag("thead", tag("tr", *(tag("th", head, scope="col", class_="n") for head in heads))),
-        tag("tbody", *body),
-    )
-    return section(
-        "Stages",
-        tag("div", *charts, class_="row"),
-        tag("p", "All in nats; the rise is on rows held out while learning.", class_="quiet"),
-        tag("div", table, class_="table", tabindex=0, role="region", aria_label="figures of every stage"),
-    )
+            _error(entry["log_normalizer"], entry["log_normalizer_stderr"]),
+            _error(notes.get("log_prob_rise"), notes.get("log_prob_rise_stderr")),
+            _percent(entry["ess"]), _percent(acceptance), number(notes.get("steps"), 0), number(entry["seconds"], 1),
+        ))  # fmt: skip
+    return {"charts": charts, "rows": rows}
 
 
-def planes(subject: Subject, measured: Measured) -> Markup:
+def planes(subject: Subject, measured: Measured) -> Part | None:
     """Data and samples of the ladder side by side on the principal planes of the data."""
-    rows, title = subject.held_out, "Model against data"
+    rows = subject.held_out
     if rows is None:
-        return section(title, absent("No data was given to hold the model against.", _options(subject)))
+        return None
     mean, axes, shares = evidence.principal_axes(rows.z)
-    sets = {
-        "data": (rows.z[:SHOWN_POINTS].flatten(1).double() - mean) @ axes,
-        "model": (measured.ladder[:SHOWN_POINTS].flatten(1).double() - mean) @ axes,
-    }
+    sets = [
+        Points(name, (z[:PLOTTED_POINTS].flatten(1).double() - mean) @ axes, name)
+        for name, z in (("data", rows.z), ("model", measured.ladder))
+    ]
     if axes.shape[1] == 1:
-        pair = [Points(name, values[:, 0], name) for name, values in sets.items()]
-        return section(title, tag("div", figure(histogram(title, pair, "latent"), "Histogram."), class_="row"))
+        figure = histogram([p._replace(values=p.values[:, 0]) for p in sets], "latent")
+        return {"text": "", "charts": [Captioned(chart(figure, "Model against data"), "Histogram.")]}
     names, charts = _axis_names(shares), []
     for i in range(0, axes.shape[1] - 1, 2):
-        limits = evidence.plane_limits([values[:, i : i + 2] for values in sets.values()])
-        for name, values in sets.items():
-            points = Points(name, values[:, i : i + 2], name)
-            alt = f"{name} on principal components {i + 1} and {i + 2}"
-            charts.append(tag("figure", scatter(alt, [points], limits, (names[i], names[i + 1]))))
-    n = min(SHOWN_POINTS, len(rows.z))
-    text = f"{n:,} {rows_name(subject)} and as many samples, on the principal components of the data."
-    return section(title, tag("p", text), tag("div", *charts, class_="row pairs"))
+        pair = [p._replace(values=p.values[:, i : i + 2]) for p in sets]
+        limits = evidence.plane_limits([points.values for points in pair])
+        for points in pair:
+            description = f"{points.name} on principal components {i + 1} and {i + 2}"
+            charts.append(Captioned(chart(scatter([points], limits, (names[i], names[i + 1])), description)))
+    n = min(PLOTTED_POINTS, len(rows.z))
+    text = f"{n:,} {subject.rows_name} and as many samples, on the principal components of the data."
+    return {"text": text, "charts": charts}
 
 
-def calibration(subject: Subject, measured: Measured) -> Markup:
+def calibration(subject: Subject, measured: Measured) -> Part | None:
     """Whether boosted trees tell samples from data, and whether log densities of both are distributed alike."""
-    rows, title = subject.held_out, "Can they be told apart?"
+    rows = subject.held_out
     if rows is None:
-        return section(title, absent("This part compares samples with data.", _options(subject)))
-    prior = subject.prior
-    data, model = (_log_prob(prior, z) for z in (rows.z[:SAMPLES], measured.ladder))
+        return None
+    data, model = (_log_prob(subject.prior, z) for z in (rows.z[:MOST_SAMPLES], measured.ladder))
     sets = [Points("data", data, "data"), Points("model", model, "model")]
-    charts = [
-        figure(histogram("Log densities of data and of samples", sets, "log density, nats"), "Log densities.",
-               f"Of {rows_name(subject)} and of samples, under the ladder. They agree where the model is right."),
-    ]  # fmt: skip
-    if min(len(data), len(model)) >= 20 and data.isfinite().any():
-        chart = quantiles("Quantiles of the log densities of samples against data", sets[0], sets[1], "nats")
-        charts.append(figure(chart, "Quantiles, 1% to 99%.", "Dots below the line: samples less dense than data."))
-    said = []
+    figure = histogram(sets, "log density, nats")
+    text = f"Of {subject.rows_name} and of samples, under the ladder. They agree where the model is right."
+    charts = [Captioned(chart(figure, "Log densities of data and of samples"), "Log densities.", text)]
+    if min(len(data), len(model)) >= evidence.LEAST_TEST_ROWS and data.isfinite().any():
+        figure = quantiles(sets[0], sets[1], "nats")
+        image = chart(figure, "Quantiles of the log densities of samples against data")
+        charts.append(Captioned(image, "Quantiles, 1% to 99%.", "Dots below the line: samples less dense than data."))
+    lines = []
     if measured.auc is not None:
         auc, base = measured.auc, measured.base_auc
         before = f"; for the base alone it is {base.auc:.3f} ± {base.stderr:.3f}" if base != auc and base else ""
-        said.append(f"Boosted trees tell samples from {rows_name(subject)} with an AUC of {auc.auc:.3f} ± "
-                    f"{auc.stderr:.3f}, where 0.5 is guessing{before}.")  # fmt: skip
-    short = float(data[data.isfinite()].mean() - model.mean())
-    said.append(f"The mean log density of {rows_name(subject)} lies {number(abs(short), 2)} nats "
-                f"{'above' if short > 0 else 'below'} that of samples.")  # fmt: skip
-    return section(title, *(tag("p", line) for line in said), tag("div", *charts, class_="row pairs"))
+        lines.append(f"Boosted trees tell samples from {subject.rows_name} with an AUC of {auc.auc:.3f} ± "
+                     f"{auc.stderr:.3f}, where 0.5 is guessing{before}.")  # fmt: skip
+    difference = float(data[data.isfinite()].mean() - model.mean())
+    lines.append(f"The mean log density of {subject.rows_name} lies {number(abs(difference), 2)} nats "
+                 f"{'above' if difference > 0 else 'below'} that of samples.")  # fmt: skip
+    return {"lines": lines, "charts": charts}
 
 
-def copying(subject: Subject, measured: Measured) -> Markup:
+def copying(subject: Subject, measured: Measured) -> Part | None:
     """Distances of samples to their nearest training row, beside those of held-out rows; the closest pairs."""
-    title, train, rows, model = "Is it copying?", subject.train, subject.held_out, subject.model
+    train, rows, model = subject.train, subject.held_out, subject.model
     if train is None or rows is None:
-        return section(title, absent("This part needs training rows.", _options(subject)))
-    pictures = None
+        return None
+    pairs = None
     if model is not None and train.images is not None and rows.images is not None:
         with torch.no_grad():
-            drawn = model.decode(measured.ladder[:COPIES].to(model.device)).cpu()
-            again = model.decode(rows.codes[:COPIES].to(model.device)).cpu()
-        near = evidence.nearest(drawn, train.images)
-        compared = {
+            decoded = model.decode(measured.ladder[:COMPARED_SAMPLES].to(model.device)).cpu()
+            again = model.decode(rows.codes[:COMPARED_SAMPLES].to(model.device)).cpu()
+        near = evidence.nearest(decoded, train.images)
+        distances = {
             "samples": near.distance,
-            "data": evidence.nearest(rows.images[:COPIES], train.images).distance,
+            "data": evidence.nearest(rows.images[:COMPARED_SAMPLES], train.images).distance,
             "data, decoded": evidence.nearest(again, train.images).distance,
         }
-        floor, unit, what = compared["data, decoded"], "distance a pixel", "training image"
-        # The closest pairs are the ones that copying would show in.
-        order = near.distance.argsort(stable=True)[:PAIRS]
-        both = torch.cat([drawn[order], train.images[near.row[order]].to(drawn)])
-        alt = f"{len(order)} samples and below each its nearest training image"
-        pictures = tag(
-            "figure", _picture(both, alt, columns=len(order), wide=True),
-            tag("figcaption", f"Top: the {len(order)} samples closest to any training image. Below each: that image."),
-        )  # fmt: skip
+        floor, unit, what = distances["data, decoded"], "distance a pixel", "training image"
+        # Copying would show in the closest pairs.
+        order = near.distance.argsort(stable=True)[:SHOWN_PAIRS]
+        both = torch.cat([decoded[order], train.images[near.row[order]].to(decoded)])
+        image = _picture(both, f"{len(order)} samples and below each its nearest training image", len(order), "wide")
+        pairs = Captioned(
+            image, text=f"Top: the {len(order)} samples closest to any training image. Below each: that image."
+        )
     else:
         white = subject.prior.whitening
         a, b, c = (white.whiten(z.flatten(1).to(white.loc)).cpu() for z in (measured.ladder, rows.z, train.z))
-        compared = {
-            "samples": evidence.nearest(a[:COPIES], c).distance,
-            "data": evidence.nearest(b[:COPIES], c).distance,
+        distances = {
+            name: evidence.nearest(some[:COMPARED_SAMPLES], c).distance for name, some in (("samples", a), ("data", b))
         }
-        floor, unit, what = compared["data"], "distance a standardised coordinate", "training row"
+        floor, unit, what = distances["data"], "distance a standardised coordinate", "training row"
     kinds = {"samples": "model", "data": "data", "data, decoded": "other"}
-    chart = histogram(f"Distance to the nearest {what}", [Points(k, v, kinds[k]) for k, v in compared.items()], unit)
-    against = ("held-out rows" if subject.separate else "rows set aside") + (" after decoding" if pictures else "")
-    middle, other = (float(v.median()) for v in (compared["samples"], floor))
-    close = float(torch.quantile(floor.double(), 0.01))
-    share = float((compared["samples"] < close).double().mean())
-    verdict = "That is more than chance allows: look at the pairs." if share > 0.05 else "No sign of copying."
+    figure = histogram([Points(name, values, kinds[name]) for name, values in distances.items()], unit)
+    against = ("held-out rows" if subject.separate else "rows set aside") + (" after decoding" if pairs else "")
+    middle, other = (float(values.median()) for values in (distances["samples"], floor))
+    close = float(torch.quantile(floor.double(), CLOSE_QUANTILE))
+    share = float((distances["samples"] < close).double().mean())
+    verdict = "That is more than chance allows: look at the pairs." if share > MOST_CLOSE else "No sign of copying."
     text = (
         f"The nearest of {len(train.z):,} {what}s lies {number(middle)} from a sample (median), and {number(other)} "
-        f"from {against}. {100 * share:.1f}% of samples are closer than the closest 1% of {against}. {verdict}"
+        f"from {against}. {share:.1%} of samples are closer than the closest 1% of {against}. {verdict}"
     )
-    shown = figure(chart, f"Distance to the nearest {what}.", "Root mean square.")
-    return section(title, tag("p", text), pictures, tag("div", shown, class_="row"))
+    title = f"Distance to the nearest {what}"
+    return {"text": text, "pairs": pairs, "chart": Captioned(chart(figure, title), f"{title}.", "Root mean square.")}
 
 
-def oddities(subject: Subject, rows: Rows | None) -> Markup:
+def oddities(subject: Subject, rows: Rows | None) -> Part | None:
     """Training rows of the highest anomaly score, as images where there are any."""
-    title = "Most anomalous training points"
     if rows is None:
-        return section(title, absent("This part needs training rows.", _options(subject)))
-    index, scores = evidence.oddest(subject.prior, subject.model, rows, min(ODD, len(rows.z)))
+        return None
+    index, scores = evidence.oddest(subject.prior, subject.model, rows, min(SHOWN_ODD_ROWS, len(rows.z)))
     joint = subject.model is not None and rows.images is not None
     formula = "−log p(x, z) at the encoder's mean" if joint else "−log p(z)"
     text = (
         f"Score: {formula}, nats, higher is odder. The oddest of {len(rows.z):,} rows of {rows.name}, numbered from 0."
     )
-    numbers = rows.numbers[index].tolist()
-    if rows.images is not None:
-        items = [
-            tag("li", tag("figure", _picture(image[None], f"Training image {row}"),
-                          tag("figcaption", f"row {row}", tag("br"), number(score, 1))))
-            for image, row, score in zip(rows.images[index], numbers, scores.tolist(), strict=True)
-        ]  # fmt: skip
-        return section(title, tag("p", text), tag("ul", *items, class_="odd"))
-    lines = [
-        tag("tr", tag("td", row, class_="n"), tag("td", number(score, 2), class_="n"))
-        for row, score in zip(numbers, scores.tolist(), strict=True)
+    numbered = list(zip(rows.numbers[index].tolist(), scores.tolist(), strict=True))
+    if rows.images is None:
+        return {"text": text, "rows": [(row, number(score, 2)) for row, score in numbered], "images": []}
+    images = [
+        (row, number(score, 1), _picture(image[None], f"Training image {row}"))
+        for (row, score), image in zip(numbered, rows.images[index], strict=True)
     ]
-    heads = tag("tr", *(tag("th", head, scope="col", class_="n") for head in ("row", "score, nats")))
-    table = tag("table", tag("thead", heads), tag("tbody", *lines))
-    return section(title, tag("p", text), tag("div", table, class_="table"))
+    return {"text": text, "rows": [], "images": images}
 
 
-def _picture(x: Tensor, alt: str, *, columns: int | None = None, wide: bool = False) -> Markup:
-    canvas = png.grid(x, columns)
-    return tag(
-        "img", src=png.data_uri(canvas), alt=alt, width=canvas.shape[2], height=canvas.shape[1],
-        class_="picture wide" if wide else "picture",
-    )  # fmt: skip
+def _picture(x: Tensor, description: str, columns: int | None = None, kind: str = "") -> Image:
+    grid = image_grid(x, columns=columns, gap=1, transparent=True)
+    return Image(data_uri(png(grid)), description, grid.width, grid.height, f"picture {kind}".rstrip())
 
 
 def _log_prob(prior: LatentPrior, z: Tensor) -> Tensor:
@@ -347,10 +292,6 @@ def _stage_caption(prior: LatentPrior, k: int) -> str:
 
 def _axis_names(shares: Tensor) -> list[str]:
     return [f"component {i} ({share:.0%})" for i, share in enumerate(shares.tolist(), 1)]
-
-
-def _options(subject: Subject) -> str:
-    return "--latents FILE" if subject.model is None else "--images SOURCE"
 
 
 def _error(value: float | None, stderr: float | None) -> str:

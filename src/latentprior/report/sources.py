@@ -17,25 +17,25 @@ from ..density.bases import DistributionBase
 from ..density.prior import LatentPrior
 from ..errors import CheckpointError, InvalidImagesError, InvalidLatentsError, LatentPriorError
 from ..models.model import ROWS, LatentVariableModel
-from ..recipes.model_folders import image_size, load_model, sampler_options
+from ..recipes.model_folders import image_size, load_model
 from ..runtime.seeding import derived_generator
 
 __all__ = ["Rows", "Subject", "find", "load_folder"]
 
-LATENT_ROWS = 20_000
-IMAGE_ROWS, PIXELS = 10_000, 1 << 24
-"""Most images that are encoded, and most of their numbers."""
-FOREIGN_ROWS = 1_000
-"""Most rows under a base of unknown cost, such as a two-stage VAE's."""
-CHAINED_ROWS = 256
-"""Most images whose latents Markov chains find, where there is no encoder."""
+MOST_LATENTS = 20_000
+MOST_IMAGES, MOST_PIXELS = 10_000, 1 << 24
+"""Most images that are encoded, and most numbers in all of them together, 64 MiB of float32."""
+MOST_FOREIGN_ROWS = 1_000
+"""Most rows under a base of unknown cost, such as that of a two-stage VAE."""
+MOST_CHAINS = 256
+"""Most images whose latents are found by Markov chains, if there is no encoder."""
 
 
 class Rows(NamedTuple):
     """Data in the latent space of a prior.
 
-    ``z`` draws of the target ``(n, *event_shape)``, ``codes`` the same without posterior noise, ``images``
-    ``(n, C, H, W)`` if known, ``numbers`` ``(n,)`` their places in the source, which is called ``name``.
+    ``z`` are draws of the target ``(n, *event_shape)``, ``codes`` the same without posterior noise, ``images``
+    ``(n, C, H, W)`` if known, and ``numbers`` ``(n,)`` their places in the source ``name``.
     """
 
     z: Tensor
@@ -44,8 +44,8 @@ class Rows(NamedTuple):
     numbers: Tensor
     name: str
 
-    def taken(self, index: Tensor) -> Rows:
-        """Some of the rows."""
+    def take(self, index: Tensor) -> Rows:
+        """Return some of the rows."""
         images = None if self.images is None else self.images[index]
         return Rows(self.z[index], self.codes[index], images, self.numbers[index], self.name)
 
@@ -64,9 +64,14 @@ class Subject:
     """Whether ``held_out`` was named as such; else it is a random half of the one set that was given."""
 
     @property
+    def rows_name(self) -> str:
+        """What to call the rows that samples are compared with."""
+        return "held-out rows" if self.separate else "given rows"
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """How the model's method samples, as arguments of :meth:`LatentPrior.sample`."""
-        return {"sampler": "smc"} if self.model is None else sampler_options(self.model)
+        return {"sampler": "smc"} if self.model is None else self.model.sampler
 
 
 class _Given(NamedTuple):
@@ -78,10 +83,9 @@ class _Given(NamedTuple):
 def find(
     source: Any, latents: Any, images: Any, held_out: Any, *, seed: int, device: torch.device | str | None
 ) -> tuple[Subject, Rows | None]:
-    """Load a prior or model and the data given, or found beside a prior that the demo left.
+    """Load a prior or model and its data: those given, or those that the demo left beside its prior.
 
-    The rows beside the subject are all that were given to learn from. Arguments and errors are those of
-    :func:`latentprior.write_report`.
+    The second result holds all training rows. Parameters and errors are those of :func:`latentprior.write_report`.
     """
     folder, recipe = None, None
     if isinstance(source, LatentVariableModel):
@@ -93,8 +97,8 @@ def find(
         name = str(folder)
         prior, model = load_folder(folder, device)
         text = folder / "config.yaml"
-        known = model is not None and text.is_file()
-        recipe = text.read_text(encoding="utf-8", errors="replace") if known else None
+        if model is not None and text.is_file():
+            recipe = text.read_text(encoding="utf-8", errors="replace")
     given = _Given(latents, images, held_out)
     if folder is not None and model is None and latents is None:
         given = _beside(folder, prior, given)
@@ -104,7 +108,7 @@ def find(
     if train is not None and test is None and len(train.z) >= 4:
         order = torch.randperm(len(train.z), generator=derived_generator(torch.device("cpu"), seed, "report", "halves"))
         half = len(order) // 2
-        train, test = train.taken(order[half:].sort().values), train.taken(order[:half].sort().values)
+        train, test = train.take(order[half:].sort().values), train.take(order[:half].sort().values)
     return Subject(name, prior, model, recipe, train, test, separate), whole
 
 
@@ -125,22 +129,21 @@ def load_folder(folder: Path, device: torch.device | str | None) -> tuple[Latent
 
 
 def _kind(folder: Path) -> str | None:
-    """What ``config.json`` says it describes, unchecked: whoever loads it checks it."""
+    """Read what ``config.json`` says it describes, without the checks that loading makes."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found.get("kind") if isinstance(found, dict) and isinstance(found.get("kind"), str) else None
+    return config.get("kind") if isinstance(config, dict) and isinstance(config.get("kind"), str) else None
 
 
 def _beside(folder: Path, prior: LatentPrior, given: _Given) -> _Given:
-    """The latents and images that ``latentprior demo`` leaves beside its prior."""
+    """Add the latents and images that ``latentprior demo`` leaves beside its prior."""
     root = folder if _kind(folder) is None else Path(os.path.abspath(folder)).parent
     parts = {name: root / name for name in ("results.json", "latents.npy", "test_latents.npy", "images.npz")}
     if not all(path.is_file() for path in parts.values()):
         return given
-    found = as_latents(parts["latents.npy"])
-    if found.event_shape != prior.event_shape:
+    if as_latents(parts["latents.npy"]).event_shape != prior.event_shape:
         return given
     test = parts["test_latents.npy"] if given.held_out is None else given.held_out
     return _Given(parts["latents.npy"], parts["images.npz"] if given.images is None else given.images, test)
@@ -182,9 +185,9 @@ class _Reader:
                 f"{len(pictures):,} images for {len(latents):,} latents: give those that the latents encode, in their "
                 "order"
             )
-        most = LATENT_ROWS if pictures is None else min(LATENT_ROWS, PIXELS // max(1, pictures[0].numel()))
+        most = MOST_LATENTS if pictures is None else min(MOST_LATENTS, MOST_PIXELS // max(1, pictures[0].numel()))
         numbers = self._some(len(latents), most, use)
-        z = latents.draw(numbers, self._draws(use), dtype=self.prior.dtype).reshape(-1, *shape)
+        z = latents.draw(numbers, self._generator(use), dtype=self.prior.dtype).reshape(-1, *shape)
         return Rows(z, z, None if pictures is None else pictures.batch(numbers), numbers, name)
 
     def _test_images(self, given: _Given) -> Rows | None:
@@ -193,7 +196,7 @@ class _Reader:
         if not isinstance(given.images, (str, Path)):
             return None
         path = Path(given.images)
-        # A lone file of images has no parts, whatever its name.
+        # A single picture has no parts, whatever its name.
         if not path.is_dir() and path.suffix not in (".npz", ".safetensors"):
             return None
         try:
@@ -205,31 +208,30 @@ class _Reader:
         assert self.model is not None
         model = self.model
         pictures = self._pictures(source, split)
-        # A held-out file without parts is read whole, and "train" would misname it.
+        # A held-out file without parts is read whole, so that "train" would be a wrong name for it.
         part = "" if split == "train" and use != "train" else f" ({split})"
         name = f"{source}{part}" if isinstance(source, (str, Path)) else f"{use} images"
-        most = IMAGE_ROWS if model.encoder is not None else CHAINED_ROWS
-        numbers = self._some(len(pictures), min(most, PIXELS // max(1, pictures[0].numel())), use)
-        x, draws = pictures.batch(numbers), self._draws(use)
+        most = MOST_IMAGES if model.encoder is not None else MOST_CHAINS
+        numbers = self._some(len(pictures), min(most, MOST_PIXELS // max(1, pictures[0].numel())), use)
+        x, generator = pictures.batch(numbers), self._generator(use)
         z, codes = [], []
         with torch.no_grad():
             for block in x.to(model.prior.dtype).split(ROWS):
                 block = block.to(model.device)
                 if model.encoder is None:
-                    found = model.infer(block, method="mala", generator=draws)
-                    code = found
+                    row = code = model.infer(block, method="mala", generator=generator)
                 else:
                     code, scale = model.encode(block)
-                    noise = torch.randn(code.shape, generator=draws, dtype=code.dtype)
-                    found = code if scale is None else code + scale * noise.to(code)
-                z.append(found.cpu())
+                    noise = torch.randn(code.shape, generator=generator, dtype=code.dtype)
+                    row = code if scale is None else code + scale * noise.to(code)
+                z.append(row.cpu())
                 codes.append(code.cpu())
         return Rows(torch.cat(z), torch.cat(codes), x, numbers, name)
 
     def _pictures(self, source: Any, split: str) -> Images:
         paths = isinstance(source, (str, Path))
         pictures = read_images(source, size=self.size, split=split if paths else "train")
-        shape = getattr(None if self.model is None else self.model.decoder, "image_shape", None)
+        shape = None if self.model is None else self.model.image_shape
         if shape is not None and pictures.shape != tuple(shape):
             raise InvalidImagesError(
                 f"{source if paths else 'images'}: have shape {pictures.shape}, the model makes {tuple(shape)}; give "
@@ -239,8 +241,8 @@ class _Reader:
 
     def _some(self, n: int, most: int, use: str) -> Tensor:
         if isinstance(self.prior.base, DistributionBase):
-            most = min(most, FOREIGN_ROWS)
-        return torch.randperm(n, generator=self._draws(f"{use} rows"))[: max(most, 4)].sort().values
+            most = min(most, MOST_FOREIGN_ROWS)
+        return torch.randperm(n, generator=self._generator(f"{use} rows"))[: max(most, 4)].sort().values
 
-    def _draws(self, use: str) -> torch.Generator:
+    def _generator(self, use: str) -> torch.Generator:
         return derived_generator(torch.device("cpu"), self.seed, "report", use)

@@ -1,4 +1,4 @@
-"""Several processes on one run: each takes a share of the work, and all go on alike. accelerate does the work."""
+"""Several processes that learn together: each takes a share of the work. The library accelerate connects them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,22 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)
-"""How long a process waits for another: the first one may fit a base, which takes all of them longer than usual."""
+LONGEST_WAIT = timedelta(hours=2)
+"""How long a process waits for another one. The first one may fit a base while the others wait."""
 
 
 class Processes(Protocol):
-    """What learning needs to know about the processes it runs in. Every method is called in all of them at once."""
+    """The processes that learn together; every method must be called in all of them at the same point.
+
+    Parameters
+    ----------
+    rank : int
+        Number of this process, from 0.
+    count : int
+        Number of processes.
+    device : torch.device
+        Where this process computes.
+    """
 
     rank: int
     count: int
@@ -39,34 +49,90 @@ class Processes(Protocol):
 
     @property
     def keys(self) -> tuple[int, ...]:
-        """What tells this process's random draws from the others'; nothing if it is alone."""
+        """Keys that give this process random numbers of its own; none where it is alone."""
         return (self.rank,) if self.count > 1 else ()
 
     def share(self, total: int) -> int:
-        """How much of ``total`` each process takes: equal parts, rounded up."""
+        """Return how much of some work each process takes: equal parts, rounded up.
+
+        Parameters
+        ----------
+        total : int
+            All the work.
+
+        Returns
+        -------
+        int
+            The share of one process.
+        """
         return -(-total // self.count)
 
     def stripe(self, rows: Tensor) -> Tensor:
-        """The part of rows that all have which is this process's; all, where there are fewer rows than processes."""
+        """Return the rows of this process, out of rows that every process has.
+
+        Parameters
+        ----------
+        rows : Tensor
+            Rows ``(n, ...)``, the same in every process.
+
+        Returns
+        -------
+        Tensor
+            Every ``count``-th row; all rows where there are fewer rows than processes.
+        """
         return rows[self.rank :: self.count] if len(rows) >= self.count else rows
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over processes, in place."""
+        """Replace every tensor by its mean over the processes, in place.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor
+            The tensors; all processes pass the same shapes in the same order.
+        """
 
     @abstractmethod
     def gather(self, value: T) -> list[T]:
-        """The value of every process, in the order of their ranks."""
+        """Return the values of all processes.
+
+        Parameters
+        ----------
+        value : object
+            Any value that can be pickled; its tensors must be on the CPU.
+
+        Returns
+        -------
+        list
+            One value for each process, in the order of their ranks.
+        """
 
     @abstractmethod
     def first(self, value: T) -> T:
-        """The value of the first process: what it has decided, all do."""
+        """Return the value of the first process, so that all act on one decision.
+
+        Parameters
+        ----------
+        value : object
+            Any value that can be pickled; its tensors must be on the CPU.
+
+        Returns
+        -------
+        object
+            The value of the process of rank 0.
+        """
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this."""
 
 
 class SingleProcess(Processes):
-    """One process, alone."""
+    """One process that learns alone.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Where it computes; by default the CPU.
+    """
 
     rank, count = 0, 1
 
@@ -74,27 +140,58 @@ class SingleProcess(Processes):
         self.device = torch.device(device or "cpu")
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing to average."""
+        """Leave the tensors as they are.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor
+            The tensors; all processes pass the same shapes in the same order.
+        """
 
     def gather(self, value: T) -> list[T]:
-        """One value."""
+        """Return a list of the one value.
+
+        Parameters
+        ----------
+        value : object
+            Any value that can be pickled; its tensors must be on the CPU.
+        """
         return [value]
 
     def first(self, value: T) -> T:
-        """The value itself."""
+        """Return the value.
+
+        Parameters
+        ----------
+        value : object
+            Any value that can be pickled; its tensors must be on the CPU.
+        """
         return value
 
     def wait(self) -> None:
-        """Nobody to wait for."""
+        """Return at once."""
 
 
 ALONE = SingleProcess()
 
 
 class AccelerateProcesses(Processes):
-    """The processes that ``accelerate launch`` or ``torchrun`` started (extra ``distributed``).
+    """The processes that ``accelerate launch`` or ``torchrun`` has started (extra ``distributed``).
 
-    Raises :class:`~latentprior.errors.ProcessLostError` when another process has left: the run can be resumed.
+    Every method raises :class:`~latentprior.errors.ProcessLostError` when another process has ended: the run can then
+    be resumed.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        ``"cpu"`` to leave GPUs unused; otherwise accelerate chooses one for each process.
+
+    Raises
+    ------
+    MissingExtraError
+        Without accelerate.
+    LatentPriorError
+        Where accelerate has joined fewer processes than the launcher has started.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -102,52 +199,80 @@ class AccelerateProcesses(Processes):
             from accelerate import PartialState
         except ImportError:
             raise MissingExtraError("learning in several processes", "distributed") from None
-        # Unless it is told of the CPU, accelerate takes processes without a GPU for single ones.
+        # Without cpu=True, accelerate takes every process without a GPU for one that is alone.
         gpu = torch.cuda.is_available() or torch.xpu.is_available()
-        self._state = PartialState(cpu=not gpu or torch.device(device or "cuda").type == "cpu", timeout=PATIENCE)
+        self._state = PartialState(cpu=not gpu or torch.device(device or "cuda").type == "cpu", timeout=LONGEST_WAIT)
         self.rank = int(self._state.process_index)
         self.count = int(self._state.num_processes)
-        wanted = os.environ.get("WORLD_SIZE", "1") or "1"
-        if self.count != int(wanted):
-            raise LatentPriorError(f"accelerate joined {self.count} of {wanted} processes: launch them with torchrun")
+        started = os.environ.get("WORLD_SIZE", "1") or "1"
+        if self.count != int(started):
+            raise LatentPriorError(f"accelerate joined {self.count} of {started} processes: launch them with torchrun")
         self.device = torch.device(self._state.device)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """One message for all tensors, in their order."""
+        """Replace every tensor by its mean over the processes, in place, by one message for all of them.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor
+            The tensors; all processes pass the same shapes in the same order.
+        """
         from accelerate.utils import reduce
 
         # Half precision would lose small gradients in the sum.
         wide = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
         flat = torch.cat([tensor.flatten() for tensor in wide])
-        with _losses_told():
+        with _naming_lost_processes():
             mean = reduce(flat, reduction="mean")
         for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.detach().copy_(part.view_as(tensor))
 
     def gather(self, value: T) -> list[T]:
-        """Small values of any kind; tensors on the CPU."""
+        """Return the values of all processes.
+
+        Parameters
+        ----------
+        value : object
+            Any value that can be pickled; its tensors must be on the CPU.
+
+        Returns
+        -------
+        list
+            One value for each process, in the order of their ranks.
+        """
         from accelerate.utils import gather_object
 
-        with _losses_told():
+        with _naming_lost_processes():
             values: list[T] = gather_object([value])
         return values
 
     def first(self, value: T) -> T:
-        """A value of any kind; tensors on the CPU. What the others pass is not looked at."""
+        """Return the value of the first process; what the others pass is ignored.
+
+        Parameters
+        ----------
+        value : object
+            Any value that can be pickled; its tensors must be on the CPU.
+
+        Returns
+        -------
+        object
+            The value of the process of rank 0.
+        """
         from accelerate.utils import broadcast_object_list
 
-        with _losses_told():
-            (told,) = broadcast_object_list([value if self.rank == 0 else None])
-        return told  # type: ignore[no-any-return]
+        with _naming_lost_processes():
+            (first,) = broadcast_object_list([value if self.rank == 0 else None])
+        return first  # type: ignore[no-any-return]
 
     def wait(self) -> None:
-        """A barrier."""
-        with _losses_told():
+        """Return when every process has called this."""
+        with _naming_lost_processes():
             self._state.wait_for_everyone()
 
 
 @contextlib.contextmanager
-def _losses_told() -> Iterator[None]:
+def _naming_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -158,7 +283,18 @@ def _losses_told() -> Iterator[None]:
 
 
 def launched_processes(device: torch.device | str | None = None) -> Processes:
-    """The processes of a launcher if one started this (``WORLD_SIZE`` above 1), else this one alone."""
+    """Return the processes of the launcher that has started this one (``WORLD_SIZE`` above 1), or this one alone.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Where this process is to compute.
+
+    Returns
+    -------
+    Processes
+        The processes that learn together.
+    """
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         return AccelerateProcesses(device)
     return SingleProcess(device)
@@ -166,23 +302,44 @@ def launched_processes(device: torch.device | str | None = None) -> Processes:
 
 @contextlib.contextmanager
 def in_unison(processes: Processes) -> Iterator[None]:
-    """Within this context an error of this package in one process is raised in all of them, at its end."""
+    """Return a context at whose end an error of this package in one process is raised in all of them.
+
+    Parameters
+    ----------
+    processes : Processes
+        The processes.
+    """
     error: LatentPriorError | None = None
     try:
         yield
     except ProcessLostError:
         raise
-    except LatentPriorError as found:
+    except LatentPriorError as own:
         if processes.count == 1:
             raise
-        error = found
+        error = own
     for raised in processes.gather(error):
         if raised is not None:
             raise raised from error
 
 
 def agreed(processes: Processes, value: float, device: torch.device) -> float:
-    """The mean of ``value`` over all processes, which then decide the same."""
+    """Return the mean of a number over all processes, so that all decide by the same number.
+
+    Parameters
+    ----------
+    processes : Processes
+        The processes.
+    value : float
+        The number of this process.
+    device : torch.device
+        Where the processes exchange numbers.
+
+    Returns
+    -------
+    float
+        The mean.
+    """
     if processes.count == 1:
         return value
     mean = torch.tensor([value], dtype=torch.float64, device=device)
@@ -191,7 +348,20 @@ def agreed(processes: Processes, value: float, device: torch.device) -> float:
 
 
 def joined(processes: Processes, rows: Tensor) -> Tensor:
-    """Rows of every process, those of the first one first."""
+    """Return the rows of every process.
+
+    Parameters
+    ----------
+    processes : Processes
+        The processes.
+    rows : Tensor
+        The rows of this process, ``(n, ...)``.
+
+    Returns
+    -------
+    Tensor
+        All rows, in the order of the ranks, on the device of ``rows``.
+    """
     if processes.count == 1:
         return rows
     return torch.cat(processes.gather(rows.detach().cpu())).to(rows.device)

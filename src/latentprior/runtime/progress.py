@@ -1,90 +1,127 @@
-"""What a person sees of a run and can do to it: progress bars, one-line warnings, a clean stop."""
+"""What a person sees of a run: lines of progress and one-line warnings."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
-import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LatentPriorWarning
-from .events import Event, TrainingEvent
+from .events import Event
 
-__all__ = ["FitProgress", "StopSignals", "Stopped", "TrainingProgress", "note", "part_bar", "row_bar", "tidy_warnings"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
-STAGE_BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+__all__ = ["Progress", "WorkBar", "note", "tidy_warnings", "work_bar"]
 
-
-CLOCK = "{desc} ... [{elapsed}]"
-PARTS = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-
-
-def draws(file: TextIO) -> bool:
-    """Whether bars are drawn on ``file``: a terminal, or the output of a notebook's cell."""
-    return file.isatty() or type(file).__module__.startswith("ipykernel.")
+BAR_WIDTH_CHARACTERS = 24
+REFRESHES_PER_SECOND = 4
+"""As often as a clock of seconds needs at least; each refresh takes about a millisecond from the learning."""
 
 
-class Stopped(BaseException):
-    """Somebody asked the run to end; ``resumable`` says whether its state is on disk."""
+class _Line:
+    """One line that shows how far a piece of work is, with a bar if its amount is known, else with a clock alone."""
 
-    def __init__(self, message: str = "nothing was saved", *, resumable: bool = False) -> None:
-        super().__init__(message)
-        self.resumable = resumable
+    def __init__(
+        self,
+        console: Console | None,
+        name: str,
+        total: int,
+        *,
+        completed: int = 0,
+        stays: bool = True,
+        unit: str = "",
+        shown: bool = True,
+    ) -> None:
+        from rich import progress as rich
+        from rich.console import Console
+        from rich.table import Column
+
+        # FORCE_COLOR and the like make rich take a file for a terminal, unless it is told.
+        console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
+        columns: list[rich.ProgressColumn] = [rich.TextColumn("{task.description}", markup=False)]
+        if total:
+            columns += [rich.BarColumn(BAR_WIDTH_CHARACTERS)]
+            columns += [rich.TextColumn("{task.completed:,.0f}/{task.total:,.0f}{task.fields[unit]}", markup=False)]
+        columns += [rich.TimeElapsedColumn()]
+        if total:
+            columns += [rich.TextColumn("<"), rich.TimeRemainingColumn()]
+        # On a narrow terminal the remark is cut, and not the numbers before it.
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        columns += [rich.TextColumn("{task.fields[remark]}", markup=False, table_column=rest)]
+        self.name = name
+        self._rich = rich.Progress(
+            *columns,
+            console=console,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            transient=not stays,
+            expand=True,
+            # What is printed to a pipe must not appear on the terminal instead.
+            redirect_stdout=sys.stdout.isatty(),
+            disable=not (shown and (console.is_terminal or console.is_jupyter)),
+        )
+        self._task = self._rich.add_task(name, total=total or None, completed=completed, remark="", unit=unit)
+        # Older releases of rich end even a line that is not drawn by an empty one, so that it must not be stopped.
+        self._close: Callable[[], object] = lambda: None
+        if not self._rich.disable:
+            self._rich.start()
+            # An exception may leave the line open, and with it a terminal without a cursor.
+            self._close = weakref.finalize(self, self._rich.stop)
+
+    def show(self, **changes: Any) -> None:
+        self._rich.update(self._task, **changes)
+
+    def advance(self, amount: int) -> None:
+        self._rich.advance(self._task, amount)
+
+    def end_here(self) -> None:
+        """Show the work as complete, although it took fewer steps than it might have taken."""
+        completed = self._rich.tasks[0].completed
+        self.show(total=completed or None)
+
+    def close(self) -> None:
+        self._close()
 
 
-class StopSignals:
-    """Within this context Ctrl-C and SIGTERM raise :class:`Stopped`, wherever the run is.
+class Progress:
+    """A callback that draws one line for each part of a run: its bar or clock, its losses and its held-out gain.
 
-    :meth:`check`, a callback for :func:`latentprior.fit`, raises again at the next event, in case the signal
-    met code that swallows exceptions, such as a finaliser.
+    A part is the base density, the autoencoder, a stage of the ladder, the settling of the decoder, or the log
+    normaliser. Lines are drawn on standard error, and only if that is a terminal or the output of a notebook's cell
+    (a notebook also needs the package ipywidgets).
+
+    Parameters
+    ----------
+    console : rich.console.Console, optional
+        Another place to draw on.
+
+    Notes
+    -----
+    Use it as a context, or call :meth:`close`, so that the last line is left in order when the run ends by an
+    exception. One object serves all parts of a run, and several runs one after the other.
+
+    Examples
+    --------
+    >>> import latentprior as lp, torch
+    >>> z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    >>> with Progress() as progress:
+    ...     prior = lp.fit(z, base="normal", max_stages=0, callbacks=[progress])
+    >>> progress.begun
+    True
     """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        raise Stopped
-
-    def check(self, event: object) -> None:
-        """Raise :class:`Stopped` if a signal has come."""
-        if self.asked:
-            raise Stopped
-
-
-class FitProgress:
-    """A callback for :func:`latentprior.fit` that draws one bar a stage, with its held-out gain in nats.
-
-    Nothing is drawn unless ``file`` (standard error by default) is a terminal or a notebook's. Close it, or use it
-    as a context, before writing anything else to ``file``. What has no steps to count shows its clock.
-    """
-
-    def __init__(self, file: TextIO | None = None) -> None:
-        self.file = sys.stderr if file is None else file
+    def __init__(self, console: Console | None = None) -> None:
         self.begun = False
-        self._bar: tqdm[Any] | None = None
-        self._task, self._since = "", 0.0
-        self._ticker: _Ticker | None = None
+        """Whether an event has arrived yet."""
+        self._console = console
+        self._line: _Line | None = None
 
-    def __enter__(self) -> FitProgress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(
@@ -93,189 +130,145 @@ class FitProgress:
         self.close()
 
     def __call__(self, event: Event) -> None:
-        """Show one event."""
+        """Show one event.
+
+        Parameters
+        ----------
+        event : Event
+            What a function that learns tells its callbacks.
+        """
         self.begun = True
-        if not draws(self.file):
-            return
         if event.kind == "base":
-            self._line(f"base {event.message}", event.seconds)
-        elif event.kind == "stage":
-            self._finish(event.seconds)
-            self._bar = tqdm(
-                total=event.steps,
-                initial=event.step,
-                desc=f"stage {event.stage}",
-                bar_format=STAGE_BAR,
-                file=self.file,
-                dynamic_ncols=True,
-            )
-        elif event.kind in ("step", "evaluate") and self._bar is not None:
-            if math.isfinite(event.gain):
-                self._bar.set_postfix_str(f"gain {event.gain:.3f} ±{event.gain_stderr:.3f}", refresh=False)
-            self._bar.update(event.step - self._bar.n)
-        elif event.kind == "learned" and self._bar is not None:
-            self._bar.total = event.step
-            self._finish(event.seconds)
+            self._open(f"base {event.message}")
         elif event.kind == "normalizer":
-            if self._bar is not None and not self._task:
-                self._bar.set_postfix_str("adds nothing, left out", refresh=False)
-            self._line("log normaliser", event.seconds)
+            self._leave_stage_out()
+            self._open("log normaliser")
+        elif event.kind == "learned":
+            if self._line is not None:
+                self._line.end_here()
+            self.close()
         elif event.kind == "end":
-            self._finish(event.seconds)
+            self._leave_stage_out()
+            self.close()
+        else:
+            self._follow(event)
 
     def close(self) -> None:
         """Leave what has been drawn as it stands, with the cursor on a fresh line."""
-        if self._ticker is not None:
-            self._ticker.stop()
-        if self._bar is not None:
-            self._bar.close()
-        self._bar, self._task, self._ticker = None, "", None
+        if self._line is not None:
+            self._line.close()
+        self._line = None
 
-    def _line(self, task: str, seconds: float) -> None:
-        self._finish(seconds)
-        self._task, self._since = task, seconds
-        self._bar = tqdm(total=0, desc=task, bar_format=CLOCK, file=self.file)
-        self._ticker = _Ticker(self._bar)
-
-    def _finish(self, seconds: float) -> None:
-        if self._bar is not None and self._task:
-            self._bar.bar_format = "{desc}"
-            self._bar.set_description_str(f"{self._task} {seconds - self._since:.1f} s", refresh=False)
-        if self._bar is not None:
-            self._bar.refresh()
+    def _open(self, name: str, steps: int = 0, step: int = 0) -> _Line:
         self.close()
+        self._line = _Line(self._console, name, steps, completed=step, unit=" steps")
+        return self._line
+
+    def _follow(self, event: Event) -> None:
+        """Show how far a part of the run is."""
+        name = f"stage {event.stage}" if event.kind in ("stage", "step", "evaluate") else event.kind
+        line = self._line
+        if line is None or line.name != name or event.kind == "stage":
+            if event.kind == "settle":
+                self._leave_stage_out()
+            line = self._open(name, event.steps, event.step if event.kind == "stage" else event.step - 1)
+        remarks = [f"{loss} {value:.4g}" for loss, value in event.losses.items()]
+        if math.isfinite(event.gain):
+            remarks.append(f"gain {event.gain:.3f} ±{event.gain_stderr:.3f}")
+        line.show(completed=event.step, remark=", ".join(remarks))
+
+    def _leave_stage_out(self) -> None:
+        """Say so of a stage that is still open when something else begins: it has not joined the ladder."""
+        if self._line is not None and self._line.name.startswith("stage "):
+            self._line.show(remark="adds nothing, left out")
 
 
-class TrainingProgress:
-    """A callback for the training of a generator: one bar a phase, with its losses and the stage's gain in nats.
+class WorkBar:
+    """A piece of work that :func:`work_bar` shows.
 
-    A phase is the autoencoder, a stage of the ladder, or the settling of the generator. Nothing is drawn unless
-    ``file`` (standard error by default) is a terminal or a notebook's; close it as :class:`FitProgress`.
+    Parameters
+    ----------
+    task : str
+        What is being done.
+    line : object
+        The line that shows it.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
-        self.file = sys.stderr if file is None else file
-        self.begun = False
-        self._bar: tqdm[Any] | None = None
-        self._phase = ""
+    def __init__(self, task: str, line: _Line) -> None:
+        self._task, self._line, self._begun = task, line, False
 
-    def __enter__(self) -> TrainingProgress:
-        return self
+    def update(self, amount: int) -> None:
+        """Count more of the work as done.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        Parameters
+        ----------
+        amount : int
+            How much was done since the last call.
+        """
+        self._line.advance(amount)
 
-    def __call__(self, event: TrainingEvent) -> None:
-        """Show one event."""
-        self.begun = True
-        if not draws(self.file):
-            return
-        if event.kind in ("learned", "end"):
-            self._leave()
-        elif event.kind == "normalizer":
-            self._enter("log normaliser", 0, 0)
-        elif event.losses:
-            phase = f"stage {event.stage}" if event.kind in ("step", "evaluate") else event.kind
-            bar = self._bar
-            if bar is None or phase != self._phase or event.step < bar.n:
-                bar = self._enter(phase, event.step - 1, event.steps)
-            shown = [f"{name} {value:.4g}" for name, value in event.losses.items()]
-            if math.isfinite(event.gain.value):
-                shown.append(f"gain {event.gain.value:.3f} ±{event.gain.stderr:.3f}")
-            bar.set_postfix_str(", ".join(shown), refresh=False)
-            bar.update(event.step - bar.n)
+    def begin(self, part: str) -> None:
+        """Show which part of the work begins now, and count the part before it as done.
 
-    def close(self) -> None:
-        """Leave what has been drawn as it stands, with the cursor on a fresh line."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar, self._phase = None, ""
-
-    def _enter(self, phase: str, step: int, steps: int) -> tqdm[Any]:
-        self.close()
-        form = STAGE_BAR if steps else "{desc} ..."
-        bar = tqdm(total=steps, initial=step, desc=phase, bar_format=form, file=self.file, dynamic_ncols=True)
-        self._bar, self._phase = bar, phase
-        return bar
-
-    def _leave(self) -> None:
-        if self._bar is not None and self._bar.total:
-            # A stage that gains no more ends before its most steps.
-            self._bar.total = self._bar.n
-            self._bar.refresh()
-        self.close()
-
-
-def row_bar(total: int, task: str, file: TextIO | None = None) -> tqdm[Any]:
-    """A bar that counts rows and goes away when done; nothing unless ``file`` is a terminal or a notebook's."""
-    file = sys.stderr if file is None else file
-    return tqdm(
-        total=total,
-        desc=task,
-        unit=" rows",
-        unit_scale=True,
-        file=file,
-        leave=False,
-        disable=not draws(file),
-    )
+        Parameters
+        ----------
+        part : str
+            Name of the part.
+        """
+        self._line.advance(int(self._begun))
+        self._begun = True
+        self._line.show(description=f"{self._task}: {part}")
 
 
 @contextlib.contextmanager
-def part_bar(parts: int = 0, task: str = "", file: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """A bar over ``parts`` of unlike work, or with none a clock beside ``task``; it goes away when done.
+def work_bar(task: str, total: int = 0, *, shown: bool = True, console: Console | None = None) -> Iterator[WorkBar]:
+    """Show how far a piece of work is, on a line that disappears when the work is done.
 
-    Call what this gives with the name of each part as it begins. Nothing is drawn unless ``file`` (standard error by
-    default) is a terminal or a notebook's.
+    Parameters
+    ----------
+    task : str
+        What is being done.
+    total : int
+        How many rows, or parts, there are to do. Where there is nothing to count, 0: a clock runs beside the task.
+    shown : bool
+        Whether anything is drawn.
+    console : rich.console.Console, optional
+        Where to draw. By default standard error, if it is a terminal or the output of a notebook's cell.
+
+    Yields
+    ------
+    WorkBar
+        The object that counts: call its ``update`` with numbers of rows, or its ``begin`` with the names of parts.
     """
-    file = sys.stderr if file is None else file
-    with tqdm(
-        total=parts, desc=task, bar_format=PARTS if parts else CLOCK, file=file, leave=False, disable=not draws(file)
-    ) as bar:
-        begun = False
-
-        def begin(name: str) -> None:
-            nonlocal begun
-            bar.update(int(begun and parts > 0))
-            begun = True
-            bar.set_description_str(f"{task}: {name}" if task else name)
-
-        ticker = _Ticker(bar)
-        try:
-            yield begin
-        finally:
-            ticker.stop()
-
-
-class _Ticker:
-    """Draws a bar anew every second, so that its clock goes on while nothing else happens."""
-
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._tick, args=(bar,), name="latentprior-clock", daemon=True)
-        if not bar.disable:
-            self._thread.start()
-
-    def _tick(self, bar: tqdm[Any]) -> None:
-        while not self._ended.wait(1.0):
-            bar.refresh()
-
-    def stop(self) -> None:
-        """End before the bar is closed: a late line would stand below it."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    line = _Line(console, task, total, stays=False, shown=shown)
+    try:
+        yield WorkBar(task, line)
+    finally:
+        line.close()
 
 
 def note(kind: str, message: str) -> None:
-    """Write ``kind: message`` to standard error on one line, above any bar that is being drawn."""
-    tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    """Write ``kind: message`` to standard error on one line, above any line of progress that is being drawn.
+
+    Parameters
+    ----------
+    kind : str
+        Such as ``"warning"``.
+    message : str
+        Any text; line breaks in it become spaces.
+    """
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def tidy_warnings(quiet: bool = False) -> Iterator[None]:
-    """Within this context every warning is one line on standard error, ``warning: ...``, or none if ``quiet``."""
+    """Within this context every warning is one line on standard error, ``warning: ...``.
+
+    Parameters
+    ----------
+    quiet : bool
+        Whether nothing is written at all.
+    """
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if not quiet:

@@ -1,65 +1,121 @@
-"""Curves and pictures of a run, while it runs: JSON lines, TensorBoard, or a tracker of your own."""
+"""Curves and pictures of a run, while it runs: as lines of JSON, for TensorBoard, or for a tracker of your own."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..errors import LatentPriorError, MissingExtraError
-from .events import Event, TrainingEvent
+from .events import Callback, Event
 
 __all__ = ["JSONLinesTracker", "TensorBoardTracker", "Tracker", "tracked"]
 
 
 class Tracker(Protocol):
-    """What is told of a run; any object with these three methods will do."""
+    """An object that records a run; anything with these three methods serves."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Take numbers by name, such as ``stage-0/ratio``, at a step of the phase that the name begins with."""
+        """Record numbers.
+
+        Parameters
+        ----------
+        step : int
+            The step, in the part of the run that the names begin with.
+        values : mapping of str to float
+            Numbers by name, such as ``stage-0/ratio``.
+        """
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Take images ``(n, C, H, W)`` in [-1, 1]."""
+        """Record images.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        name : str
+            What the images are.
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
 
     def close(self) -> None:
-        """Write what is still held, and end."""
+        """Write what was not written yet, and end."""
 
 
 class JSONLinesTracker:
-    """One JSON object a line, ``{"step": 10, "stage-0/ratio": 1.2}``, appended to ``file``; no images.
+    """A tracker that appends one JSON object a line to a file, such as ``{"step": 10, "stage-0/ratio": 1.2}``.
 
-    Numbers that are not finite become null. Raises :class:`LatentPriorError` where the file cannot be written.
+    Numbers that are not finite become null. Images are left out.
+
+    Parameters
+    ----------
+    file : str or Path
+        The file; folders above it are made.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the file cannot be written.
     """
 
     def __init__(self, file: str | Path) -> None:
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            # Line by line: a run that is killed leaves every line that was written.
+            # Every line is written at once, so that a run that is killed leaves them.
             self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise LatentPriorError(f"{file}: cannot write the log there ({error.strerror})") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Parameters
+        ----------
+        step : int
+            The step, in the part of the run that the names begin with.
+        values : mapping of str to float
+            Numbers by name, such as ``stage-0/ratio``.
+        """
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Leave images out: lines are for numbers."""
+        """Do nothing: lines are for numbers.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        name : str
+            What the images are.
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
 
     def close(self) -> None:
-        """Close the file; again is fine."""
+        """Close the file, if it is open."""
         self._file.close()
 
 
 class TensorBoardTracker:
-    """Event files for TensorBoard in ``folder`` (extra ``tracking``).
+    """A tracker that writes event files for TensorBoard (extra ``tracking``).
 
-    Raises :class:`~latentprior.errors.MissingExtraError` without tensorboard.
+    Parameters
+    ----------
+    folder : str or Path
+        Where the files go.
+
+    Raises
+    ------
+    MissingExtraError
+        Without tensorboard.
+    LatentPriorError
+        Where the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -73,12 +129,30 @@ class TensorBoardTracker:
             raise LatentPriorError(f"{folder}: cannot write the log there ({error.strerror})") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve."""
+        """Add a point to each curve.
+
+        Parameters
+        ----------
+        step : int
+            The step, in the part of the run that the names begin with.
+        values : mapping of str to float
+            Numbers by name, such as ``stage-0/ratio``.
+        """
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, x: Tensor) -> None:
-        """Add a grid of images."""
+        """Add a grid of images.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        name : str
+            What the images are.
+        x : Tensor
+            Images ``(n, C, H, W)`` in [-1, 1].
+        """
         self._writer.add_images(name, x.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, step)
 
     def close(self) -> None:
@@ -86,39 +160,47 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-def tracked(tracker: Tracker, *, every: int = 10) -> Callable[[TrainingEvent | Event], None]:
-    """Return a callback that tells ``tracker`` of a training run's or a fit's events.
+def tracked(tracker: Tracker, *, every: int = 10) -> Callback:
+    """Return a callback that writes the curves of a run to a tracker.
 
-    Curves are named by phase, each over its own steps, so that a resumed run draws on at the right place:
-    ``autoencoder``, ``stage-K`` and ``settle`` while a generator is learned, ``prior-stage-K`` in
-    :func:`latentprior.fit`, and ``ladder``, the gain of each stage that joined. Losses are told at every step that
-    ``every`` divides, gains, in nats, at every evaluation.
+    Parameters
+    ----------
+    tracker : Tracker
+        Where the curves go.
+    every : int
+        Losses are written at every step that this number divides. Gains are written at every evaluation.
+
+    Returns
+    -------
+    callable
+        A callback for :func:`latentprior.fit`, :func:`latentprior.train` and every other function that learns.
+
+    Raises
+    ------
+    LatentPriorError
+        For an ``every`` below 1.
+
+    Notes
+    -----
+    Each part of a run has curves of its own over its own steps, so that a resumed run continues them at the right
+    place: ``autoencoder``, ``stage-K`` and ``settle`` while a decoder is learned, ``prior-stage-K`` in
+    :func:`latentprior.fit`, and ``ladder``, the gain of each stage that joined. Gains are in nats.
     """
     if every < 1:
         raise LatentPriorError(f"every must be 1 or more, got {every}")
 
-    def tell(event: TrainingEvent | Event) -> None:
-        if isinstance(event, Event):
-            known = {"gain": event.gain, "gain_stderr": event.gain_stderr}
-            if event.kind == "evaluate":
-                _tell(tracker, f"prior-stage-{event.stage}", event.step, known)
-            elif event.kind == "learned":
-                _tell(tracker, "ladder", event.stage, known)
+    def write(event: Event) -> None:
+        gains = {"gain": event.gain, "gain_stderr": event.gain_stderr}
+        stage = f"stage-{event.stage}" if event.losses else f"prior-stage-{event.stage}"
+        if event.kind == "learned":
+            _write(tracker, "ladder", event.stage, gains)
         elif event.kind == "evaluate":
-            known = {"gain": event.gain.value, "gain_stderr": event.gain.stderr}
-            _tell(tracker, f"stage-{event.stage}", event.step, {**event.losses, **known})
-        elif event.kind == "learned":
-            # The event counts the next stage, whose gain nobody knows yet.
-            stages = () if event.model is None else event.model.prior.stages
-            if stages:
-                known = {"gain": stages[-1].gain, "gain_stderr": stages[-1].gain_stderr}
-                _tell(tracker, "ladder", len(stages) - 1, known)
+            _write(tracker, stage, event.step, {**event.losses, **gains})
         elif event.losses and event.step % every == 0:
-            phase = f"stage-{event.stage}" if event.kind == "step" else event.kind
-            _tell(tracker, phase, event.step, event.losses)
+            _write(tracker, stage if event.kind == "step" else event.kind, event.step, event.losses)
 
-    return tell
+    return write
 
 
-def _tell(tracker: Tracker, phase: str, step: int, values: Mapping[str, float]) -> None:
-    tracker.scalars(step, {f"{phase}/{name}": value for name, value in values.items()})
+def _write(tracker: Tracker, curve: str, step: int, values: Mapping[str, float]) -> None:
+    tracker.scalars(step, {f"{curve}/{name}": value for name, value in values.items()})

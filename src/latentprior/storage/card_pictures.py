@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .pictures import image_grid
+
 __all__ = ["samples_png"]
 
 
 def samples_png(draws: Mapping[str, Tensor]) -> bytes | None:
-    """A PNG with a panel for each named set; None without matplotlib (extra ``report``).
+    """Draw a PNG with a panel for each named set; return None without matplotlib (extra ``report``).
 
-    Images ``(n, C, H, W)`` in [-1, 1] become grids; rows ``(n, d)`` a scatter on the two principal axes of the last
-    set, or a histogram where d is 1.
+    Parameters
+    ----------
+    draws : mapping
+        Images ``(n, C, H, W)`` in [-1, 1], which become grids, or rows ``(n, d)``, which become a scatter on the two
+        principal axes of the last set, or a histogram if d is 1.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,7 +35,8 @@ def samples_png(draws: Mapping[str, Tensor]) -> bytes | None:
     sets = [rows.detach().cpu().double() for rows in draws.values()]
     if sets[-1].ndim == 4:
         for panel, images in zip(panels, sets, strict=True):
-            _grid(panel, images)
+            panel.imshow(image_grid(images, gap=0, transparent=True))
+            panel.axis("off")
     else:
         _plane(panels, [rows.flatten(1) for rows in sets])
     for panel, name in zip(panels, draws, strict=True):
@@ -39,17 +44,6 @@ def samples_png(draws: Mapping[str, Tensor]) -> bytes | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _grid(panel: Any, images: Tensor) -> None:
-    n, c, h, w = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = -(-n // columns)
-    tiles = torch.ones(rows * columns, c, h, w, dtype=images.dtype)
-    tiles[:n] = (images.clamp(-1, 1) + 1) / 2
-    canvas = tiles.reshape(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
-    panel.imshow((canvas[..., :3] if c >= 3 else canvas[..., :1].expand(-1, -1, 3)).numpy())
-    panel.axis("off")
 
 
 def _plane(panels: Any, sets: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Model cards: Markdown with the front matter that the Hugging Face hub reads, from what is saved of a prior."""
+"""Model cards: Markdown with front matter for the Hugging Face hub, written from what a saved prior holds."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..errors import MissingExtraError
 from .checkpoint import tensors_under
 
 __all__ = ["PICTURE", "model_card"]
 
 PICTURE = "samples.png"
+TEMPLATE = "templates/model_card.md.j2"
 TAGS = ("latent-prior", "density-estimation", "density-ratio-estimation", "energy-based-model")
+METHODS = {"importance": "importance sampling", "annealing": "annealing"}
+"""Names of what ``NormalizerCheck.method`` may be."""
 Config = Mapping[str, Any]
 
 
 class Saveable(Protocol):
-    """A prior or a model of images: here all that counts is what is saved of it."""
+    """A prior or a model of images; a card is written from what is saved of it."""
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Configuration (JSON) and tensors."""
@@ -37,18 +42,35 @@ def model_card(
 ) -> str:
     """Describe a prior, or a model of images, in the Markdown of a ``README.md`` for the Hugging Face hub.
 
-    What was learned on, base, stages with their gains, held-out log densities of base and ladder, log Z with its
-    standard error and bracket, how it was made, and lines of Python that load it from ``name``. Densities are in nats,
-    in the user's coordinates. What is quoted from the prior is escaped.
+    The card tells what was learned, base, stages with their gains, held-out log densities of base and ladder, log Z
+    with its standard error and bracket, how it was made, and lines of Python that load it. Densities are in nats, in
+    the user's coordinates. What is quoted from the prior is escaped.
 
-    Arguments
-    ---------
-    name : folder, or ``"user/name"``, that the lines of Python load.
-    license : identifier in the front matter, ``"apache-2.0"`` say; left out unless given.
-    check : whether to integrate the density from an independent one (:meth:`LatentPrior.check_normalizer`, seconds).
-    picture : file name of a picture beside the card.
+    Parameters
+    ----------
+    prior_or_model : LatentPrior or LatentVariableModel
+        What the card describes.
+    name : str, default "my-prior"
+        Title of the card, and the folder, or ``"user/name"``, from which its lines of Python load.
+    license : str, optional
+        Identifier in the front matter, for example ``"apache-2.0"``.
+    check : bool, default True
+        Whether to integrate the density from an independent one (:meth:`LatentPrior.check_normalizer`), which takes
+        seconds.
+    picture : str, optional
+        File name of a picture that stands beside the card.
 
-    Raises :class:`~latentprior.errors.CheckpointError` for a tilted prior, which cannot be saved either.
+    Returns
+    -------
+    str
+        The card, front matter included.
+
+    Raises
+    ------
+    CheckpointError
+        For a tilted prior, which cannot be saved either.
+    MissingExtraError
+        Without the extra ``hub``.
 
     Examples
     --------
@@ -56,91 +78,46 @@ def model_card(
     >>> z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     >>> card = model_card(lp.fit(z, base="normal", max_stages=0), license="mit", check=False)
     >>> card.splitlines()[:3]
-    ['---', 'library_name: latentprior', 'license: "mit"']
+    ['---', 'library_name: latentprior', 'license: mit']
     """
     config, tensors = prior_or_model.state()
     model = config if "decoder" in config else None
     prior = config if model is None else config["prior"]
-    prefix = "" if model is None else "prior."
-    tensors = tensors_under(tensors, prefix)
+    tensors = tensors_under(tensors, "" if model is None else "prior.")
     learned: Any = getattr(prior_or_model, "prior", prior_or_model)
     integral = learned.check_normalizer() if check else None
-    parts = [
-        *_front(license, model),
-        "",
-        f"# {_text(name)}",
-        "",
-        *_introduction(prior, model),
-        "",
-        *([f"![Samples of the base and of the ladder]({picture})", ""] if picture else []),
-        "## Use",
-        "",
-        "```python",
-        *_usage(name, prior, model),
-        "```",
-        "",
-        "## What was learned",
-        "",
-        *_table(("", ""), _facts(prior, tensors, model)),
-        "",
-        *_stages(prior),
-        "## How far to trust the density",
-        "",
-        *_trust(prior, integral),
-        "",
-        "## Method",
-        "",
-        "Adaptive multi-stage density ratio estimation: Xiao and Han, NeurIPS 2022,",
-        "[arXiv 2209.08739](https://arxiv.org/abs/2209.08739); bounds and normalisers are latentprior's own.",
-    ]
-    return "\n".join(parts) + "\n"
+    try:
+        from huggingface_hub import ModelCard, ModelCardData
+
+        task = None if model is None else "unconditional-image-generation"
+        return str(
+            ModelCard.from_template(
+                ModelCardData(library_name="latentprior", license=license, pipeline_tag=task, tags=list(TAGS)),
+                template_str=(resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8"),
+                name=_text(name),
+                source=json.dumps(name, ensure_ascii=False),
+                decodes=model is not None,
+                shape=tuple(prior["event_shape"]),
+                picture=picture,
+                own_parts=_own_parts(prior, model),
+                facts=list(_facts(prior, tensors, model)),
+                stages=[_stage(i, stage) for i, stage in enumerate(prior["stages"])],
+                trust=list(_trust(prior, integral)),
+            )
+        )
+    except ImportError:
+        raise MissingExtraError("a model card", "hub") from None
 
 
-def _front(license: str | None, model: Config | None) -> Iterator[str]:
-    yield "---"
-    yield "library_name: latentprior"
-    if license:
-        yield f"license: {_quoted(license)}"
-    if model is not None:
-        yield "pipeline_tag: unconditional-image-generation"
-    yield "tags:"
-    yield from (f"- {tag}" for tag in TAGS)
-    yield "---"
-
-
-def _introduction(prior: Config, model: Config | None) -> Iterator[str]:
-    shape, stages = tuple(prior["event_shape"]), len(prior["stages"])
-    rungs = "no density ratio" if not stages else "1 density ratio" if stages == 1 else f"{stages} density ratios"
-    if model is None:
-        yield f"A prior on latents of shape `{shape}`: a base density times {rungs}."
-    else:
-        yield f"A decoder of images with its prior on latents of shape `{shape}`: a base density times {rungs}."
-    yield "It samples, and scores with a normalised log density."
-
-
-def _usage(name: str, prior: Config, model: Config | None) -> Iterator[str]:
-    own = prior["base"].get("name") == "distribution"
-    draws = "generator=torch.Generator().manual_seed(0)"
-    kind = "LatentPrior" if model is None else "LatentVariableModel"
-    given = [f"{'base' if model is None else 'prior'}=distribution"] if own else []
+def _own_parts(prior: Config, model: Config | None) -> dict[str, str]:
+    """Arguments of ``from_pretrained`` for what the author made and no file holds."""
+    parts = {}
+    if prior["base"].get("name") == "distribution":
+        parts["base" if model is None else "prior"] = "distribution"
     for part in ("decoder", "encoder") if model is not None else ():
         if model is not None and model[part] is not None and not model[part]["spec"]:
-            given.append(f"{part}={part}")
-    yield "import torch"
-    yield ""
-    yield "import latentprior as lp"
-    yield ""
-    if given:
-        yield f"# Of the author's own, given again: {', '.join(entry.partition('=')[2] for entry in given)}."
-    subject = "prior" if model is None else "model"
-    yield f"{subject} = lp.{kind}.from_pretrained({', '.join([_quoted(name), *given])})"
-    if model is None:
-        yield f"z = prior.sample((16,), {draws})"
-        yield "print(prior.log_prob(z))  # nats, normalised"
-        return
-    yield f"x = model.generate(16, {draws})  # images (16, C, H, W) in [-1, 1]"
-    yield f"z = model.prior.sample((16,), {draws})"
-    yield "print(x.shape, model.prior.log_prob(z))  # nats, normalised"
+            parts[part] = part
+    return parts
 
 
 def _facts(prior: Config, tensors: Mapping[str, Tensor], model: Config | None) -> Iterator[tuple[str, str]]:
@@ -154,10 +131,10 @@ def _facts(prior: Config, tensors: Mapping[str, Tensor], model: Config | None) -
     base, weights = _text(prior["base"].get("name", "-")), tensors.get("base.log_weights")
     yield "base", base if weights is None else f"{base} of {len(weights)} components"
     yield "standardisation", _text(prior["whitening"])
-    ends = [_shifted(info.get(key), tensors) for key in ("log_prob_base", "log_prob_held_out")]
-    if all(end is not None for end in ends):
-        low, high = (_number(end) for end in ends)
-        yield "held-out log density, nats", f"base {low}, ladder {high}"
+    means = [_shifted(info.get(key), tensors) for key in ("log_prob_base", "log_prob_held_out")]
+    if all(mean is not None for mean in means):
+        base, ladder = (_number(mean) for mean in means)
+        yield "held-out log density, nats", f"base {base}, ladder {ladder}"
     if info.get("stopped") is not None:
         yield "learning ended by", _text(info["stopped"])
     if isinstance(info.get("total_seconds"), (int, float)):
@@ -176,61 +153,41 @@ def _network(entry: Config | None) -> str:
 
 
 def _shifted(value: Any, tensors: Mapping[str, Tensor]) -> float | None:
-    """A log density in standardised coordinates, as one in the user's."""
+    """Convert a log density in standardised coordinates to one in the user's."""
     return float(value) + float(tensors["whitening.log_abs_det"]) if isinstance(value, (int, float)) else None
 
 
-def _stages(prior: Config) -> Iterator[str]:
-    if not prior["stages"]:
-        return
-    yield "Each stage is a network that tells data from samples of the ladder before it. Its gain on held-out rows runs"
-    yield "from 0 (no difference) to 1.386 nats."
-    yield ""
-    rows = []
-    for i, stage in enumerate(prior["stages"]):
-        spec, notes = stage["spec"], stage["diagnostics"]
-        network = f"{_text(spec.get('kind', '-'))} {_text(spec.get('width', '-'))} x {_text(spec.get('depth', '-'))}"
-        rise = _with_error(notes.get("log_prob_rise"), notes.get("log_prob_rise_stderr"))
-        ess = notes.get("ess")
-        rows.append(
-            (
-                str(i),
-                network + (", mixture features" if spec.get("features") else ""),
-                _number(spec.get("bound"), 1),
-                _number(notes.get("steps"), 0),
-                _with_error(stage["gain"], stage["gain_stderr"]),
-                rise,
-                _with_error(stage["log_normalizer"], stage["log_normalizer_stderr"]),
-                f"{ess:.1%}" if isinstance(ess, float) else "-",
-            )
-        )
-    head = ("stage", "network", "bound", "steps", "gain", "rise of held-out log density", "log normaliser", "ESS")
-    yield from _table(head, iter(rows))
-    yield ""
+def _stage(number: int, stage: Config) -> tuple[str, ...]:
+    """One row of the table of stages."""
+    spec, notes = stage["spec"], stage["diagnostics"]
+    network = f"{_text(spec.get('kind', '-'))} {_text(spec.get('width', '-'))} x {_text(spec.get('depth', '-'))}"
+    ess = notes.get("ess")
+    return (
+        str(number),
+        network + (", mixture features" if spec.get("features") else ""),
+        _number(spec.get("bound"), 1),
+        _number(notes.get("steps"), 0),
+        _with_error(stage["gain"], stage["gain_stderr"]),
+        _with_error(notes.get("log_prob_rise"), notes.get("log_prob_rise_stderr")),
+        _with_error(stage["log_normalizer"], stage["log_normalizer_stderr"]),
+        f"{ess:.1%}" if isinstance(ess, float) else "-",
+    )
 
 
-def _trust(prior: Config, integral: Any) -> Iterator[str]:
-    found = prior["normalizer"]
-    rows = [("log Z, nats", _with_error(found["value"], found["stderr"], 4))]
-    if found["bracket"]:
-        forward, reverse = found["bracket"]["forward"], found["bracket"]["reverse"]
-        rows.append(("log Z from the base", _with_error(forward[0], forward[1], 4)))
-        rows.append(("log Z from held-out data", _with_error(reverse[0], reverse[1], 4)))
+def _trust(prior: Config, integral: Any) -> Iterator[tuple[str, str]]:
+    """Rows on the normaliser; ``integral`` is a ``NormalizerCheck`` or None."""
+    normalizer = prior["normalizer"]
+    yield "log Z, nats", _with_error(normalizer["value"], normalizer["stderr"], 4)
+    if normalizer["bracket"]:
+        forward, reverse = normalizer["bracket"]["forward"], normalizer["bracket"]["reverse"]
+        yield "log Z from the base", _with_error(forward[0], forward[1], 4)
+        yield "log Z from held-out data", _with_error(reverse[0], reverse[1], 4)
     if integral is not None:
         verdict = "passed" if integral.passed else "**failed: do not take the density as normalised**"
+        method = METHODS.get(integral.method, _text(integral.method))
+        source = f"by {method} from another density ({_text(integral.reference)}, ESS {integral.ess:.1%})"
         value = _with_error(integral.value, integral.stderr, 4)
-        source = f"by importance sampling from another density ({_text(integral.reference)}, ESS {integral.ess:.1%})"
-        rows.append((f"integral, {source}; must be 1", f"{value}, {verdict}"))
-    yield from _table(("", ""), iter(rows))
-    yield ""
-    yield "Every log density carries the same unknown shift of the size of log Z's standard error."
-
-
-def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+        yield f"integral, {source}; must be 1", f"{value}, {verdict}"
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -243,12 +200,7 @@ def _with_error(value: Any, stderr: Any, digits: int = 3) -> str:
     return f"{_number(value, digits)} ± {_number(stderr, digits)}"
 
 
-def _quoted(value: str) -> str:
-    """A string of Python, and of YAML, between double quotes."""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _text(value: Any) -> str:
-    """One line that neither HTML nor Markdown reads as anything but text."""
+    """Escape a value so that HTML and Markdown read one line of plain text."""
     line = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)

@@ -7,16 +7,15 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
 import stat
-import sys
 import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -40,13 +39,18 @@ __all__ = [
 FORMAT = "latentprior"
 FORMAT_VERSION = 1
 MOST_NESTED = 64
+"""Deepest nesting of a configuration; its own document is the first level."""
 CONFIG_LIMIT = 64 << 20
-LOCK = ".lock"
-LONGEST = 64
+"""Most bytes of a configuration."""
+RUN_LOCK, SAVE_LOCK = ".lock", ".save.lock"
+"""Files in a folder whose locks a run holds all the time, and whoever saves while it saves."""
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""Errors of file systems that have no locks."""
+LONGEST_NAME = 64
 """Most bytes in the name of a file that is saved in a folder, while it is written: ``.KIND-<digest>...partial``."""
 
 UNFIT = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ArithmeticError, MemoryError)
-"""What rebuilding an object may raise where a document, whole as it is, describes none."""
+"""What rebuilding an object may raise if an intact document does not describe one."""
 UNREADABLE = (*UNFIT, OSError, EOFError, SyntaxError, zipfile.BadZipFile, tokenize.TokenError)
 """What numpy and the standard library raise for a damaged file of arrays."""
 
@@ -54,8 +58,24 @@ UNREADABLE = (*UNFIT, OSError, EOFError, SyntaxError, zipfile.BadZipFile, tokeni
 def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write ``config.json`` and ``KIND-<digest>.safetensors`` so that a kill at any moment leaves old or new.
 
-    The JSON names the tensor file and is renamed into place last: it is the commit. Each file is written beside
-    its place, flushed to disk and renamed. Raises :class:`CheckpointError` where the folder cannot be written.
+    The JSON names the tensor file and is renamed into place last: that is the commit. Each file is written beside
+    its place, flushed to disk and renamed.
+
+    Parameters
+    ----------
+    folder : str or Path
+        It is made if need be.
+    kind : str
+        What is saved, for example ``"prior"``; only a reader that asks for this kind accepts the folder.
+    config : mapping
+        What can be written as JSON, nested 64 deep at most, without numbers that are not finite.
+    tensors : mapping
+        Tensors by name.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder cannot be written, or the configuration is not JSON.
     """
     folder = Path(folder)
     # Copies: tensors of one storage, as tied weights are, would be refused.
@@ -79,7 +99,8 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
         raise CheckpointError(f"{folder}: cannot save (the configuration is not JSON: {error})") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _turn(folder):
+        # Savers take turns: each removes the tensors that its own configuration does not name.
+        with _lock(folder / SAVE_LOCK, wait=True):
             write_whole(folder / weights, blob)
             write_whole(folder / "config.json", text.encode())
             for stale in folder.iterdir():
@@ -92,7 +113,7 @@ def save_state(folder: str | Path, kind: str, config: Mapping[str, Any], tensors
 
 
 def _is_shallow(value: Any) -> bool:
-    """Whether containers stand in one another no deeper than those who walk through them can go."""
+    """Whether containers are nested no deeper than :data:`MOST_NESTED`, which recursive code can walk."""
     level = [value]
     for _ in range(MOST_NESTED):
         parts = [
@@ -110,97 +131,68 @@ def _checksum(document: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process saves there: each removes the tensors that its own configuration does not name."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def locked(folder: str | Path | None) -> Iterator[None]:
-    """Keep a folder to one run; the system lets go of it when the process ends, however it ends.
+    """Keep a folder to one run; the system releases it when the process ends, however it ends.
 
-    Without a folder, and on file systems without locks, nothing is kept. Raises :class:`CheckpointError` where another
-    run holds it or it cannot be written.
+    Nothing is locked on file systems that have no locks.
+
+    Parameters
+    ----------
+    folder : str or Path, optional
+        The folder; it is made if need be, and removed again if the run leaves it empty. None locks nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If another run holds the folder, or if it cannot be written.
     """
-    if folder is None or sys.platform == "win32":
+    if folder is None:
         yield
         return
     folder = Path(folder)
-    made = not os.path.exists(folder)
+    with contextlib.ExitStack() as stack:
+        if not os.path.exists(folder):
+            stack.callback(_remove_empty, folder)
+        try:
+            check_lengths(folder / ("x" * LONGEST_NAME))
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(folder / RUN_LOCK, wait=False))
+        except Timeout:
+            raise CheckpointError(
+                f"{folder}: another run is writing there; wait for its end, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot save ({error.strerror or error})") from None
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of a file and remove the file; raise :class:`filelock.Timeout` instead of waiting for it."""
+    # Without the fallback to a soft lock: that is a file which a killed process would leave to lock all others out.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        check_lengths(folder / ("x" * LONGEST))
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _hold(folder / LOCK)
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"{folder}: another run{error.strerror or ''} is writing there; wait for its end, or choose another folder"
-        ) from None
+        lock.acquire(blocking=wait, poll_interval=0.01)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot save ({error.strerror or error})") from None
+        if error.errno not in WITHOUT_LOCKS:
+            raise
     try:
         yield
     finally:
-        # While it is still held: a file of this name that is removed later may be the next run's.
+        # While the lock is still held: a file of this name that is removed later may belong to the next run.
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-        os.close(handle)
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def _hold(path: Path) -> int:
-    """Open and lock a file; raise :class:`BlockingIOError`, naming the holder, where another process has it."""
-    while True:
-        # A link there is not ours: what it leads to would be overwritten.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            if not _lock(handle):
-                holder = re.fullmatch(rb"process \d+ on [\w.-]+", os.pread(handle, 300, 0))
-                raise BlockingIOError(0, f" ({holder[0].decode()})" if holder else "")
-            # Its holder may have removed it between the two calls: then it keeps nobody out.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Whether the lock is ours now; true where the file system knows none."""
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+            path.unlink()
+        lock.release()
 
 
 def check_lengths(path: Path) -> None:
-    """Raise :class:`OSError` if a path, or a name in it, is longer than the system allows; none of it need exist."""
+    """Raise :class:`OSError` if a path, or a name in it, is longer than the system allows; it need not exist."""
     known = next((parent for parent in path.parents if os.path.lexists(parent)), Path())
     for place in (path, *(known / name for name in path.relative_to(known).parts)):
         try:
             os.lstat(place)
         except OSError as error:
-            # The names between may be absent or no folders: whoever makes them will say so.
+            # The folders between may not exist or may be files: an error follows when they are made.
             if error.errno == errno.ENAMETOOLONG:
                 raise
 
@@ -209,7 +201,7 @@ def write_whole(path: Path, blob: bytes) -> None:
     """Write a file beside its place, sync and rename it: whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # What a killed process of the same number left is no longer wanted, nor what a link of this name leads to.
+        # A killed process of the same number may have left this file, and a link of this name must not be followed.
         partial.unlink(missing_ok=True)
         with open(partial, "xb") as file:
             file.write(blob)
@@ -229,7 +221,7 @@ def write_whole(path: Path, blob: bytes) -> None:
 
 
 def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
-    """Read and check ``config.json``; raise :class:`CheckpointError` unless it is of this kind and version."""
+    """Read ``config.json``; raise :class:`CheckpointError` unless it is whole and of this kind and version."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: holds no saved {kind} (config.json is absent)")
@@ -267,9 +259,26 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
 def load_state(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what :func:`save_state` wrote, after checking kind, version and the tensors' digest.
 
-    Raises :class:`CheckpointError` for anything absent, damaged or foreign; nothing is ever executed.
+    Nothing is ever executed.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The folder that was saved.
+    kind : str
+        What it must hold.
+
+    Returns
+    -------
+    tuple
+        The configuration, and the tensors by name.
+
+    Raises
+    ------
+    CheckpointError
+        If anything is absent, damaged or foreign.
     """
-    missed: set[str] = set()
+    absent: set[str] = set()
     while True:
         config = read_config(folder, kind)
         name, digest = config.get("weights"), config.get("sha256")
@@ -282,9 +291,9 @@ def load_state(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
                 break
             raise CheckpointError(f"{path}: is no file")
         except (OSError, ValueError, MemoryError) as error:
-            # A run that saves meanwhile has put another pair in place of the one that was named.
-            if isinstance(error, FileNotFoundError) and name not in missed:
-                missed.add(name)
+            # A run that saves at the same time may have replaced the pair of files: its configuration names the new.
+            if isinstance(error, FileNotFoundError) and name not in absent:
+                absent.add(name)
                 continue
             line = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{folder}: its tensor file cannot be read ({line})") from None
@@ -302,7 +311,7 @@ def tensors_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tenso
 
 
 def _short(value: object) -> str:
-    """A value of a foreign document, fit for one line."""
+    """Show a value of a foreign document in one short line."""
     text = repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -320,7 +329,12 @@ def check_ours(folder: Path, kind: str) -> None:
 def remove_checkpoint(folder: Path, *kinds: str) -> None:
     """Remove what runs of these kinds saved there, and the folder if nothing else is in it."""
     tensors = [path for kind in kinds for path in folder.glob(f"{kind}-*.safetensors")]
-    for path in (folder / "config.json", *tensors, *folder.glob(".*.partial")):
+    for path in (folder / "config.json", folder / SAVE_LOCK, *tensors, *folder.glob(".*.partial")):
         path.unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder unless something is in it."""
     with contextlib.suppress(OSError):
         folder.rmdir()

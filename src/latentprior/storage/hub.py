@@ -1,4 +1,4 @@
-"""Folders from and to the Hugging Face hub (extra ``hub``); what they hold is not known here."""
+"""Download folders from the Hugging Face hub, and push folders to it (extra ``hub``)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = ["find_folder", "push_folder"]
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DIGEST = "[0-9a-f]" * 16
+"""Pattern of the sixteen digits in the name of a tensor file, both for ``re`` and for the hub's file names."""
 CARD = "README.md"
 
 
@@ -27,10 +28,17 @@ def find_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder ``source``, or the snapshot of ``"user/name"`` on the hub: a folder here wins.
+    """Return the folder ``source``, or the snapshot of ``"user/name"`` on the hub if there is no such folder.
 
-    Of a snapshot only ``config.json`` and ``KIND-<digest>.safetensors`` are downloaded, whatever else it holds.
-    Raises :class:`CheckpointError` for a name that is neither, :class:`MissingExtraError` without the extra.
+    Only ``config.json`` and ``KIND-<digest>.safetensors`` of a snapshot are downloaded, whatever else it holds. The
+    options are those of :meth:`latentprior.LatentPrior.from_pretrained`.
+
+    Raises
+    ------
+    CheckpointError
+        If ``source`` is neither a folder nor a repository on the hub.
+    MissingExtraError
+        If ``source`` is no folder and the extra is not installed.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -45,7 +53,7 @@ def find_folder(
     except ImportError:
         raise MissingExtraError(f"{source} is no folder here; loading it from the hub", "hub") from None
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             source,
             revision=revision,
             token=token,
@@ -61,7 +69,7 @@ def find_folder(
             f"{source}: no such folder, and no {kind} of that name{at} on the hub ({_line(error)}); "
             "check the path or the name, the revision and the token"
         ) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def push_folder(
@@ -75,11 +83,12 @@ def push_folder(
     commit_message: str,
     create_pr: bool = False,
 ) -> Any:
-    """Create the repository if there is none, make one commit of what ``write`` puts into a folder; its ``CommitInfo``.
+    """Commit what ``write`` puts into a folder to a repository on the hub, and return huggingface_hub's ``CommitInfo``.
 
-    ``write(folder, name, fresh)`` gets the repository's full name, and whether it has no card yet. Tensor files of
-    this kind that the commit replaces are deleted by it. Raises :class:`HubError` where the hub refuses or is not
-    reached, :class:`MissingExtraError` without the extra.
+    There is one commit, which also deletes the tensor files of this kind that it replaces: a reader gets old or new.
+
+    ``write(folder, name, is_new)`` fills the folder; it gets the full name of the repository, and whether that has no
+    card yet. The other parameters, and what is raised, are those of :meth:`Shareable.push_to_hub`.
     """
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -92,16 +101,16 @@ def push_folder(
             full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not create_pr:
                 api.create_branch(full, branch=revision, exist_ok=True)
-            there = api.list_repo_files(full, revision=revision if not create_pr else None)
+            files_before = api.list_repo_files(full, revision=revision if not create_pr else None)
         except Exception as error:
             raise _refused(repo_id, error) from error
-        write(folder, full, CARD not in there)
+        write(folder, full, CARD not in files_before)
         files = sorted(folder.iterdir())
-        stale = {entry for entry in there if re.fullmatch(rf"{kind}-{DIGEST}\.safetensors", entry)}
+        stale = {entry for entry in files_before if re.fullmatch(rf"{kind}-{DIGEST}\.safetensors", entry)}
         stale -= {path.name for path in files}
         operations = [CommitOperationAdd(path.name, path) for path in files]
         try:
-            # Not upload_folder, which may spread a folder over several commits: a reader gets the old or the new.
+            # upload_folder may spread a folder over several commits.
             return api.create_commit(
                 full,
                 [*operations, *(CommitOperationDelete(entry) for entry in sorted(stale))],

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LatentPriorError, MissingExtraError
+from ..errors import LatentPriorError
 from .checkpoint import check_lengths, write_whole
+from .pictures import picture, picture_grid, pillow, png
 
 __all__ = ["array_file", "check_file", "check_folder", "check_images_out", "images_out", "picture_grid", "write_whole"]
 
 MOST_IN_GRID = 4096
+"""Most images in one picture, 64 by 64 of them."""
 ROOM = 160
-"""Bytes of a path that are kept for what a run makes in its folder: states of its phases, TensorBoard's events."""
+"""Bytes of a path that a run may need for names inside its folder: states of its phases, events of TensorBoard."""
 
 
 def check_folder(folder: Path, name: str = "", inside: str = "") -> None:
-    """Raise now, not after hours of work, if files, or one of this name, cannot be written there.
+    """Raise :class:`LatentPriorError` now, not after hours of work, if a folder cannot be written.
 
-    ``inside`` is the longest name in it where the one of this name is a folder.
+    Parameters
+    ----------
+    folder : Path
+        It is made if need be.
+    name : str, optional
+        A file, or a folder, that will be written in it.
+    inside : str, optional
+        The longest name in ``name``, if that is a folder.
     """
     # The longest name that is given to a file on its way.
     probe = folder / f".{name}.{os.getpid()}.partial"
@@ -45,7 +53,7 @@ def check_folder(folder: Path, name: str = "", inside: str = "") -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise now if no ``.npy`` file of this name can be written."""
+    """Raise :class:`LatentPriorError` now if no ``.npy`` file of this name can be written."""
     if path.suffix != ".npy":
         raise LatentPriorError(f"--out {path}: give a name that ends in .npy")
     # Unlike Path.is_dir, this is False for names too long for the file system, which check_folder refuses.
@@ -56,14 +64,26 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[BinaryIO]:
-    """A file that takes the rows of a ``.npy``: renamed into place when whole, removed when not.
+    """Open a file for the rows of a ``.npy``; it is renamed into place when it is whole, and removed otherwise.
 
-    Raises :class:`LatentPriorError` where the file system has no room for all of it.
+    Parameters
+    ----------
+    path : Path
+        The ``.npy`` file.
+    shape : tuple of int
+        Shape of the whole array.
+    dtype : str
+        Its type in numpy's notation, such as ``"<f4"``.
+
+    Raises
+    ------
+    LatentPriorError
+        If the file system has no room for all of it.
     """
-    wanted, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
-    if wanted > free:
+    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if size > free:
         raise LatentPriorError(
-            f"--out {path}: needs {wanted / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free; ask for less"
+            f"--out {path}: needs {size / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free; ask for less"
         )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     header = {"descr": dtype, "fortran_order": False, "shape": shape}
@@ -80,12 +100,12 @@ def array_file(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Binar
 
 
 def check_images_out(out: Path, n: int) -> None:
-    """Raise now if ``n`` images cannot go to ``out``: a ``.npy``, a ``.png`` with a grid, or a new folder of PNGs."""
+    """Raise :class:`LatentPriorError` now if :func:`images_out` could not write ``n`` images to ``out``."""
     if out.suffix == ".npy":
         return check_file(out)
     if out.suffix not in (".png", ""):
         raise LatentPriorError(f"--out {out}: give a name that ends in .npy or .png, or a folder")
-    _pillow()
+    pillow()
     if out.suffix == ".png":
         if os.path.isdir(out):
             raise LatentPriorError(f"--out {out}: is a folder; give a file name that ends in .png")
@@ -107,10 +127,19 @@ def check_images_out(out: Path, n: int) -> None:
 def images_out(
     out: Path, n: int, shape: Sequence[int], *, columns: int | None = None
 ) -> Iterator[Callable[[Tensor], None]]:
-    """A function that takes ``n`` images ``(b, C, H, W)`` in [-1, 1] block by block; all of them appear, or none.
+    """Give a function that takes images ``(b, C, H, W)`` in [-1, 1] block by block; all appear on disk, or none.
 
-    A ``.npy`` holds float32 ``(n, C, H, W)`` in [-1, 1], as :func:`latentprior.data.images.read_images` takes them; a
-    ``.png`` one grid; a folder ``00000.png`` and so on.
+    Parameters
+    ----------
+    out : Path
+        A ``.npy`` for float32 ``(n, C, H, W)`` in [-1, 1], which :func:`latentprior.read_images` reads; a ``.png`` for
+        one grid; otherwise a folder for ``00000.png`` and so on.
+    n : int
+        Number of images in all blocks together.
+    shape : sequence of int
+        Shape ``(C, H, W)`` of an image.
+    columns : int, optional
+        Images in a row of a grid; by default as many as make it about square.
     """
     if out.suffix == ".npy":
         with array_file(out, (n, *shape), "<f4") as file:
@@ -131,8 +160,8 @@ def images_out(
         number = itertools.count()
 
         def write(x: Tensor) -> None:
-            for picture in _bytes(x):
-                (partial / f"{next(number):0{width}}.png").write_bytes(_png(picture))
+            for image in x:
+                (partial / f"{next(number):0{width}}.png").write_bytes(png(picture(image)))
 
         try:
             yield write
@@ -141,35 +170,3 @@ def images_out(
             os.replace(partial, whole)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def picture_grid(x: Tensor, *, columns: int | None = None) -> bytes:
-    """A PNG of images ``(n, C, H, W)`` in [-1, 1], side by side with white lines of two pixels between them."""
-    pixels = _bytes(x)
-    n, c, h, w = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = -(-n // columns)
-    canvas = torch.full((c, rows * (h + 2) - 2, columns * (w + 2) - 2), 255, dtype=torch.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = (i // columns) * (h + 2), (i % columns) * (w + 2)
-        canvas[:, top : top + h, left : left + w] = picture
-    return _png(canvas)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
-def _png(picture: Tensor) -> bytes:
-    image, buffer = _pillow(), io.BytesIO()
-    array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
-    image.fromarray(np.ascontiguousarray(array.numpy())).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("writing pictures", "images") from None
-    return Image

@@ -1,4 +1,4 @@
-"""What a prior and a model share: saving to a folder, with a card if wanted, and pushing to the hub."""
+"""A prior and a model are saved to a folder, with a card on request, and pushed to the hub, in one way."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .card_pictures import samples_png
-from .cards import PICTURE, model_card
 from .checkpoint import save_state, write_whole
 from .hub import CARD, push_folder
 
@@ -31,13 +29,25 @@ class Shareable(ABC):
         """Named draws that a card shows: rows ``(n, d)``, or images ``(n, C, H, W)`` in [-1, 1]."""
 
     def save_pretrained(self, folder: str | Path, *, card: bool | str = False, license: str | None = None) -> None:
-        """Write ``config.json`` and a safetensors file into ``folder``, atomically; never a pickle.
+        """Write ``config.json`` and a safetensors file into a folder, atomically; never a pickle.
 
-        With ``card=True`` also a ``README.md``, the model card of :func:`latentprior.model_card` (its check of the
-        normaliser takes seconds), and a picture of samples where matplotlib is installed (extra ``report``); with
-        ``card="..."`` that text. ``license`` goes into the card: an identifier such as ``"apache-2.0"``.
+        Parameters
+        ----------
+        folder : str or Path
+            It is made if need be.
+        card : bool or str, default False
+            True also writes a ``README.md``, the model card of :func:`latentprior.model_card` (extra ``hub``; its check
+            of the normaliser takes seconds), with a picture of samples where matplotlib is installed (extra
+            ``report``). A text is written as it is.
+        license : str, optional
+            Identifier for a card that is written, for example ``"apache-2.0"``.
 
-        Raises :class:`~latentprior.errors.CheckpointError` for a tilted prior, or a folder that cannot be written.
+        Raises
+        ------
+        CheckpointError
+            For a tilted prior, or a folder that cannot be written.
+        MissingExtraError
+            If ``card`` is True and the extra ``hub`` is not installed.
         """
         self._save(Path(folder), self.state(), Path(folder).resolve().name, card, license)
 
@@ -53,27 +63,46 @@ class Shareable(ABC):
         card: bool | str | None = None,
         license: str | None = None,
     ) -> Any:
-        """Commit this to ``"user/name"`` on the Hugging Face hub (extra ``hub``), from where anyone can load it.
+        """Commit this to a repository on the Hugging Face hub (extra ``hub``), from where anyone can load it.
 
-        Arguments
-        ---------
-        private : visibility of a repository that is created; by default the account's. One that exists is left as is.
-        token : of an account that may write; by default the one that ``hf auth login`` stored.
-        revision : branch, by default ``main``; it is created if need be.
-        create_pr : open a pull request instead of committing.
-        card : None writes a card where the repository has none, so that one edited there stays; True writes it anew,
-            a text writes that, False none.
-        license : identifier for a card that is written, ``"apache-2.0"`` say.
+        Parameters
+        ----------
+        repo_id : str
+            The repository, ``"user/name"``; it is created if there is none.
+        private : bool, optional
+            Visibility of a repository that is created; by default the account's. One that exists is left as it is.
+        token : str or bool, optional
+            Token of an account that may write; by default the one that ``hf auth login`` stored.
+        revision : str, optional
+            Branch, by default ``main``; it is created if need be.
+        commit_message : str, optional
+            By default ``"Upload prior with latentprior"``, or ``model``.
+        create_pr : bool, default False
+            Whether to open a pull request instead of committing.
+        card : bool or str, optional
+            None writes a card where the repository has none, so that one edited there stays. True writes it anew, a
+            text writes that text, False writes none.
+        license : str, optional
+            Identifier for a card that is written, for example ``"apache-2.0"``.
 
-        Returns huggingface_hub's ``CommitInfo``: ``commit_url``, ``oid``, ``pr_url``.
+        Returns
+        -------
+        huggingface_hub.CommitInfo
+            With ``commit_url``, ``oid`` and ``pr_url``.
 
-        Raises :class:`~latentprior.errors.HubError` where the hub refuses or is not reached,
-        :class:`~latentprior.errors.MissingExtraError` without the extra, and what :meth:`save_pretrained` raises.
+        Raises
+        ------
+        HubError
+            If the hub refuses or is not reached.
+        MissingExtraError
+            Without the extra ``hub``.
+        CheckpointError
+            For a tilted prior.
         """
         state = self.state()
 
-        def write(folder: Path, name: str, fresh: bool) -> None:
-            self._save(folder, state, name, fresh if card is None else card, license)
+        def write(folder: Path, name: str, is_new: bool) -> None:
+            self._save(folder, state, name, is_new if card is None else card, license)
 
         return push_folder(
             write,
@@ -96,6 +125,10 @@ class Shareable(ABC):
     ) -> None:
         save_state(folder, self.kind, *state)
         if card is True:
+            # Here, so that a density knows neither cards nor pictures unless it is shared.
+            from .card_pictures import samples_png
+            from .cards import PICTURE, model_card
+
             picture = samples_png(self.card_draws())
             if picture is not None:
                 write_whole(folder / PICTURE, picture)

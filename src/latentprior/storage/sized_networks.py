@@ -1,4 +1,4 @@
-"""Networks that a file describes: measured against the weights beside it before memory is given to them."""
+"""Networks that a file describes are compared with the weights beside it before they get memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def blank(kind: Callable[..., nn.Module], *sizes: Any, **options: Any) -> Any:
-    """A layer on the CPU whose weights the caller is about to draw; without memory while :func:`built_for` measures."""
+    """Make a layer on the CPU whose weights the caller draws; under :func:`built_for` it first takes no memory."""
     where = "meta" if torch.get_default_device().type == "meta" else "cpu"
     return nn.utils.skip_init(kind, *sizes, **options, device=where)
 
@@ -22,16 +22,30 @@ def blank(kind: Callable[..., nn.Module], *sizes: Any, **options: Any) -> Any:
 def built_for(
     weights: Mapping[str, Tensor], build: Callable[[], Network], *, ignored: str | tuple[str, ...] = ()
 ) -> Network:
-    """Build a network whose state has the names and shapes of ``weights``, those that begin with ``ignored`` apart.
+    """Build a network whose state has the names and shapes of ``weights``.
 
-    It is first sketched without memory: a damaged or hostile specification of a kilobyte could otherwise ask for
-    all that the machine has. Raises :class:`ValueError` where sketch and weights differ.
+    It is first built without memory: a damaged or hostile specification of a kilobyte could otherwise ask for all
+    that the machine has.
+
+    Parameters
+    ----------
+    weights : mapping
+        Tensors by name.
+    build : callable
+        Makes the network.
+    ignored : str or tuple of str, optional
+        Beginnings of names in the network that ``weights`` need not have.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes differ.
     """
     with torch.device("meta"):
         sketch = build().state_dict()
-    wanted = {k: tuple(v.shape) for k, v in sketch.items() if not k.startswith(ignored)}
-    found = {k: tuple(v.shape) for k, v in weights.items()}
-    if wanted != found:
-        wrong = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
+    expected = {k: tuple(v.shape) for k, v in sketch.items() if not k.startswith(ignored)}
+    given = {k: tuple(v.shape) for k, v in weights.items()}
+    if expected != given:
+        wrong = sorted(k for k in {*expected, *given} if expected.get(k) != given.get(k))
         raise ValueError(f"weights that do not fit: {', '.join(wrong[:5])}")
     return build()

@@ -6,58 +6,101 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..density.ratios import Gain
 from ..errors import LatentPriorError
 
-__all__ = ["UNKNOWN", "AutoencoderConfig", "TrainingConfig"]
-
-UNKNOWN = Gain(math.nan, math.nan)
+__all__ = ["AutoencoderConfig", "TrainingConfig"]
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a decoder and its ladder are learned together. Defaults are the paper's where it gives them."""
+    """How a decoder and its ladder are learned together. Defaults are the paper's where the paper gives them.
+
+    Parameters
+    ----------
+    stages : int
+        Number of stages of the ladder, at most.
+    steps : int
+        Number of steps of a stage, at most. With the adaptive switch a stage whose gain has just fallen by half may
+        take twice as many.
+    switch : str
+        When a stage ends. ``"schedule"``: after ``steps`` steps. ``"adaptive"``: also when its held-out gain has not
+        risen for ``patience`` evaluations, unless it has fallen by half: then the posterior has moved, and the stage
+        may take up to ``steps`` more to follow it. An adaptive ladder ends with the first stage that adds nothing.
+    settle_steps : int
+        Number of steps of the decoder alone under the whole ladder, after the last stage.
+    batch_size : int
+        Number of images in a step.
+    posterior_start : str
+        Where posterior chains begin: ``"prior"`` (at draws of the base, as in the paper), ``"encoder"`` (at a draw of
+        the encoder) or ``"persistent"`` (where the chain of the same image ended).
+    posterior_steps : int
+        Number of steps of a posterior chain.
+    posterior_step_size : float
+        Step size of posterior chains, in standardised coordinates.
+    precondition : bool
+        Whether posterior chains move in units of the encoder's standard deviations and are Metropolis-corrected. The
+        encoder then learns by the evidence lower bound under the ladder, and not from where the chains end. Only for
+        an encoder that was learned before: steps in the scales of an untrained one are refused.
+    prior_sampler : str
+        How the ladder is sampled: ``"langevin"`` (short runs from the base, as in the paper), ``"persistent"`` (chains
+        that are kept between steps) or ``"particles"`` (the ladder's fresh particles).
+    prior_steps : int
+        Number of steps of a prior chain.
+    prior_step_size : float
+        Step size of prior chains, in standardised coordinates.
+    ratio_width : int
+        Number of units in a hidden layer of a log ratio.
+    ratio_depth : int
+        Number of hidden layers of a log ratio.
+    bound : float
+        Largest absolute value of a log ratio, in nats.
+    learn_sigma : bool
+        Whether sigma, the noise of the pixels, follows the root of the mean squared error at posterior samples, where
+        the likelihood is highest.
+    learning_rate : float
+        Learning rate of the decoder and the encoder (Adam with betas 0.5 and 0.999).
+    ratio_learning_rate : float
+        Learning rate of the log ratios (Adam with betas 0.5 and 0.999).
+    decay : float
+        Factor on both learning rates in every epoch, from 0 to 1.
+    average : float
+        Decay of the moving averages of weights, from 0 to 1. The averages are what learning returns.
+    evaluate_every : int
+        Number of steps between two evaluations of the gain, each of which saves the state.
+    patience : int
+        Number of evaluations without a rise of the gain after which a stage ends, with the adaptive switch.
+    held_out : int
+        Number of images, and of particles, that gains are measured on: they train nothing.
+
+    Raises
+    ------
+    LatentPriorError
+        For settings that nothing can be learned with.
+    """
 
     stages: int = 5
-    """Most stages of the ladder."""
     steps: int = 3000
-    """Steps of a stage; the most, where switching is adaptive, of one whose gain has not just fallen by half."""
     switch: Literal["adaptive", "schedule"] = "adaptive"
-    """``adaptive``: a stage ends when its held-out gain has not risen for ``patience`` evaluations, unless it has
-    fallen by half: then the posterior has moved under it, and it gets up to ``steps`` more to catch up."""
     settle_steps: int = 0
-    """Steps of the decoder alone under the whole ladder, after the last stage."""
     batch_size: int = 100
     posterior_start: Literal["prior", "encoder", "persistent"] = "prior"
-    """Where posterior chains begin: draws of the base (the paper), the encoder's draw, or the image's last latent."""
     posterior_steps: int = 20
     posterior_step_size: float = 0.1
     precondition: bool = False
-    """Posterior chains move in units of the encoder's standard deviations, Metropolis-corrected, and the encoder learns
-    by the evidence lower bound under the ladder instead of from where the chains end. For an encoder learned before:
-    steps in the scales of an untrained one are refused."""
     prior_sampler: Literal["langevin", "persistent", "particles"] = "langevin"
-    """Short-run dynamics from the base (the paper), chains kept between steps, or the ladder's fresh particles."""
     prior_steps: int = 60
     prior_step_size: float = 0.4
     ratio_width: int = 200
     ratio_depth: int = 2
     bound: float = 5.0
     learn_sigma: bool = False
-    """Keep sigma at the root of the mean squared error at posterior samples, its maximum of the likelihood."""
     learning_rate: float = 1e-4
-    """Of the decoder and the encoder (Adam, betas 0.5 and 0.999)."""
     ratio_learning_rate: float = 2e-5
     decay: float = 0.998
-    """Factor on both learning rates every epoch."""
     average: float = 0.999
-    """Decay of the moving averages of weights: the decoder's and encoder's that are returned, each stage's kept."""
     evaluate_every: int = 250
     patience: int = 3
     held_out: int = 500
-    """Images, and as many particles, on which gains are measured: they train nothing."""
-    mixed_precision: bool = False
-    """bfloat16 in the generator, by torch's autocast: meant for CUDA. Weights and densities keep their precision."""
 
     def __post_init__(self) -> None:
         """Raise :class:`LatentPriorError` for settings that nothing can be learned with."""
@@ -78,17 +121,28 @@ class TrainingConfig:
             "posterior_start": ("prior", "encoder", "persistent"),
             "prior_sampler": ("langevin", "persistent", "particles"),
         }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name, options in choices.items():
+            if getattr(self, name) not in options:
+                raise LatentPriorError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(options)}")
         if self.precondition and self.posterior_start != "encoder":
             raise LatentPriorError("precondition takes its scales from the encoder: set posterior_start to 'encoder'")
 
     def check(self, images: int, *, encoder: bool = True, processes: int = 1) -> None:
-        """Raise :class:`LatentPriorError` where there is too little to learn from or with.
+        """Check that these settings can learn from what there is.
 
-        ``images`` must be enough to hold some out and learn from others, ``encoder`` there to start chains from,
-        and ``processes`` able to share a batch.
+        Parameters
+        ----------
+        images : int
+            Number of images.
+        encoder : bool
+            Whether the model has an encoder.
+        processes : int
+            Number of processes that share a batch.
+
+        Raises
+        ------
+        LatentPriorError
+            For too few images, a missing encoder, or a batch that the processes cannot share.
         """
         if images < self.held_out + 2:
             raise LatentPriorError(
@@ -104,22 +158,45 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How decoder and encoder are learned before there is a prior."""
+    """How a decoder and an encoder are learned before there is a prior.
+
+    Parameters
+    ----------
+    kind : str
+        What is learned. ``"vae"``: the evidence lower bound under N(0, I). ``"ae"``: the squared error, with noise on
+        the latents.
+    steps : int
+        Number of steps.
+    batch_size : int
+        Number of images in a step.
+    learning_rate : float
+        Learning rate of Adam at the first step; it falls to zero on a cosine.
+    learn_sigma : bool
+        ``"vae"``: whether sigma, the noise of the pixels, follows the root of the mean squared error, where the bound
+        is highest. Otherwise it stays as it is.
+    noise : float
+        ``"ae"``: standard deviation of the noise on latents. The penalty keeps the latents from growing beyond it.
+    latent_penalty : float
+        ``"ae"``: weight of half the squared norm of the latents beside the squared error.
+    weight_decay : float
+        Weight decay of the decoder, as in AdamW.
+    average : float
+        Decay of the moving average of weights, from 0 to 1. The average is what learning returns.
+
+    Raises
+    ------
+    LatentPriorError
+        For settings that nothing can be learned with.
+    """
 
     kind: Literal["vae", "ae"] = "vae"
-    """``vae``: the evidence lower bound under N(0, I); ``ae``: squared error with noise on the latents."""
     steps: int = 6000
     batch_size: int = 128
     learning_rate: float = 1e-3
-    """Of Adam, falling to zero on a cosine."""
     learn_sigma: bool = True
-    """``vae``: keep sigma at the root of the mean squared error, where the bound is highest, instead of fixed."""
     noise: float = 0.1
-    """``ae``: standard deviation of the noise on latents, which the penalty keeps from growing."""
     latent_penalty: float = 1e-3
-    """``ae``: weight of half the squared norm of latents beside the squared error."""
     weight_decay: float = 0.0
-    """Of the decoder (decoupled from Adam)."""
     average: float = 0.999
 
     def __post_init__(self) -> None:

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 import latentprior as lp
-from latentprior.density.bases import (
-    GaussianMixtureBase,
-    LowRankMixtureBase,
-    MixtureBase,
-)
-from latentprior.density.bases import (
-    mixture_base as mixtures,
-)
+from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase, MixtureBase
+from latentprior.density.bases import mixture_base as mixtures
 from latentprior.density.bases.em import Moments
 from latentprior.density.bases.mixture_base import MixtureSearch
 from latentprior.density.ladder import Ladder

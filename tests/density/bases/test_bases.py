@@ -301,11 +301,7 @@ def test_distributions_of_the_user(
 
 
 def test_distribution_of_another_size_is_refused(rows: Tensor) -> None:
-    for wrong in (
-        Normal(torch.zeros(1), torch.ones(1)),
-        Normal(torch.zeros(3), torch.ones(3)),
-        Normal(0.0, 1.0),
-    ):
+    for wrong in (Normal(torch.zeros(1), torch.ones(1)), Normal(torch.zeros(3), torch.ones(3)), Normal(0.0, 1.0)):
         with pytest.raises(LatentPriorError, match=r"shape|coordinates"):
             fit_base(wrong, rows, rows, identity(2))
 

@@ -131,9 +131,7 @@ def test_langevin_bias_on_a_normal_is_the_known_one(size: float, steps: int, gen
     assert abs(float(end.var()) - variance) < 4.5 * variance * math.sqrt(2 / n)
 
 
-def test_langevin_bias_on_a_skewed_target_is_small_at_small_steps_and_grows(
-    generator: torch.Generator,
-) -> None:
+def test_langevin_bias_on_a_skewed_target_is_small_at_small_steps_and_grows(generator: torch.Generator) -> None:
     target = SkewedProduct(1)
     start = target.sample((60_000,), generator=generator)
     density = value_and_grad(target)

@@ -78,10 +78,7 @@ def test_stderr_covers(runs: dict[str, list[smc.SMCResult]], direction: str, sig
 
 
 def test_particles_follow_the_end_of_the_path(runs: dict[str, list[smc.SMCResult]]) -> None:
-    for direction, mean, deviation in (
-        ("forward", MEAN, DEVIATION),
-        ("backward", torch.zeros(2), torch.ones(2)),
-    ):
+    for direction, mean, deviation in (("forward", MEAN, DEVIATION), ("backward", torch.zeros(2), torch.ones(2))):
         means = torch.stack([r.position.mean(0) for r in runs[direction]])
         squares = torch.stack([(r.position - mean).square().mean(0) for r in runs[direction]])
         # Seeds are independent: |t_39| > 4 has chance 0.0003 a number. Populations of 512 are biased by

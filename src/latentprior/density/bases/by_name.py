@@ -45,27 +45,12 @@ def fit_base(
     redraw: Callable[[], Tensor] | None = None,
     deadline: float | None = None,
 ) -> Base:
-    """Make the base ``kind`` from standardised rows.
+    """Make the base ``kind`` from standardised rows ``(n, d)``; ``validation`` rows choose sizes.
 
-    Parameters
-    ----------
-    kind : str, Distribution or Base
-        ``"gmm"`` has full covariances below 192 coordinates and low-rank ones from there on, where full ones would
-        allow few components; ``"gmm-lowrank"`` and ``"gmm-lowrank:20"`` ask for low-rank ones, ``"gmm:20"`` for full
-        ones and 20 components. Further names are ``"normal"``, ``"copula"`` and ``"flow"``.
-    train, validation : Tensor
-        Rows ``(n, d)`` to fit, and ``(m, d)`` to choose by.
-    whitening : Whitening
-        The map to standardised coordinates, for a Distribution on the user's.
-    generator, redraw, deadline
-        As in :meth:`MixtureBase.fit`.
-
-    Raises
-    ------
-    LatentPriorError
-        For an unknown name.
-    MissingExtraError
-        Where an extra is absent.
+    ``"gmm"`` has full covariances below 192 coordinates and low-rank ones from there on, where full ones would allow
+    few components; ``"gmm:20"`` and ``"gmm-lowrank:20"`` fix kind and number. ``generator``, ``redraw`` and
+    ``deadline`` are those of :class:`MixtureSearch`. Raises :class:`LatentPriorError` for an unknown name,
+    :class:`MissingExtraError` where an extra is absent.
     """
     if isinstance(kind, Base):
         base: Base = copy.deepcopy(kind)

@@ -121,27 +121,9 @@ class MixtureBase(Base, abc.ABC):
         redraw: Callable[[], Tensor] | None = None,
         deadline: float | None = None,
     ) -> B:
-        r"""Fit by EM: one mixture of ``n_components``, or an average of several whose size the held-out rows choose.
+        """Fit by EM: one mixture of ``n_components``, or what :class:`MixtureSearch` finds within the ``deadline``.
 
-        :class:`MixtureSearch` says how the size is chosen and what is averaged.
-
-        Parameters
-        ----------
-        train, validation : Tensor
-            Standardised rows ``(n, d)`` to fit, and ``(m, d)`` to choose by.
-        n_components : int, optional
-            Number of components, where it is not searched for.
-        generator : torch.Generator, optional
-            Where random numbers come from.
-        redraw : callable, optional
-            New draws of the rows, where the latents are posteriors; each iteration of EM sees others.
-        deadline : float, optional
-            No mixture is begun that would not be done by then (:func:`time.monotonic`), by the last one's time.
-
-        Raises
-        ------
-        LatentPriorError
-            For fewer rows than components, or rows that no covariance fits.
+        Raises :class:`LatentPriorError` for fewer rows than components, or rows that no covariance fits.
         """
         search = MixtureSearch(cls, train, validation, generator=generator, redraw=redraw, deadline=deadline)
         if n_components is not None:
@@ -213,26 +195,12 @@ class MixtureBase(Base, abc.ABC):
 class MixtureSearch(Generic[B]):
     r"""The search for the size of a mixture, and for how many mixtures to average, by held-out rows within a time.
 
-    The search takes more components, as the kind's :meth:`MixtureBase.plan` says, while they raise the held-out log
-    density by 0.01 nats and two standard errors. Mixtures of that size from other starts then join in equal shares,
-    :math:`\frac1R \sum_r p^{(r)}(u)`, while the held-out log density rises by two standard errors and by what the plan
-    asks for: an average varies less with the rows than its members do (Ormoneit and Tresp 1998). EM itself stops after
-    three iterations without a rise of 0.004 nats.
-
-    Parameters
-    ----------
-    kind : type
-        The kind of mixture.
-    train, held_out : Tensor
-        Standardised rows ``(n, d)`` to fit, and ``(m, d)`` to choose by.
-    generator : torch.Generator, optional
-        Where random numbers come from.
-    redraw : callable, optional
-        New draws of the rows for every iteration of EM.
-    deadline : float, optional
-        When to end, by :func:`time.monotonic`.
-    coarse : bool
-        Whether the mixture will be refined by others.
+    The search takes more components, as :meth:`MixtureBase.plan` says, while they raise the held-out log density by
+    0.01 nats and two standard errors. Mixtures of that size from other starts then join in equal shares, :math:`\frac1R
+    \sum_r p^{(r)}(u)`, while it rises by two standard errors and by what the plan asks for: an average varies less with
+    the rows than its members do (Ormoneit and Tresp 1998). EM itself stops after three iterations without a rise of
+    0.004 nats. ``redraw`` gives new draws of the rows for each iteration, ``deadline`` is by :func:`time.monotonic`,
+    and ``coarse`` says that others will refine the mixture.
     """
 
     def __init__(

@@ -22,10 +22,7 @@ def init(position: Tensor, log_density: LogDensity, step_size: float | None = No
 
 
 def step(
-    state: MALAState,
-    log_density: LogDensity,
-    leapfrog_steps: int = 8,
-    generator: torch.Generator | None = None,
+    state: MALAState, log_density: LogDensity, leapfrog_steps: int = 8, generator: torch.Generator | None = None
 ) -> tuple[MALAState, MALAInfo]:
     r"""Refresh momenta, follow :math:`H(z, v) = -\log p(z) + \frac12\|v\|^2` by leapfrog, accept by Metropolis.
 
@@ -43,10 +40,7 @@ def step(
     keep, probability = accept(log_ratio, generator)
     column = keep[:, None]
     moved = MALAState(
-        torch.where(column, new_z, z),
-        torch.where(keep, new_value, value),
-        torch.where(column, new_grad, grad),
-        s,
+        torch.where(column, new_z, z), torch.where(keep, new_value, value), torch.where(column, new_grad, grad), s
     )
     return moved, MALAInfo(probability)
 

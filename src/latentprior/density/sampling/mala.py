@@ -55,10 +55,7 @@ def step(
     keep, probability = accept(log_ratio, generator)
     column = keep[:, None]
     moved = MALAState(
-        torch.where(column, proposal, z),
-        torch.where(keep, new_value, value),
-        torch.where(column, new_grad, grad),
-        s,
+        torch.where(column, proposal, z), torch.where(keep, new_value, value), torch.where(column, new_grad, grad), s
     )
     return moved, MALAInfo(probability)
 

@@ -23,14 +23,24 @@ def from_callables(
 ) -> Autoencoder:
     """An autoencoder from two callables; give modules rather than their methods, so that ``.to(device)`` moves them.
 
-    Arguments
-    ---------
-    encode : images ``(n, C, H, W)`` in ``image_range`` to a tensor, to ``(mean, standard deviation)`` (not a log
-        variance), or to a :class:`torch.distributions.Distribution`.
-    decode : latents ``(n, *event_shape)`` to a tensor of images in ``image_range``.
-    event_shape : shape of one latent. Both callables are tried once; modules are put in ``eval`` mode.
+    Both callables are tried once; modules are put in ``eval`` mode.
 
-    Raises :class:`LatentPriorError` where the two do not fit each other or ``event_shape``.
+    Parameters
+    ----------
+    encode : callable
+        Images ``(n, C, H, W)`` in ``image_range`` to a tensor, to ``(mean, standard deviation)`` (not a log
+        variance), or to a :class:`torch.distributions.Distribution`.
+    decode : callable
+        Latents ``(n, *event_shape)`` to a tensor of images in ``image_range``.
+    event_shape : sequence of int
+        Shape of one latent.
+    image_range : tuple of float
+        Least and most value of a pixel, as the two callables have it.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the two do not fit each other or ``event_shape``.
 
     Examples
     --------
@@ -47,13 +57,26 @@ def from_callables(
 
 
 def from_methods(
-    obj: Any,
-    image_range: Range,
-    *,
-    event_shape: Sequence[int] | None = None,
-    image_shape: Sequence[int] | None = None,
+    obj: Any, image_range: Range, *, event_shape: Sequence[int] | None = None, image_shape: Sequence[int] | None = None
 ) -> Autoencoder:
-    """An autoencoder from the ``encode`` and ``decode`` methods of one object; one of its shapes is given."""
+    """An autoencoder from the ``encode`` and ``decode`` methods of one object.
+
+    Parameters
+    ----------
+    obj : object
+        What has the two methods.
+    image_range : tuple of float
+        Least and most value of a pixel, as the two methods have it.
+    event_shape : sequence of int, optional
+        Shape of one latent.
+    image_shape : sequence of int, optional
+        Shape (C, H, W) of one image, where ``event_shape`` is not given.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the two methods do not fit each other or the shape.
+    """
     encoder = AdaptedEncoder(_without(obj, "decoder", "post_quant_conv", "quantize"), _call_encode, image_range)
     decoder = AdaptedDecoder(_without(obj, "encoder", "quant_conv"), _call_decode, image_range)
     return joined(encoder, decoder, event_shape=event_shape, image_shape=image_shape)

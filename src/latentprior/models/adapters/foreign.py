@@ -25,11 +25,18 @@ def from_diffusers(vae: Any, *, image_shape: Sequence[int] | None = None) -> Aut
     are absent or do not suit your images, measure them: :meth:`Autoencoder.standardised`. Half-precision weights
     are called in their own type.
 
-    Arguments
-    ---------
-    vae : the model; put in ``eval`` mode. Its weights are referenced, not copied.
-    image_shape : (C, H, W) of the images you will use; the configuration's ``in_channels`` and ``sample_size`` by
+    Parameters
+    ----------
+    vae : torch.nn.Module
+        The model; it is put in ``eval`` mode. Its weights are referenced, not copied.
+    image_shape : sequence of int, optional
+        Shape (C, H, W) of the images that you will use; the configuration's ``in_channels`` and ``sample_size`` by
         default. One image of it is encoded to learn the latents' shape.
+
+    Raises
+    ------
+    LatentPriorError
+        Where the images' shape is not known, or the stored factors do not fit the latents.
     """
     if image_shape is None:
         size = _setting(vae, "sample_size")
@@ -46,8 +53,18 @@ def from_diffusers(vae: Any, *, image_shape: Sequence[int] | None = None) -> Aut
 def from_pythae(model: Any, *, image_range: Range = (0.0, 1.0)) -> Autoencoder:
     """A pythae model: ``encoder(x).embedding`` and ``.log_covariance``, ``decoder(z).reconstruction``.
 
-    pythae's decoders end in a sigmoid and its images lie in [0, 1]; give another ``image_range`` for networks of
-    your own. The model is put in ``eval`` mode. Raises :class:`LatentPriorError` for something else.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it is put in ``eval`` mode.
+    image_range : tuple of float
+        Least and most value of a pixel. The decoders of pythae end in a sigmoid and its images lie in [0, 1]; networks
+        of your own may have another range.
+
+    Raises
+    ------
+    LatentPriorError
+        For something that is no pythae autoencoder.
     """
     if not (callable(getattr(model, "encoder", None)) and callable(getattr(model, "decoder", None))):
         raise LatentPriorError(f"{type(model).__name__} has no encoder and decoder: give a pythae autoencoder")
@@ -65,9 +82,22 @@ def from_any(
 ) -> Autoencoder:
     """Adapt what is given, by what it has: an :class:`Autoencoder`, a diffusers or pythae model, or two callables.
 
-    Accepted are ``(encode, decode)`` pairs and objects with ``encode`` and ``decode`` methods (both need
-    ``event_shape``), diffusers autoencoders (``image_shape`` where theirs is not yours) and pythae models. Raises
-    :class:`LatentPriorError` for anything else.
+    Parameters
+    ----------
+    obj : object
+        An :class:`Autoencoder`, which is returned as it is; a diffusers autoencoder; a pythae model; a pair
+        ``(encode, decode)`` of callables; or an object with ``encode`` and ``decode`` methods.
+    image_shape : sequence of int, optional
+        Shape (C, H, W) of the images that you will use, where a diffusers model was made for others.
+    event_shape : sequence of int, optional
+        Shape of one latent, which a pair and an object with two methods need.
+    image_range : tuple of float, optional
+        Least and most value of a pixel: [0, 1] for pythae and [-1, 1] for everything else by default.
+
+    Raises
+    ------
+    LatentPriorError
+        For anything else, or where a shape is missing.
     """
     if isinstance(obj, Autoencoder):
         return obj
