@@ -48,7 +48,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(nn|constraints)\..*"),
     # Types of internals, in signatures of internals.
     (r"py:class", r"latentprior\.\w+\..*"),
-    (r"py:.*", r"(Distribution|Dataset|TextIO|Console|Kind|Rows|Range|Method|Score|FitCallback|Callback|optional|Self)"),
+    (r"py:.*", r"(Distribution|Dataset|TextIO|Console|Kind|Rows|Range|Method|Score|FitCallback|Callback|Self)"),
 ]
 
 
