@@ -55,7 +55,7 @@ class ContrastiveNetwork(nn.Module):
         return F.normalize(self.body(x.contiguous(memory_format=torch.channels_last)).float(), dim=1)
 
     def projected(self, x: Tensor) -> Tensor:
-        """What the loss compares, ``(n, 64)`` of length 1."""
+        """Return the vectors that the loss compares, ``(n, 64)`` of length 1."""
         return F.normalize(self.head(self.body(x.contiguous(memory_format=torch.channels_last))).float(), dim=1)
 
     @torch.no_grad()

@@ -5,56 +5,54 @@ from __future__ import annotations
 from typing import Any
 
 from _latent_sections import SETS
-from _markdown import produced, spread, table
+from _markdown import how, spread, table
 from _results import read_results
 
 __all__ = ["decoded_sections"]
 
+HOW = (
+    "`refine` adds a stage to a ladder that is learned again as in the tables above, in 90 s; this is another run, so "
+    "the figures of the ladder differ a little from those above. The network of the stage reads what the decoder makes "
+    "of latents. The seconds are those of the ladder and of the new stage, the normaliser included. In these runs "
+    "`refine` went on to try a second stage, a linear form of where latents stand in the ladder's mixture; it was kept "
+    "at no seed, and `refine` no longer has it. The density is that of latents, in the same coordinates. Log Z comes "
+    "from sequential Monte Carlo from both ends. The integral, which must be 1, is annealed from a mixture that is "
+    "fitted to the refined prior's samples, and back. AUC and Fréchet distances are those of 5,000 samples, on test "
+    "rows. The rows of the rivals are those of the tables above. On taef512 the network reads the first eight layers "
+    "of the decoder, up to a convolution on maps of 8 x 8."
+)
 PARTS = {"base": "the ladder's base", "ladder": "ladder", "refined": "ladder, refined"}
 
 
 def decoded_sections() -> list[str]:
     """E2: every set that was measured."""
-    found = [(name, document) for name in SETS if (document := read_results(f"decoded_{name}")) is not None]
-    if not found:
+    documents = {name: document for name in SETS if (document := read_results(f"decoded_{name}")) is not None}
+    if not documents:
         return []
-    out = [
-        "## Stages that see decoded latents",
-        "",
-        "`refine` on the ladder of the tables above: a stage whose network reads what the decoder makes of latents. "
-        "Seconds are the ladder's and its own, the normaliser included. In these runs `refine` went on to try a second "
-        "stage, a linear form of where latents stand in the ladder's mixture; it was kept at no seed and is gone. "
-        "The density is that of latents, in the same coordinates; log Z by sequential Monte Carlo from both ends, and "
-        "the integral, which must be 1, by annealing from a mixture fitted to the refined prior's samples, and back. "
-        "Test rows; 5,000 samples, Fréchet distances as above. Rivals' rows are those of the tables above. The bound "
-        "of 10 nats and the odds of a stage on pictures were chosen on cifar128 at seed 0, test rows in view. On "
-        "taef512 the network reads the decoder's first eight layers, until a convolution on maps of 8 x 8; how many "
-        "was chosen there by gains on validation rows at seed 0.",
-        "",
-    ]
-    for name, document in found:
+    out = ["## Stages that see decoded latents", ""]
+    for name, document in documents.items():
         out += _section(name, document)
-    return out
+    first = next(iter(documents.values()))
+    seconds = first["settings"]["seconds"]
+    command = f"python benchmarks/decoded.py --sets {' '.join(documents)} --seeds 0 1 2 --seconds {seconds:.0f}"
+    return [*out, "### How refined ladders were measured", "", *how(command, first, HOW)]
 
 
 def _section(name: str, document: dict[str, Any]) -> list[str]:
-    seeds, settings = document["seeds"], document["settings"]
+    seeds = document["seeds"]
     rows = []
     rivals = (read_results(f"latents_{name}") or {"seeds": {}})["seeds"]
     for method in dict.fromkeys(m for run in rivals.values() for m in run if m not in ("floors", "ladder")):
         figures = [run[method] for run in rivals.values() if method in run]
         if any("frechet" in f for f in figures):
             rows.append([method, str(len(figures)), *_cells(figures), ""])
-    for part, told in PARTS.items():
+    for part, label in PARTS.items():
         figures = [run[part] for run in seeds.values() if part in run]
         if figures:
             errors = [f["log_prob_stderr_normalizer"] for f in figures if "log_prob_stderr_normalizer" in f]
-            rows.append([told, str(len(figures)), *_cells(figures), f"± {max(errors):.2f}" if errors else ""])
-    call = f"python benchmarks/decoded.py --sets {name} --seeds {' '.join(seeds)} --seconds {settings['seconds']:.0f}"
+            rows.append([label, str(len(figures)), *_cells(figures), f"± {max(errors):.2f}" if errors else ""])
     out = [
         f"### {name}: {SETS[name]}, with its decoder, seeds {' '.join(seeds)}",
-        "",
-        f"`{call}`. {produced(document)}",
         "",
         table(["method", "seeds", "log density", "Fréchet distance", "AUC", "fit, s", "10k samples, s", "log Z"], rows),
         "",

@@ -128,7 +128,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 """Decoders as networks, or their first layers, for stages that read what they make."""
 IMAGES = {"mnist": 10_000, "cifar10": 5_000}
-"""How many are compared: EfficientNet-Lite0 takes many times as long as LeNet-5."""
+"""Images that are compared, by feature network: EfficientNet-Lite0 takes many times as long as LeNet-5."""
 
 
 def decoded_features(name: str, z: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _markdown import produced, spread, table
+from _markdown import how, spread, table
 
 __all__ = ["draw_scale", "known_truth_section", "processes_section", "scale_section"]
 
@@ -36,40 +36,28 @@ def known_truth_section(document: dict[str, Any]) -> list[str]:
             ]
         )
     head = ["target", "seeds", "exact", "model", "KL(truth, model)", "RMSE", "error of log Z", "within 3 SE"]
+    text = (
+        "Each target has 20,000 exact draws to learn from and 50,000 to test on; log densities are in nats. RMSE is "
+        "the error of log p under the target. The column 'weights' has the largest error of a mode's weight among "
+        "10,000 samples, and in brackets what 95 of 100 sets of exact draws stay below. AUC is that of boosted trees "
+        "that tell samples from exact draws; 0.5 means that they cannot. Where the support is bounded, the model's "
+        "mass inside is compared with the share of samples that lie inside. A ladder without a stage has log Z = 0 by "
+        "construction. Such a row tests the density of the base, and not a normaliser; the section on coverage tests "
+        "normalisers."
+    )
     return [
         "## Known truth",
         "",
-        f"`python benchmarks/known_truth.py`. {produced(document)}",
-        "",
-        "20,000 exact draws to learn from, 50,000 to test on; nats. RMSE: of log p under the target. Weights: the "
-        "largest error of a mode's weight among 10,000 samples, in brackets what 95 of 100 sets of exact draws stay "
-        "below. AUC: boosted trees telling samples from exact draws, 0.5 = cannot. Where the support is bounded the "
-        "model's mass inside is compared with the share of samples that lie inside. A ladder without a stage has log Z "
-        "= 0 by construction: such a row tests the base's density, not a normaliser; the section on coverage tests "
-        "those.",
-        "",
         table([*head, "weights", "AUC", "stages"], rows),
         "",
+        *how("python benchmarks/known_truth.py", document, text),
     ]
 
 
 def scale_section(document: dict[str, Any]) -> list[str]:
     """E5: how the cost grows."""
     settings = document["settings"]
-    out = [
-        "## Time and memory of fit",
-        "",
-        f"`python benchmarks/scale.py`. {produced(document)}",
-        "",
-        "Each point is a fit in a process of its own from a memory-mapped file, with stages of "
-        f"{settings['steps']} steps and width {settings['width']}, so that the points show how cost grows and not what "
-        f"a good fit costs. But for what a sweep changes: n = {settings['n']:,}, d = {settings['dim']}, at most "
-        f"{settings['stages']} stages, base {settings['base']}, batches of {settings['batch_size']:,}. Core seconds, "
-        "user and system; memory that the process asked for, without the pages of its mapped file (imports alone: "
-        f"{settings['imports_mib']:.0f} MiB). A stage's steps do not grow with n, nor do the rows that a base is "
-        "fitted to.",
-        "",
-    ]
+    out = ["## Time and memory of fit", ""]
     for name, points in document["sweeps"].items():
         rows = [
             [
@@ -84,7 +72,17 @@ def scale_section(document: dict[str, Any]) -> list[str]:
         ]
         head = [name, "file, MiB", "reading and base, s", "whole fit, s", "anonymous, MiB", "stages kept"]
         out += [table(head, rows), ""]
-    return [*out, "![Seconds and memory of a fit](results/scale.png)", ""]
+    text = (
+        "Each point is a fit in a process of its own, from a memory-mapped file. Stages have "
+        f"{settings['steps']} steps and width {settings['width']}, so that the points show how cost grows, and not "
+        f"what a good fit costs. What a sweep does not change is n = {settings['n']:,}, d = {settings['dim']}, at most "
+        f"{settings['stages']} stages, base {settings['base']} and batches of {settings['batch_size']:,}. Seconds are "
+        "those of the core, user and system. Memory is what the process asked for, without the pages of its mapped "
+        f"file; imports alone take {settings['imports_mib']:.0f} MiB. The steps of a stage do not grow with n, and the "
+        "number of rows that a base is fitted to does not either."
+    )
+    picture = ["![Seconds and memory of a fit](results/scale.png)", ""]
+    return [*out, *picture, *how("python benchmarks/scale.py", document, text)]
 
 
 def processes_section(document: dict[str, Any]) -> list[str]:
@@ -113,18 +111,19 @@ def processes_section(document: dict[str, Any]) -> list[str]:
         "whole fit, s",
         "held out, nats",
     ]
+    text = (
+        f"One stage of width {settings['width']} learns on n = {settings['n']:,} rows of d = {settings['dim']}, base "
+        f"{settings['base']}, with {settings['batch_size']:,} rows a batch of all processes together. The figures are "
+        f"medians of {settings['repeats']} runs, with their range. Held-out evaluations count as part of the steps. "
+        "The first process alone fits the base. On as many cores, two threads of one process are faster than two "
+        "processes of one thread each. There is no figure on GPUs."
+    )
     return [
         "## Several processes",
         "",
-        f"`python benchmarks/scale.py --processes`. {produced(document)}",
-        "",
-        f"One stage of width {settings['width']} on n = {settings['n']:,} rows of d = {settings['dim']}, base "
-        f"{settings['base']}, {settings['batch_size']:,} rows a batch of all processes together; medians of "
-        f"{settings['repeats']} runs, and their range. Held-out evaluations count as part of the steps. The base is "
-        "fitted by the first process alone.",
-        "",
         table([*head, "log Z, nats"], rows),
         "",
+        *how("python benchmarks/scale.py --processes", document, text),
     ]
 
 
@@ -142,9 +141,9 @@ def draw_scale(document: dict[str, Any], path: Path) -> None:
             axes.plot(x, y, "o-", color="#2563eb", ms=3, lw=1)
             axes.set(xscale="log", ylim=(0, 1.15 * max(y)), xlabel="batch" if name == "particles" else name)
             # A label that would touch its neighbour is left out.
-            told = [v for v, after in zip(x, [*x[1:], math.inf], strict=True) if after > 2 * v]
+            labelled = [v for v, after in zip(x, [*x[1:], math.inf], strict=True) if after > 2 * v]
             axes.set_xticks(
-                told, [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in told], fontsize=8
+                labelled, [f"{v:,}" if v < 10_000 else f"{v:.0e}".replace("e+0", "e") for v in labelled], fontsize=8
             )
             axes.minorticks_off()
             if column == 0:

@@ -63,7 +63,7 @@ class Rows:
 
 
 class _Learned:
-    """What is learned by gradients: AdamW under a cosine over the seconds given, best validation weights kept."""
+    """A rival that learns by gradients, by AdamW with a cosine rate; the best weights on validation rows stay."""
 
     rate = 2e-3
     name = "rival"
@@ -77,13 +77,13 @@ class _Learned:
         raise NotImplementedError
 
     def fit(self, draw: Rows, validation: Tensor, seconds: float) -> dict[str, Any]:
-        begun = time.monotonic()
+        start_time = time.monotonic()
         self.start(draw)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.rate, weight_decay=1e-4)
         best, best_at, kept, steps = -math.inf, 0.0, _copied(self.network), 0
         # Validation takes a tenth of the time at most.
         checked, next_check = 0.0, 0.0
-        for spent in _ticks(seconds, begun, self.name):
+        for spent in _ticks(seconds, start_time, self.name):
             for group in optimizer.param_groups:
                 group["lr"] = 0.5 * self.rate * (1 + math.cos(math.pi * spent / seconds))
             loss = -self.density(draw(BATCH)).mean()
@@ -92,10 +92,10 @@ class _Learned:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
             optimizer.step()
             steps += 1
-            now = time.monotonic() - begun
+            now = time.monotonic() - start_time
             if now >= next_check or now >= seconds:
                 score = self.log_prob(validation).mean().item()
-                took = time.monotonic() - begun - now
+                took = time.monotonic() - start_time - now
                 checked += took
                 next_check = now + max(0.01 * seconds, 10 * took)
                 if score > best:
@@ -146,9 +146,9 @@ class Mixture:
     """
 
     def fit(self, draw: Rows, validation: Tensor, seconds: float) -> dict[str, Any]:
-        u, held_out, begun = draw.every().numpy(), validation.numpy(), time.monotonic()
+        u, held_out, start_time = draw.every().numpy(), validation.numpy(), time.monotonic()
         best, tried, k = -math.inf, [], 16 if u.shape[1] <= 64 else 2
-        while time.monotonic() - begun < seconds or not tried:
+        while time.monotonic() - start_time < seconds or not tried:
             mixture = GaussianMixture(k, random_state=draw.seed, reg_covar=1e-4, max_iter=100).fit(u)
             score = float(mixture.score(held_out))
             tried.append([k, score])
@@ -314,7 +314,7 @@ class SingleRatio(_Energy):
     """
 
     def fit(self, draw: Rows, validation: Tensor, seconds: float) -> dict[str, Any]:
-        begun, d = time.monotonic(), validation.shape[1]
+        start_time, d = time.monotonic(), validation.shape[1]
         settings = StageSettings(
             bound=50.0,
             mixture_features=False,
@@ -327,7 +327,7 @@ class SingleRatio(_Energy):
         aim = Target(draw.latents, torch.arange(len(draw.latents)), validation, draw.whitening)
         base = NormalBase(d).float()
         learner = StageLearner(aim, Ladder(base), settings, (d,), draw.seed)
-        learned = learner.learn(learner.particles(), deadline=begun + seconds)
+        learned = learner.learn(learner.particles(), deadline=start_time + seconds)
         self.prior = _normalised(base, learned.ratio, validation, learner.seed)
         return {"steps": learned.steps, "gain": learned.gain.value, **self.normalizer()}
 
@@ -347,7 +347,7 @@ class ShortRun(_Energy):
     checks = 12
 
     def fit(self, draw: Rows, validation: Tensor, seconds: float) -> dict[str, Any]:
-        begun, d = time.monotonic(), validation.shape[1]
+        start_time, d = time.monotonic(), validation.shape[1]
         spec = StageSettings(bound=1e6, ratio="residual", mixture_features=False).spec((d,))
         self.energy = build_ratio(spec, derived_generator(CPU, draw.seed, "energy"))
         self.base, self.generator = NormalBase(d).float(), derived_generator(CPU, draw.seed, "short run")
@@ -356,7 +356,7 @@ class ShortRun(_Energy):
         average = {k: p.detach().clone() for k, p in parameters.items()}
         optimizer = torch.optim.Adam(self.energy.parameters(), lr=self.rate, betas=(0.5, 0.999))
         best, best_at, kept, steps, due = -math.inf, 0.0, average, 0, seconds / self.checks
-        for spent in _ticks(seconds, begun, "LEBM"):
+        for spent in _ticks(seconds, start_time, "LEBM"):
             negatives = self.short_run(100)
             loss = self.energy(negatives).mean() - self.energy(draw(100)).mean()
             optimizer.zero_grad(set_to_none=True)
@@ -369,7 +369,7 @@ class ShortRun(_Energy):
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     average[name].lerp_(parameter, 1 - decay)
-            if time.monotonic() - begun >= min(due, seconds):
+            if time.monotonic() - start_time >= min(due, seconds):
                 due += seconds / self.checks
                 now = {k: p.detach().clone() for k, p in parameters.items()}
                 self.energy.load_weights(average)
@@ -383,7 +383,7 @@ class ShortRun(_Energy):
         return {"best_at": best_at, "steps": steps, **self.normalizer()}
 
     def short_run(self, n: int) -> Tensor:
-        """Where 60 Langevin steps from N(0, I) end."""
+        """Return the ends of 60 Langevin steps from N(0, I)."""
         start = self.base.sample(n, self.generator)
         return langevin.sample(start, self.ladder.density(1.0), generator=self.generator)
 
@@ -435,9 +435,9 @@ def _copied(network: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in network.state_dict().items()}
 
 
-def _ticks(seconds: float, begun: float, name: str) -> Iterator[float]:
+def _ticks(seconds: float, start_time: float, name: str) -> Iterator[float]:
     """Seconds spent, again and again until they are over."""
     with tqdm(total=round(seconds), desc=name, unit="s", mininterval=5) as bar:
-        while (spent := time.monotonic() - begun) < seconds:
+        while (spent := time.monotonic() - start_time) < seconds:
             bar.n = round(spent)
             yield spent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _markdown import produced, spread, table
+from _markdown import how, spread, table
 
 __all__ = ["mutual_section"]
 
@@ -17,46 +17,46 @@ def mutual_section(document: dict[str, Any]) -> list[str]:
     """E1: correlated Gaussians."""
     rows = []
     for dim, methods in document["dims"].items():
-        for name, found in methods.items():
-            runs = list(found.values())
+        for name, by_seed in methods.items():
+            runs = list(by_seed.values())
             rows.append([dim, f"{runs[0]['exact']:.0f}", name, *_cells(runs)])
     settings = document["settings"]
     noise = max(
         r["test_stderr"] for methods in document["dims"].values() for runs in methods.values() for r in runs.values()
     )
+    text = (
+        f"Pairs of correlated unit normals have {settings['rows']:,} rows to learn from, which are whitened only where "
+        f"the table says so. The mean log ratio is over {settings['test']:,} fresh rows, in nats, with a standard "
+        f"error of {noise:.2f} at most. The base is the product of the marginals. 'Sum' is the sum of the log ratios "
+        "as they were learned. 'Normalised' has log Z of the whole ladder taken off; it is a lower bound, except for "
+        "errors of log Z. The two ends of log Z (from the base, from held-out rows) stand beside it; where they are "
+        "far apart, their middle is taken and says little. RMSE is the error of the normalised log ratio under the "
+        "target. The exact log ratio is a quadratic form. Quadratic forms are learned by natural gradients, or by "
+        "AdamW where the table says so. Other work shared the core, so seconds are rough."
+    )
     return [
         "## Mutual information",
-        "",
-        f"`python benchmarks/mutual_information.py`. {produced(document)}",
-        "",
-        f"Pairs of correlated unit normals; {settings['rows']:,} rows to learn from, not whitened but where it says "
-        f"so, the mean log ratio over {settings['test']:,} fresh ones (its standard error: {noise:.2f} at most); nats. "
-        "The base is the product of the marginals. Sum: of the log ratios as learned. Normalised: less log Z of the "
-        "whole ladder, a lower bound but for errors of log Z, whose two ends (from the base, from held-out rows) stand "
-        "beside it; where they are far apart the middle is taken and says little. RMSE: of the log ratio under the "
-        "target, normalised. The exact log ratio is a quadratic form; the residual network has to learn that too. "
-        "Quadratic forms are learned by natural gradients but where it says AdamW. Optimiser, batch and rate were "
-        "chosen on single stages at d = 80, 160 and 320 that were compared "
-        "with the exact ratio, those of AdamW (batches of 512) at d = 80: their rows are slightly selected. Other work "
-        "shared the core: read seconds loosely.",
         "",
         table(HEAD, rows),
         "",
         *_tried(document.get("tried", [])),
+        *how("python benchmarks/mutual_information.py", document, text),
     ]
 
 
 def _tried(runs: list[dict[str, Any]]) -> list[str]:
-    """Runs at other settings, before those of the script."""
-    told = []
+    """Runs at other attempts, before those of the script."""
+    attempts = []
     for run in runs:
         ends = "{:.1f} and {:.1f}".format(*run["log_z_ends"])
-        told.append(
+        attempts.append(
             f"d = {run['dim']}, {run['method']}, {NAMES[run['optimizer']]} at rate {run['learning_rate']}, "
             f"batches of {run['batch_size']}, {max(run['steps']):,} steps: sum {run['sum_of_log_ratios']:.1f}, "
             f"normalised {run['normalised']:.1f}, log Z's ends {ends}"
         )
-    return [f"Other settings, before the present ones (one seed): {'; '.join(told)}.", ""] if told else []
+    return (
+        [f"Before the present settings others were tried, at one seed: {'; '.join(attempts)}.", ""] if attempts else []
+    )
 
 
 def _cells(runs: list[dict[str, Any]]) -> list[str]:

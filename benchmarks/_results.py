@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 __all__ = ["join_results", "read_results", "write_results"]
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -17,6 +15,8 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 def write_results(name: str, figures: dict[str, Any], *, threads: int, settings: dict[str, Any]) -> None:
     """Write the figures with versions, threads and settings."""
+    import torch
+
     FOLDER.mkdir(exist_ok=True)
     document = {
         "settings": settings,

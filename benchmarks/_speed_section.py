@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _markdown import produced, table
+from _markdown import how, table
 
 __all__ = ["draw_speed", "speed_section"]
 
@@ -15,15 +15,7 @@ COLORS = ("#2563eb", "#f59e0b", "#10b981", "#9ca3af")
 def speed_section(document: dict[str, Any]) -> list[str]:
     """E5."""
     engine, profile, steps = (document[part] for part in ("engine", "profile", "steps"))
-    out = ["## Speed: the engine, the matrix product, other loops", ""]
-    out += [f"`taskset -c 0 python benchmarks/speed.py`. {produced(document)}", ""]
-    out += [
-        "One core, seconds of the process on it; one run from end to end. The core's pace changes between the peak and "
-        "what is held against it: where a share passes 1, by that much, so read medians. Five residual stages, width "
-        "256, d = 64, 8,192 particles, no mixture features; peak: a 2,048-square product in float32, "
-        f"{engine['peak_gflops']:.0f} Gflop/s. Only matrix products are counted as work.",
-        "",
-    ]
+    out = ["## Speed: the gradient by hand, the matrix product, other loops", ""]
     rows = [[name, *(f"{q:.2f}" for q in share)] for name, share in engine["share"].items()]
     out += [table(["share of the peak", "median", "least", "most"], rows), ""]
     kinds = list(profile["engine"])
@@ -32,9 +24,9 @@ def speed_section(document: dict[str, Any]) -> list[str]:
     if "products" in document:
         rates = document["products"]
         out += [
-            "Other forms of the products, 1,024 rows. The engine keeps one product a stage and layer. bfloat16 is "
-            "left out: Metropolis needs the value in float32, half of the work, so that at twice the rate a step of "
-            "MALA would gain a third at most.",
+            "Other forms of the products, on 1,024 rows. The package uses one product for each stage and layer. It "
+            "does not use bfloat16 in samplers: a Metropolis step needs the value in float32, which is half of the "
+            "work, so at twice the rate a step of MALA would gain a third at most.",
             "",
             table(["product", "share of the peak"], [[name, f"{rate:.2f}"] for name, rate in rates.items()]),
             "",
@@ -51,15 +43,24 @@ def speed_section(document: dict[str, Any]) -> list[str]:
         "![Shares of time before and after; seconds against stages and particles](results/speed.png)",
         "",
     ]
+    out += how(
+        "taskset -c 0 python benchmarks/speed.py",
+        document,
+        "All figures are of one core, in seconds of the process on it, from one run. The core's pace changes between "
+        "the measurement of the peak and what is compared with it: where a share is above 1, it changed by at least as "
+        "much, so read medians. There are five residual stages of width 256, d = 64, 8,192 particles and no mixture "
+        f"features. The peak is a 2,048-square product in float32, {engine['peak_gflops']:.0f} Gflop/s. Only matrix "
+        "products are counted as work.",
+    )
     lebm = steps["LEBM's loop (Langevin)"]
     rows = [
         [name, *(f"{f[which]:,.0f} ({f[which] / lebm[which]:.2f})" for which in ("median", "best"))]
         for name, f in steps.items()
     ]
     out += [
-        "Updates a second of 2,048 chains of the same energy; in brackets, to LEBM's loop. An update takes one value "
-        "and gradient, nearly all of it matrix products: at the peak it would be faster by the inverse of autograd's "
-        "share above, and no more.",
+        "Updates a second of 2,048 chains of the same energy, and in brackets the ratio to LEBM's loop. An update "
+        "takes one value and gradient, and nearly all of it is matrix products. At the peak it would be faster by the "
+        "inverse of autograd's share above, and no more.",
         "",
         table(["loop", "median of rounds", "best round"], rows),
         "",
@@ -67,8 +68,8 @@ def speed_section(document: dict[str, Any]) -> list[str]:
     draws = document.get("draws")
     if draws is None:
         return out
-    found = {name: figures for name, figures in draws.items() if isinstance(figures, dict)}
-    lebm = found["LEBM's loop, 60 steps of 0.4"]["rate"]
+    methods = {name: figures for name, figures in draws.items() if isinstance(figures, dict)}
+    lebm = methods["LEBM's loop, 60 steps of 0.4"]["rate"]
     rows = [
         [
             name,
@@ -77,15 +78,15 @@ def speed_section(document: dict[str, Any]) -> list[str]:
             f"{f['log_prob_error']:+.2f} ± {f['stderr']:.2f}",
             f"{f['auc']:.3f}",
         ]
-        for name, f in found.items()
+        for name, f in methods.items()
     ]
     head = ["draws of a ladder", "effective draws a second", "to LEBM's loop", "error of mean log density", "AUC"]
     out += [
-        f"A ladder of {draws['stages']} stage(s) on {draws['dim']} principal components of digits. Every end of LEBM's "
-        "short chains counts as a draw; of Metropolis chains what blackjax's estimate of effective size leaves; of "
-        f"importance resampling what its weights leave ({draws['ess']:.2f} of the base's draws). Error and AUC: "
-        "against 2,048 other draws by importance resampling; 0.5 = cannot be told from them. Where the error is not "
-        "zero, draws are not of equal worth.",
+        f"Draws of a ladder of {draws['stages']} stage(s) on {draws['dim']} principal components of digits. Every end "
+        "of LEBM's short chains counts as a draw. Of Metropolis chains as many draws count as blackjax's estimate of "
+        f"effective size says, of importance resampling the effective share of its weights ({draws['ess']:.2f} of the "
+        "base's draws). Error and AUC are against 2,048 other draws by importance resampling; an AUC of 0.5 means that "
+        "trees cannot tell them apart. Where the error is not zero, draws are not of equal worth.",
         "",
         table(head, rows),
         "",

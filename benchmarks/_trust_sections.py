@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from _markdown import produced, spread, table
+from _markdown import how, produced, spread, table
 
 __all__ = [
     "calibration_section",
@@ -19,6 +19,7 @@ __all__ = [
     "load_section",
     "load_table",
     "soak_section",
+    "soak_sentence",
 ]
 
 
@@ -63,27 +64,28 @@ def calibration_section(document: dict[str, Any]) -> list[str]:
     """E1: intervals of log Z."""
     runs = [run for runs in document["targets"].values() for run in runs.values() if run["stages"]]
     worst = max(run["truth_stderr"] / run["stderr"] for run in runs)
+    text = (
+        f"Each seed learns a small ladder of at most two stages from {document['settings']['rows']:,} fresh draws and "
+        "a normal base. The log Z that it states is compared with the true one. The truth is estimated by importance "
+        "sampling from the exact target and the base, and, where these two are not enough, from a mixture fitted to "
+        f"the ladder's samples; its standard error is at worst {worst:.2f} of the stated one. The interval is judged "
+        "alone, and then by the errors of both together. Nominal coverage is 0.954. A fit without a stage has "
+        "log Z = 0 exactly and is not counted."
+    )
     return [
         "## Coverage of the normaliser's interval",
         "",
-        f"`python benchmarks/calibration.py`. {produced(document)}",
-        "",
-        f"Each seed learns a small ladder of at most two stages from {document['settings']['rows']:,} fresh draws "
-        "and a normal base; its stated log Z is compared with an importance-sampling estimate from the exact target "
-        "and the base, and from a mixture fitted to the ladder's samples where those two do not suffice (its standard "
-        f"error is {worst:.2f} of the stated one at worst). The interval is judged alone, and then by the errors of "
-        "both together. Nominal coverage is 0.954; a fit without a stage has log Z = 0 exactly and is not counted.",
-        "",
         calibration_table(document),
         "",
+        *how("python benchmarks/calibration.py", document, text),
     ]
 
 
 def faults_table(document: dict[str, Any]) -> str:
     """Kills and what became of the runs."""
     rows = []
-    for kind, found in document["runs"].items():
-        kill = found["kill"]
+    for kind, outcomes in document["runs"].items():
+        kill = outcomes["kill"]
         same = "failed" not in kill and kill["identical"]
         counts = [kill.get(name, "-") for name in ("stops", "while_saving", "runs", "states_found")]
         rows.append([f"`{kind}`", *map(str, counts), "all" if same else "**not all**"])
@@ -100,16 +102,16 @@ def faults_table(document: dict[str, Any]) -> str:
 
 def faults_section(document: dict[str, Any]) -> list[str]:
     """E6: kills."""
+    text = (
+        "Small runs of the commands are killed by SIGKILL at random moments and resumed until they end. Every state "
+        "that a kill left behind was loaded."
+    )
     return [
         "## Killed and resumed",
         "",
-        f"`python benchmarks/faults.py`. {produced(document)}",
-        "",
-        "Small runs of the commands, killed by SIGKILL at random moments and resumed until they end; every state that "
-        "a kill left behind was loaded.",
-        "",
         faults_table(document),
         "",
+        *how("python benchmarks/faults.py", document, text),
     ]
 
 
@@ -124,19 +126,13 @@ def fuzz_table(document: dict[str, Any]) -> str:
 
 def fuzz_section(document: dict[str, Any]) -> list[str]:
     """E6: hostile files under coverage-guided search."""
-    return [
-        "## Hostile files",
-        "",
-        f"`python benchmarks/fuzz.py`. {produced(document)}",
-        "",
-        f"Coverage-guided search (atheris), {document['settings']['seconds']} s of clock a kind of file; the core had "
-        "other work, so the processor's seconds are given, the start included. Kinds that a run has not reached are "
-        "not in the table. What earlier searches found is mended; the inputs stand in `tests/fuzz/corpus` and are read "
-        "in every test run.",
-        "",
-        fuzz_table(document),
-        "",
-    ]
+    text = (
+        f"A coverage-guided search (atheris) runs for {document['settings']['seconds']} s of clock on each kind of "
+        "file. The core had other work, so the table gives seconds of the processor, the start included. Kinds of "
+        "file that a run did not reach are not in the table. What earlier searches found is mended. The inputs that "
+        "found it stand in `tests/fuzz/corpus` and are read in every test run."
+    )
+    return ["## Hostile files", "", fuzz_table(document), "", *how("python benchmarks/fuzz.py", document, text)]
 
 
 def load_table(document: dict[str, Any]) -> str:
@@ -153,39 +149,44 @@ def load_table(document: dict[str, Any]) -> str:
 
 def load_section(document: dict[str, Any]) -> list[str]:
     """Streams of rows."""
+    text = (
+        f"Rows have {document['settings']['dim']} columns of float32, and the prior has two stages of width 32. Each "
+        "call is a process of its own, its start included. The core had other work, so seconds are rough. Anonymous "
+        "memory is what the process asked for. Resident memory includes the pages of the memory-mapped file, which "
+        "the system takes back when it needs them. `log_prob` of a mapped array, called in Python, holds its results, "
+        "one number a row."
+    )
     return [
         "## Memory of scoring and sampling against n",
         "",
-        f"`python benchmarks/load.py`. {produced(document)}",
-        "",
-        f"{document['settings']['dim']} columns of float32, two stages of width 32, each call a "
-        "process of its own with "
-        "its start; the core had other work, so read seconds loosely. Anonymous: what the process asked for. "
-        "Resident: with the pages of the memory-mapped file, which the system takes back when it "
-        "needs them. `log_prob` of a "
-        "mapped array, called in Python, holds its results, one number a row.",
-        "",
         load_table(document),
         "",
+        *how("python benchmarks/load.py", document, text),
     ]
+
+
+def soak_sentence(document: dict[str, Any]) -> str:
+    """What hours of work did to resident memory."""
+    first, last = document["curve_mib"][0][1], document["curve_mib"][-1][1]
+    return (
+        f"In {document['minutes']:.0f} minutes at {100 * document['cpu_share']:.0f}% of a core there were "
+        f"{document['rounds']:,} rounds and {document['rows']:,} rows of drawing by every sampler, scoring, tilting "
+        f"and reloading. Resident memory was {first:.1f} MiB at first and {last:.1f} MiB at last. The largest reading "
+        f"of the last quarter is {document['rise_mib']:+.1f} MiB from the largest between the first fifth and "
+        f"half-time (allowed: {document['allowed_mib']} MiB)."
+    )
 
 
 def soak_section(document: dict[str, Any]) -> list[str]:
     """Hours of work."""
-    first, last = document["curve_mib"][0][1], document["curve_mib"][-1][1]
     return [
         "## Memory over hours",
         "",
-        f"`python benchmarks/soak.py`. {produced(document)}",
-        "",
-        f"{document['minutes']:.0f} minutes at {100 * document['cpu_share']:.0f}% of a core: {document['rounds']:,} "
-        f"rounds and {document['rows']:,} rows of drawing by every sampler, scoring, tilting and "
-        "reloading. Resident memory "
-        f"{first:.1f} MiB at first and {last:.1f} MiB at last; the largest reading of the last quarter is "
-        f"{document['rise_mib']:+.1f} MiB from the largest between the first fifth and half-time "
-        f"(allowed: {document['allowed_mib']} MiB).",
+        soak_sentence(document),
         "",
         "![Resident memory each minute](results/soak.png)",
+        "",
+        f"`python benchmarks/soak.py`: {produced(document)}",
         "",
     ]
 

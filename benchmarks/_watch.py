@@ -12,7 +12,7 @@ __all__ = ["Watched", "watched"]
 
 
 class Watched(NamedTuple):
-    """What a command took, and what it printed.
+    """Time and memory of a command, and the text that it printed.
 
     ``anonymous_mib`` is the most memory it asked for; ``resident_mib`` adds the pages of files it mapped, which the
     system takes back whenever it needs them.
@@ -24,13 +24,13 @@ class Watched(NamedTuple):
     out: str
 
     def figures(self) -> dict[str, float]:
-        """All but the text."""
+        """Return everything except the text."""
         return {"seconds": self.seconds, "anonymous_mib": self.anonymous_mib, "resident_mib": self.resident_mib}
 
 
 def watched(command: list[str]) -> Watched:
     """Run a command that prints little and read its memory fifty times a second; raise where it fails."""
-    begun = time.monotonic()
+    start = time.monotonic()
     peaks = {"RssAnon": 0.0, "VmHWM": 0.0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -41,4 +41,4 @@ def watched(command: list[str]) -> Watched:
         out, said = (stream.read() if stream else "" for stream in (process.stdout, process.stderr))
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}: {said}")
-    return Watched(time.monotonic() - begun, peaks["RssAnon"], peaks["VmHWM"], out)
+    return Watched(time.monotonic() - start, peaks["RssAnon"], peaks["VmHWM"], out)

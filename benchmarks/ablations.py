@@ -30,11 +30,7 @@ WIDTHS = (16, 64, 256)
 JOINT: dict[str, dict[str, Any]] = {
     "encoder's start, 5 steps; particles": {},
     "encoder's start, 20 steps": {"posterior_steps": 20},
-    "encoder's start in its scales, 2 steps": {
-        "posterior_steps": 2,
-        "posterior_step_size": 0.5,
-        "precondition": True,
-    },
+    "encoder's start in its scales, 2 steps": {"posterior_steps": 2, "posterior_step_size": 0.5, "precondition": True},
     "start at the prior, 5 steps": {"posterior_start": "prior"},
     "start at the prior, 20 steps (the paper)": {"posterior_start": "prior", "posterior_steps": 20},
     "persistent posterior chains, 5 steps": {"posterior_start": "persistent"},
@@ -48,7 +44,7 @@ JOINT: dict[str, dict[str, Any]] = {
 
 
 def joint_config(scale: Scale) -> lp.TrainingConfig:
-    """Half the steps of the table's joint runs, all alike: only what is named differs."""
+    """Half the steps of the table's joint runs. All runs are alike except for the named setting."""
     steps = scale.from_normal // 2
     return lp.TrainingConfig(
         stages=3, steps=steps, settle_steps=steps, switch="schedule", posterior_start="encoder", posterior_steps=5,
@@ -57,7 +53,7 @@ def joint_config(scale: Scale) -> lp.TrainingConfig:
 
 
 class Ablation:
-    """One seed: its VAE, and the distances of what is learned on it."""
+    """One seed: its VAE, and the distances of the ladders that are learned on it."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -68,12 +64,12 @@ class Ablation:
         return frechet_distance(self.bench.real, features(self.bench.network, x))
 
     def ladder(self, name: str, base: str, **options: Any) -> dict[str, Any]:
-        """A ladder on the VAE's posteriors, and how every stage of it moved the figures."""
+        """Learn a ladder on the VAE's posteriors, and measure after every stage."""
         model = self.bench.shared()
         latents = aggregate_posterior(model, self.bench.images)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         prior = lp.fit(latents, base=base, seed=self.bench.seed, **options)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start_time
         before, points = model.prior, []
         for k in range(len(prior.stages) + 1):
             model.prior = prior.with_ladder(prior.ladder.first(k))
@@ -112,9 +108,9 @@ class Ablation:
         for name, changes in JOINT.items():
             config = replace(joint_config(bench.scale), **changes)
             config = replace(config, settle_steps=(4 - config.stages) * config.steps)
-            begun = time.monotonic()
+            start_time = time.monotonic()
             model = lp.train(bench.fresh(), bench.images, config, seed=bench.seed)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - start_time
             x = bench.x[:MAP_IMAGES]
             figures[name] = {
                 "frechet": self.frechet(model, name),

@@ -6,11 +6,11 @@ Protocol of ADBench (Han et al., NeurIPS 2022): sets below 1,000 rows are drawn 
 10,000 down to 10,000 without; 70% of the rows train, outliers among them and labels unseen, the rest test, split by
 class; columns scaled to [0, 1] by the training rows. Figures are the area under the ROC curve and the average precision
 on test rows, in percent, means over seeds. The published ones (``paper_AUCROC.csv``, ``paper_AUCPR.csv``) are the
-paper's; some of those detectors run here too, on the very same rows, which tells what a difference of splits is worth.
+paper's; some of those detectors run here too, on the very same rows, which shows how much other splits matter.
 
-Half of the paper's sets are read here. The detector's defaults rest on reasons, but variants of its score were
-compared on these labels: RESULTS.md tells which. Runs of single sets and methods join the figures of earlier ones,
-and what is on file is skipped unless ``--again``.
+This reads the half of the paper's sets on which variants of the detector's score were compared by labels (RESULTS.md
+says which). Its ranks are no claim about other sets: on the other half the detector is average. Runs of single sets
+and methods join the figures of earlier runs; figures that are on file are not measured again without ``--again``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Split = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def folder() -> Path:
-    """Where the sets and the published figures lie."""
+    """Return the folder of the sets and of the published figures."""
     return data_folder() / "adbench"
 
 
@@ -84,13 +84,13 @@ def split(path: Path, seed: int) -> Split:
 def measure(method: str, rows: Split, seed: int) -> dict[str, float]:
     """Learn, score the test rows, compare with their labels."""
     train, test, odd = rows
-    begun = time.monotonic()
+    start = time.monotonic()
     detector = METHODS[method](seed).fit(train)
     score = detector.decision_function(test)
     return {
         "AUCROC": 100 * float(roc_auc_score(odd, score)),
         "AUCPR": 100 * float(average_precision_score(odd, score)),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -104,8 +104,8 @@ def main() -> None:
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
     warnings.simplefilter("ignore")
-    found = names()
-    for name in call.sets or found:
+    paths = names()
+    for name in call.sets or paths:
         for seed in call.seeds:
             rows: Split | None = None
             for method in call.methods:
@@ -113,7 +113,7 @@ def main() -> None:
                 runs = sets.setdefault(name, {}).setdefault(method, {})
                 if str(seed) in runs and not call.again:
                     continue
-                rows = rows or split(found[name], seed)
+                rows = rows or split(paths[name], seed)
                 runs[str(seed)] = measure(method, rows, seed)
                 print(name, seed, method, runs[str(seed)], flush=True)
                 figures = {

@@ -66,7 +66,7 @@ def true_log_normalizer(
             ladder = (prior.base.log_prob(u) + prior.ladder.log_potential(u)).double()
             others = torch.stack([other.log_prob(u).double() for other in strata])
             kept.append(ladder - torch.logsumexp(others, 0) + math.log(len(strata)))
-        # Strata of equal size: the mean of their means, and what their errors make together.
+        # The strata are of equal size, so the estimate is the mean of their means, and their errors add in squares.
         means = [log_mean_exp(torch.cat(kept)) for kept in weights]
         sums = torch.logsumexp(torch.tensor([m.value for m in means], dtype=torch.float64), 0)
         value = float(sums) - math.log(len(strata))
@@ -75,7 +75,7 @@ def true_log_normalizer(
         if stderr <= wanted or draws >= MOST:
             return LogMean(value, stderr, min(m.ess for m in means))
         if len(strata) == 2 and stderr * math.sqrt(draws / MOST) > wanted:
-            # They would not do: the ladder has mass where neither has much.
+            # The two strata are not enough where the ladder has mass and neither of them has much.
             u = prior.whitening.whiten(prior.sample((FITTED,), generator))
             fitted = GaussianMixtureBase.fit(u, u[:1], n_components=30, generator=generator)
             wider = GaussianMixtureBase(fitted.log_weights.exp(), fitted.means, 1.05 * fitted.cholesky)
@@ -84,7 +84,7 @@ def true_log_normalizer(
 
 
 class _Exact:
-    """The target in whitened coordinates, for what asks a base."""
+    """The target in whitened coordinates, in the form of a base."""
 
     def __init__(self, prior: lp.LatentPrior, target: targets.Target) -> None:
         self.whitening, self.dtype, self.target = prior.whitening, prior.dtype, target
@@ -99,7 +99,7 @@ class _Exact:
 def measure(target: targets.Target, options: dict[str, Any], seed: int) -> dict[str, Any]:
     """One interval and the truth."""
     generator = torch.Generator().manual_seed(50_000 + seed)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         z = target.sample((ROWS,), generator).float()
@@ -115,7 +115,7 @@ def measure(target: targets.Target, options: dict[str, Any], seed: int) -> dict[
         "stages": len(prior.stages),
         "covered": abs(stated.value - truth.value) <= 2 * stated.stderr,
         "bracket_warning": any(issubclass(w.category, lp.NormalizerBracketWarning) for w in caught),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - start_time,
     }
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
     results: dict[str, Any] = (read_results("calibration") or {"targets": {}})["targets"]
-    # Seed by seed, so that a run that is cut short has measured every target.
+    # The outer loop is over seeds, so that a run that is cut short has measured every target.
     for seed in range(call.seeds):
         for name, (target, options) in cases().items():
             runs = results.setdefault(name, {})

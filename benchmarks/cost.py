@@ -57,10 +57,10 @@ def lebm(bench: Bench, points: int) -> Curve:
         config = baselines.LEBMConfig(
             steps=steps * part // points, learning_rate=RATE, energy_learning_rate=2e-4, decay=0.95
         )
-        begun = time.monotonic()
+        start = time.monotonic()
         baselines.train_lebm(model, bench.images, config, seed=bench.seed)
-        # A run of part of the steps takes part of the time; what came before is not counted twice.
-        curve.spent, curve.resumed = time.monotonic() - begun, time.monotonic()
+        # A run of a part of the steps takes a part of the time, so earlier runs are not counted again.
+        curve.spent, curve.resumed = time.monotonic() - start, time.monotonic()
         curve.measure(model, **model.sampler)
     return curve
 
@@ -69,13 +69,13 @@ def two_phase(bench: Bench) -> Curve:
     """Whole runs of two-phase learning, each with more steps of both phases."""
     curve = Curve(bench)
     for share, rows, steps in HASTE:
-        begun = time.monotonic()
+        start = time.monotonic()
         config = AutoencoderConfig(steps=round(share * bench.scale.autoencoder))
         model = train_autoencoder(bench.fresh(), bench.images, config, seed=bench.seed)
         latents = aggregate_posterior(model, Images(bench.pixels[:rows]))
         settings = StageSettings(width=128, steps=steps)
         refit_prior(model, latents, seed=bench.seed, base="gmm:20", max_stages=1, settings=settings)
-        curve.spent, curve.resumed = time.monotonic() - begun, time.monotonic()
+        curve.spent, curve.resumed = time.monotonic() - start, time.monotonic()
         curve.measure(model)
     return curve
 

@@ -24,7 +24,7 @@ from _features import NETWORKS, decoded_features
 from _latent_pictures import add_picture
 from _results import join_results
 from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase
-from latentprior.density.bases.by_name import WIDE
+from latentprior.density.bases.by_name import LOW_RANK_COORDINATES
 from latentprior.density.normalizer_check import check_from
 from latentprior.density.prior import LatentPrior
 from latentprior.density.samplers import draw
@@ -38,9 +38,9 @@ SAMPLES, FITTED, CARRIED = 5000, 10_000, 1024
 
 def scored(bench: Bench, prior: LatentPrior, name: str) -> tuple[dict[str, Any], Tensor]:
     """Density of test rows, and how samples compare with them."""
-    generator, begun = derived_generator(CPU, bench.seed, "decoded", name), time.monotonic()
+    generator, start = derived_generator(CPU, bench.seed, "decoded", name), time.monotonic()
     z = prior.sample((SAMPLES,), generator=generator).flatten(1)
-    sampling = time.monotonic() - begun
+    sampling = time.monotonic() - start
     with torch.no_grad():
         values = prior.log_prob_whitened(bench.test).double()
     u = bench.whitening.whiten(z)
@@ -59,34 +59,34 @@ def scored(bench: Bench, prior: LatentPrior, name: str) -> tuple[dict[str, Any],
 
 
 def checked(prior: LatentPrior, u: Tensor, generator: torch.Generator) -> list[Any]:
-    """The integral from a mixture fitted to samples ``u``, both ways, a few at a time: pictures are dear."""
+    """Integrate from a mixture fitted to samples ``u``, both ways, a few rows at a time: pictures are expensive."""
     d = u.shape[1]
     size = max(1, min(16, len(u) // (2 * d)))
-    kind = GaussianMixtureBase if d < WIDE else LowRankMixtureBase
+    kind = GaussianMixtureBase if d < LOW_RANK_COORDINATES else LowRankMixtureBase
     fitted = kind.fit(u, u[:1], n_components=size, generator=generator).to(u.dtype).widened((1.05,))
-    found = check_from(
+    integral = check_from(
         prior.ladder, fitted, fitted.sample(FITTED, generator), "gmm", generator,
         log_normalizer=prior.normalizer.value, own=lambda n: draw(prior.ladder, n, generator, "smc", {}),
         particles=CARRIED,
     )  # fmt: skip
-    return list(found)
+    return list(integral)
 
 
 def measured(name: str, seed: int, ladder_seconds: float, seconds: float) -> dict[str, Any]:
     """A set and seed."""
     bench = Bench(load_set(name), seed, 2 * ladder_seconds, "decoded")
-    begun = time.monotonic()
+    start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ladder = lp.fit(
             bench.train, validation=bench.validation, seed=seed, time_budget=ladder_seconds, callbacks=[Progress()]
         )
-        fitted = time.monotonic() - begun
+        fitted = time.monotonic() - start
         refined = lp.refine(
             ladder, bench.train, NETWORKS[name](), validation=bench.validation, seed=seed, time_budget=seconds,
             callbacks=[Progress()],
         )  # fmt: skip
-    both = time.monotonic() - begun
+    both = time.monotonic() - start
     assert torch.equal(ladder.whitening.matrix, bench.whitening.matrix)
     figures: dict[str, Any] = {"floors": bench.floors}
     base = bench.whitening.unwhiten(ladder.base.sample(SAMPLES, derived_generator(CPU, seed, "decoded", "base")))
@@ -96,15 +96,15 @@ def measured(name: str, seed: int, ladder_seconds: float, seconds: float) -> dic
     }
     figures["ladder"] = {**scored(bench, ladder, "ladder")[0], "seconds": fitted}
     if refined is not ladder:
-        found, u = scored(bench, refined, "refined")
+        refined_figures, u = scored(bench, refined, "refined")
         kept = ("steps", "ess", "saturated", "log_prob_rise", "log_prob_rise_stderr", "seconds", "history")
         added = [
             {"kind": stage.network.spec["kind"], "gain": stage.gain, **{k: stage.diagnostics[k] for k in kept}}
             for stage in refined.stages[len(ladder.stages) :]
         ]
-        print(f"{name} seed {seed}: {figures}, refined {found}, {added}", flush=True)
+        print(f"{name} seed {seed}: {figures}, refined {refined_figures}, {added}", flush=True)
         integral = checked(refined, u, derived_generator(CPU, seed, "decoded", "check"))
-        figures["refined"] = {**found, "seconds": both, "integral": integral, "stages": added}
+        figures["refined"] = {**refined_figures, "seconds": both, "integral": integral, "stages": added}
     figures["warnings"] = [str(w.message) for w in caught]
     return figures
 

@@ -55,18 +55,18 @@ def planted(x: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray
         odd = np.stack([draw.choice(column, n) for column in x.T], 1)
     else:
         diagonal = d > 50
-        found = GaussianMixture(
+        mixture = GaussianMixture(
             min(COMPONENTS, len(x) // 50), covariance_type="diag" if diagonal else "full", random_state=seed
         ).fit(x)
-        which = draw.choice(len(found.weights_), n, p=found.weights_)
+        which = draw.choice(len(mixture.weights_), n, p=mixture.weights_)
         scale = FACTOR if kind == "local" else 1.0
         middle = x.mean(0)
-        means = middle + (FACTOR if kind == "clustered" else 1.0) * (found.means_ - middle)
+        means = middle + (FACTOR if kind == "clustered" else 1.0) * (mixture.means_ - middle)
         normal = draw.standard_normal((n, d))
         spread = (
-            np.sqrt(found.covariances_[which]) * normal
+            np.sqrt(mixture.covariances_[which]) * normal
             if diagonal
-            else np.einsum("nij,nj->ni", np.linalg.cholesky(found.covariances_)[which], normal)
+            else np.einsum("nij,nj->ni", np.linalg.cholesky(mixture.covariances_)[which], normal)
         )
         odd = means[which] + np.sqrt(scale) * spread
     rows = x.copy()
@@ -113,7 +113,7 @@ def cases(seeds: list[int]) -> Iterator[tuple[str, str, int, Callable[[], tuple[
             train, test, odd = split(path, seed)
             if train.shape[1] > WIDEST:
                 continue
-            yield "adbench", name, seed, lambda found=(train, test, odd): found
+            yield "adbench", name, seed, lambda rows=(train, test, odd): rows
             for kind in KINDS:
 
                 def make(x: np.ndarray = train[:MOST], kind: str = kind, seed: int = seed) -> tuple[np.ndarray, ...]:

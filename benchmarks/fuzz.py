@@ -28,19 +28,19 @@ def searched(target: str, seconds: int, seed: int, findings: Path) -> dict[str, 
     """Inputs that were run, edges that they reached, and what was found."""
     options = [f"-max_total_time={seconds}", f"-seed={seed}", f"-artifact_prefix={findings / target}-"]
     options += ["-print_final_stats=1", "-rss_limit_mb=4096", "-timeout=60", "-report_slow_units=60"]
-    begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(FOLDER / "fuzz.py"), target, *options],
         capture_output=True, text=True, check=False, errors="replace", env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    found = sorted(path.name for path in findings.glob(f"{target}-*"))
+    names = sorted(path.name for path in findings.glob(f"{target}-*"))
     counts = [re.findall(pattern, done.stderr) for pattern in (r"number_of_executed_units: (\d+)", r"cov: (\d+)")]
-    if (done.returncode and not found) or not all(counts):
+    if (done.returncode and not names) or not all(counts):
         sys.exit(f"{target}: the search did not run:\n{done.stderr[-2000:]}")
     inputs, edges = (int(values[-1]) for values in counts)
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
     mended = len(list((FOLDER / "corpus" / target).glob("*")))
-    return {"processor_seconds": spent, "inputs": inputs, "edges": edges, "findings": len(found), "mended": mended}
+    return {"processor_seconds": spent, "inputs": inputs, "edges": edges, "findings": len(names), "mended": mended}
 
 
 def main() -> None:

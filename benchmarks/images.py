@@ -80,7 +80,7 @@ LADDERS = ("ladder, two-phase", "ladder, joint", ON_LONGER)
 
 
 def paper_config(scale: Scale) -> TrainingConfig:
-    """From untrained networks and N(0, I), as the paper, but for the encoder's start and particles."""
+    """Learn from untrained networks and N(0, I) as in the paper, except for the encoder's start and for particles."""
     return TrainingConfig(
         stages=3, steps=scale.from_normal, settle_steps=scale.from_normal, posterior_start="encoder", posterior_steps=5,
         prior_sampler="particles", learning_rate=RATE, ratio_learning_rate=RATE, decay=0.95, evaluate_every=100,
@@ -130,68 +130,68 @@ class Bench:
         key = "_".join(map(str, (*self.scale.spec, self.scale.train, steps, self.seed)))
         kept = image_cache() / f"vae_{self.dataset}_{key}"
         if not (kept / "seconds.json").exists():
-            begun = time.monotonic()
+            start_time = time.monotonic()
             model = train_autoencoder(self.fresh(), self.images, AutoencoderConfig(steps=steps), seed=self.seed)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - start_time
             model.save_pretrained(kept)
             (kept / "seconds.json").write_text(json.dumps(seconds))
         return LatentVariableModel.from_pretrained(kept), json.loads((kept / "seconds.json").read_text())
 
     def rival(self, name: str, config: Any, *, on_vae: bool = False) -> tuple[LatentVariableModel, float]:
         options = {"autoencoder": self.shared()} if on_vae else {}
-        begun = time.monotonic()
+        start_time = time.monotonic()
         model = baselines.RIVALS[name](self.fresh(), self.images, config, seed=self.seed, **options)
-        return model, time.monotonic() - begun + (self.vae_seconds if on_vae else 0.0)
+        return model, time.monotonic() - start_time + (self.vae_seconds if on_vae else 0.0)
 
     def gmm_on_longer_vae(self) -> tuple[LatentVariableModel, float]:
         """The best simple rival with more steps of its generator than the joint ladder's has in all."""
         vae, seconds = self.autoencoder(3 * self.scale.autoencoder)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         model = baselines.RIVALS["latent_gmm"](self.fresh(), self.images, None, seed=self.seed, autoencoder=vae)
-        return model, seconds + time.monotonic() - begun
+        return model, seconds + time.monotonic() - start_time
 
     def ladder_on_longer_vae(self) -> tuple[LatentVariableModel, float]:
         """The ladder on the control's autoencoder: the same generator under another prior."""
         model, seconds = self.autoencoder(3 * self.scale.autoencoder)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         latents = aggregate_posterior(model, self.images)
         refit_prior(model, latents, seed=self.seed, time_budget=self.scale.fit_seconds)
-        return model, seconds + time.monotonic() - begun
+        return model, seconds + time.monotonic() - start_time
 
     def two_phase(self) -> tuple[LatentVariableModel, float]:
         """The ladder on the VAE's aggregate posterior; joint learning may begin from it."""
         if self.ladder is None:
             model = copy.deepcopy(self.shared())
-            begun = time.monotonic()
+            start_time = time.monotonic()
             latents = aggregate_posterior(model, self.images)
             refit_prior(model, latents, seed=self.seed, time_budget=self.scale.fit_seconds)
-            self.ladder = model, time.monotonic() - begun + self.vae_seconds
+            self.ladder = model, time.monotonic() - start_time + self.vae_seconds
         return self.ladder
 
     def joint(self) -> tuple[LatentVariableModel, float]:
         """Generator and ladder together from the two-phase model, then a ladder on draws of the last posterior."""
         model, seconds = self.two_phase()
-        model, begun = copy.deepcopy(model), time.monotonic()
+        model, start_time = copy.deepcopy(model), time.monotonic()
         config, budget = joint_config(self.scale), self.scale.fit_seconds
         train_under_prior(model, self.images, config, seed=self.seed, time_budget=budget)
-        return model, seconds + time.monotonic() - begun
+        return model, seconds + time.monotonic() - start_time
 
     def joint_from_normal(self) -> tuple[LatentVariableModel, float]:
-        begun = time.monotonic()
+        start_time = time.monotonic()
         model = train(self.fresh(), self.images, paper_config(self.scale), seed=self.seed)
-        return model, time.monotonic() - begun
+        return model, time.monotonic() - start_time
 
     def measure(self, name: str, made: tuple[LatentVariableModel, float]) -> dict[str, Any]:
         model, seconds = made
         draws = derived_generator(CPU, self.seed, "measure", name)
         sampler = model.sampler
-        begun = time.monotonic()
+        start_time = time.monotonic()
         x = model.generate(self.scale.test, generator=draws, **sampler)
-        sampling = time.monotonic() - begun
+        sampling = time.monotonic() - start_time
         self.pictures[name] = x[:64]
         made_features = features(self.network, x)
         some = self.x[:MAP_IMAGES]
-        # The 2-stage prior's density is an average over 64 draws: too slow to climb, and not its paper's inference.
+        # The density of the 2-stage prior is an average over 64 draws. It is too slow to climb, and its paper does not.
         best = None if name == "2-stage VAE" else model.reconstruct(some, method="map", generator=draws)
         if name in LADDERS:
             own = model.reconstruct(self.x, method="map", generator=draws)
@@ -222,7 +222,7 @@ class Bench:
 
     def methods(self) -> dict[str, Callable[[], tuple[LatentVariableModel, float]]]:
         s = self.scale
-        # Their papers' rates, but where a few hundred steps need higher ones.
+        # The rates are those of the papers, except where a few hundred steps need higher ones.
         rates: dict[str, Any] = {"learning_rate": RATE, "decay": 0.95} if s.short_run < HURRIED else {}
         energy: dict[str, Any] = {"energy_learning_rate": 2e-4} if rates else {}
         return {

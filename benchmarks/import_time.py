@@ -19,14 +19,14 @@ from _results import write_results
 
 
 def seconds() -> dict[str, float]:
-    """Of one interpreter: the whole import, PyTorch's part of it, and the processor's time."""
+    """Return the seconds of one interpreter: the whole import, PyTorch's part of it, and the processor's time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-X", "importtime", "-c", "import latentprior"]
     trace = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = {name: int(t) / 1e6 for t, name in re.findall(r"\|\s+(\d+) \|\s+(latentprior|torch)$", trace, re.MULTILINE)}
+    parts = {name: int(t) / 1e6 for t, name in re.findall(r"\|\s+(\d+) \|\s+(latentprior|torch)$", trace, re.MULTILINE)}
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"latentprior": found["latentprior"], "torch": found["torch"], "processor": processor}
+    return {"latentprior": parts["latentprior"], "torch": parts["torch"], "processor": processor}
 
 
 def main() -> None:

@@ -73,18 +73,18 @@ def measure(target: targets.Target, base: str, seed: int) -> dict[str, Any]:
     """Learn from exact draws, compare with the exact density."""
     generator = torch.Generator().manual_seed(1000 + seed)
     z, test = target.sample((ROWS,), generator).float(), target.sample((TEST,), generator).float()
-    begun = time.monotonic()
+    start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prior = lp.fit(z, base=base, seed=seed, max_stages=8)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         samples = prior.sample((SAMPLES,), generator=generator)
     exact, model = target.log_prob(test.double()).double(), prior.log_prob(test).double()
     difference = exact - model
     inside = log_mean_exp(-difference)
     bounded = isinstance(target, targets.BoundedCube)
     if bounded:
-        # The model has mass outside, which exact draws never see: samples say how much.
+        # The model has mass outside, where no exact draw lies. The samples say how much.
         share = float(((samples >= 0) & (samples <= 1)).all(1).double().mean())
         error = inside.value - math.log(share)
         stderr = math.hypot(inside.stderr, math.sqrt((1 - share) / (share * SAMPLES)))
@@ -93,7 +93,7 @@ def measure(target: targets.Target, base: str, seed: int) -> dict[str, Any]:
     stderr = math.hypot(stderr, prior.log_prob_stderr)
     kl_stderr = math.hypot(float(difference.std()) / math.sqrt(TEST), prior.log_prob_stderr)
     auc = two_sample_auc(samples, target.sample((SAMPLES,), generator).float(), seed=seed)
-    found = modes(target, samples.double())
+    weights = modes(target, samples.double())
     return {
         "exact": exact.mean().item(),
         "model": model.mean().item(),
@@ -104,8 +104,8 @@ def measure(target: targets.Target, base: str, seed: int) -> dict[str, Any]:
         "log_z_error_stderr": stderr,
         "within_3_se": abs(error) <= 3 * stderr,
         "mass_inside": math.exp(inside.value) if bounded else None,
-        "mode_error": None if found is None else float((found[0] - found[1]).abs().max()),
-        "mode_error_of_exact": None if found is None else mode_noise(found[1]),
+        "mode_error": None if weights is None else float((weights[0] - weights[1]).abs().max()),
+        "mode_error_of_exact": None if weights is None else mode_noise(weights[1]),
         "auc": [auc.auc, auc.stderr],
         "stages": len(prior.stages),
         "gains": [s.gain for s in prior.stages],

@@ -41,9 +41,9 @@ def pace() -> float:
     """Matrix products of a hidden layer just now, in GFLOP/s: the machine is not equally fast at all times."""
     rows, weight, rates = torch.ones(2048, 256), torch.ones(256, 256), []
     for _ in range(60):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         rows @ weight
-        rates.append(2e-9 * 2048 * 256 * 256 / (time.perf_counter() - begun))
+        rates.append(2e-9 * 2048 * 256 * 256 / (time.perf_counter() - start))
     return sorted(rates)[len(rates) // 2]
 
 
@@ -55,7 +55,7 @@ class Bench:
         generator = derived_generator(CPU, seed, "training rows")
         self.train = lp.Latents(latents.train, latents.train_scale)
         self.validation = lp.Latents(latents.validation, latents.validation_scale)
-        # As the ladder's fit does it, from the same stream.
+        # The ladder's fit standardises in the same way, from the same stream.
         self.whitening = Whitening.fit(self.train.blocks(derived_generator(CPU, seed, "whitening"))).float()
         flat = torch.as_tensor(latents.test, dtype=torch.float32).flatten(1)
         self.test = self.whitening.whiten(flat)
@@ -64,7 +64,7 @@ class Bench:
         drawn = self.train.draw(torch.arange(len(self.train))[:: len(self.train) // SAMPLES][:SAMPLES], generator)
         drawn = drawn.float().flatten(1)
         real = None
-        # What a prior is to learn: the training rows' own posteriors.
+        # A prior has to learn the training rows' own posteriors.
         self.floors = {"auc": two_sample_auc(self.whitening.whiten(drawn)[: len(self.test)], self.test, seed=seed).auc}
         if latents.name in DECODERS:
             real, floors = floor_features(latents.name, latents.test)
@@ -80,11 +80,11 @@ class Bench:
         return {**figures, "gflops": (before + pace()) / 2}
 
     def _rival(self, name: str) -> dict[str, Any]:
-        rival, begun = RIVALS[name](), time.monotonic()
+        rival, start = RIVALS[name](), time.monotonic()
         notes = rival.fit(Rows(self.train, self.whitening, self.seed), self.held_out, self.seconds)
-        fitting, begun = time.monotonic() - begun, time.monotonic()
+        fitting, start = time.monotonic() - start, time.monotonic()
         drawn = rival.sample(SAMPLES)
-        return self._score(name, rival.log_prob, drawn, fitting, time.monotonic() - begun, **notes)
+        return self._score(name, rival.log_prob, drawn, fitting, time.monotonic() - start, **notes)
 
     def _score(
         self, name: str, log_prob: Any, samples: Tensor, fitting: float, sampling: float, **more: Any
@@ -113,7 +113,7 @@ class Bench:
         return figures
 
     def _ladder(self) -> dict[str, Any]:
-        begun = time.monotonic()
+        start = time.monotonic()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ladder = lp.fit(
@@ -123,12 +123,12 @@ class Bench:
                 time_budget=self.seconds / 2,
                 callbacks=[Progress()],
             )
-        fitting = time.monotonic() - begun
+        fitting = time.monotonic() - start
         assert torch.equal(ladder.whitening.matrix, self.whitening.matrix)
         generator = derived_generator(CPU, self.seed, "ladder")
-        begun = time.monotonic()
+        start = time.monotonic()
         drawn = self.whitening.whiten(ladder.sample((SAMPLES,), generator=generator).flatten(1))
-        sampling = time.monotonic() - begun
+        sampling = time.monotonic() - start
         more = self._normalizer(ladder, generator)
         more["warnings"] = [str(w.message) for w in caught]
         return self._score(LADDER, ladder.log_prob_whitened, drawn, fitting, sampling, **more)

@@ -50,16 +50,16 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
         "log_prob of a mapped array": [sys.executable, "-c", LOG_PROB, prior, rows],
         "sample": [*cli, "sample", prior, "-n", n, "--out", out],
     }
-    found = {}
+    figures = {}
     for name, call in calls.items():
-        found[name] = watched([str(word) for word in call]).figures()
+        figures[name] = watched([str(word) for word in call]).figures()
         if "--out" in call:
             written = np.load(out, mmap_mode="r")
             if len(written) != n:
                 raise RuntimeError(f"{name} wrote {len(written)} rows of {n}")
-            found[name]["written_mib"] = out.stat().st_size / 2**20
+            figures[name]["written_mib"] = out.stat().st_size / 2**20
             out.unlink()
-    return {"n": n, "file_mib": rows.stat().st_size / 2**20, "calls": found}
+    return {"n": n, "file_mib": rows.stat().st_size / 2**20, "calls": figures}
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ NOISE = 0.1
 """Standard deviation of the noise on features, in units of their first principal axis."""
 NETWORKS = 2
 COMPONENTS = 160
-"""Of the ladder's base."""
+"""Components of the ladder's base."""
 RIVAL_COMPONENTS = 40
 NEIGHBOURS = 5
 FIRST_ROW = {"features": "ladder on contrastive features", "pixels": "kNN on pixels", "vae": "ladder, -log p(z)"}
@@ -72,7 +72,7 @@ class Scale:
 
     contrastive: ContrastiveConfig
     fit_seconds: float
-    """Of one ladder."""
+    """Time budget of one ladder, in seconds."""
     vae: tuple[int, int]
     """Width and steps."""
     rows: int
@@ -111,19 +111,19 @@ class Run:
         self.digit, self.seed, self.scale = digit, seed, scale
         self.rows: dict[str, Any] = {"prevalence": float(self.odd.mean())}
 
-    def note(self, name: str, score: Tensor, begun: float, before: float = 0.0, **more: Any) -> None:
-        """Add a row: its score was ready ``before`` seconds of shared learning and the time since ``begun`` later."""
-        seconds = before + time.monotonic() - begun
+    def note(self, name: str, score: Tensor, start: float, before: float = 0.0, **more: Any) -> None:
+        """Add a row: its score was ready ``before`` seconds of shared learning and the time since ``start`` later."""
+        seconds = before + time.monotonic() - start
         auprc = average_precision(torch.from_numpy(self.odd), score).auprc
         self.rows[name] = {"auprc": auprc, "seconds": seconds, **more}
         print(f"digit {self.digit} seed {self.seed} {name}: {self.rows[name]}", flush=True)
 
     def on_features(self) -> None:
-        begun = time.monotonic()
+        start = time.monotonic()
         views = [self._features(self.seed + 1000 * i) for i in range(NETWORKS)]
-        before = time.monotonic() - begun
+        before = time.monotonic() - start
 
-        begun = time.monotonic()
+        start = time.monotonic()
         ladders, score, base = [], torch.zeros(len(self.test)), torch.zeros(len(self.test))
         for train, test in views:
             target = lp.Latents.posterior(train, torch.full_like(train, NOISE))
@@ -133,19 +133,19 @@ class Run:
                 base -= ladder.base.log_prob(ladder.whitening.whiten(test))
             ladders.append(ladder)
         auprc_base = average_precision(torch.from_numpy(self.odd), base).auprc
-        self.note("ladder on contrastive features", score, begun, before, auprc_base=auprc_base, **facts(*ladders))
+        self.note("ladder on contrastive features", score, start, before, auprc_base=auprc_base, **facts(*ladders))
 
-        begun, score = time.monotonic(), torch.zeros(len(self.test), dtype=torch.float64)
+        start, score = time.monotonic(), torch.zeros(len(self.test), dtype=torch.float64)
         for train, test in views:
             mixture = GaussianMixture(
                 RIVAL_COMPONENTS, reg_covar=NOISE**2, init_params="k-means++", random_state=self.seed
             ).fit(train.numpy())
             score -= torch.from_numpy(mixture.score_samples(test.numpy()))
-        self.note("GMM on the same features", score, begun, before)
+        self.note("GMM on the same features", score, start, before)
 
-        begun = time.monotonic()
+        start = time.monotonic()
         distances = [neighbour_distance(train, test) for train, test in views]
-        self.note("kNN on the same features", torch.stack(distances).sum(0), begun, before)
+        self.note("kNN on the same features", torch.stack(distances).sum(0), start, before)
 
     def _features(self, seed: int) -> tuple[Tensor, Tensor]:
         """Projected features of training and test images, by a network of its own."""
@@ -155,12 +155,12 @@ class Run:
         return project(raw), project(network.features(self.test))
 
     def on_pixels(self) -> None:
-        begun = time.monotonic()
+        start = time.monotonic()
         train, test = (torch.from_numpy(x).flatten(1).float().div(255) for x in (self.train, self.test))
-        self.note("kNN on pixels", neighbour_distance(train[: self.scale.rows], test), begun)
+        self.note("kNN on pixels", neighbour_distance(train[: self.scale.rows], test), start)
 
     def on_vae(self) -> None:
-        begun = time.monotonic()
+        start = time.monotonic()
         width, steps = self.scale.vae
         images = Images(self.train)
         spec = network_spec("mlp", 16, width, images.shape)
@@ -170,18 +170,18 @@ class Run:
         refit_prior(model, aggregate_posterior(model, images), seed=self.seed, time_budget=self.scale.fit_seconds)
         x = torch.cat(list(Images(self.test).batches(1000)))
         z = model.encode(x)[0]
-        before = time.monotonic() - begun
+        before = time.monotonic() - start
         scores: dict[str, Callable[[], Tensor]] = {
             "ladder, -log p(z)": lambda: model.anomaly_score(x, kind="prior", z=z),
             "ladder, -log p(x, z)": lambda: model.anomaly_score(x, z=z),
         }
         for name, score in scores.items():
-            begun = time.monotonic()
-            self.note(name, score(), begun, before, sigma=model.sigma, **facts(model.prior))
+            start = time.monotonic()
+            self.note(name, score(), start, before, sigma=model.sigma, **facts(model.prior))
 
 
 def facts(*ladders: lp.LatentPrior) -> dict[str, Any]:
-    """What a row says of its ladders."""
+    """Return the facts about ladders that a row has."""
     return {
         "stages": sum(len(ladder.stages) for ladder in ladders),
         "log_prob_stderr": math.hypot(*(ladder.log_prob_stderr for ladder in ladders)),
@@ -209,7 +209,7 @@ def main() -> None:
             run = Run(digit, seed, SCALES[call.scale])
             for part in parts:
                 getattr(run, f"on_{part}")()
-            # Read again: another process may have written other pairs meanwhile.
+            # The file is read again because another process may have written other pairs meanwhile.
             digits = (read_results(record) or {}).get("digits", {})
             seeds = digits.get(str(digit), {})
             seeds[str(seed)] = {**seeds.get(str(seed), {}), **run.rows}

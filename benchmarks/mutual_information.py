@@ -54,7 +54,7 @@ def methods(dim: int) -> dict[str, dict[str, Any]]:
         return {**ladder, "max_stages": waypoints, "settings": settings}
 
     small: dict[str, Any] = {"optimizer": "adamw", "steps": 2000, "batch_size": 512}
-    # Adam moves each of d^2 weights by about the rate, whatever its gradient: a form sums up what grows with d.
+    # Adam moves each of d^2 weights by about the rate, whatever its gradient, so the step of the form grows with d.
     adamw = {**small, "learning_rate": 0.8 / dim, "average": 0.99}
     residual = {**small, "ratio": "residual", "learning_rate": 3e-3, "weight_decay": 0.1, "average": 0.999}
     return {
@@ -71,11 +71,11 @@ def measure(dim: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
     target = CorrelatedGaussian(dim, math.sqrt(-math.expm1(-4 * DIMS[dim] / dim)))
     generator = torch.Generator().manual_seed(1000 + seed)
     z, test = target.sample((ROWS,), generator).float(), target.sample((TEST,), generator).float()
-    begun = time.monotonic()
+    start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prior = lp.fit(z, seed=seed, **options)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     product = -0.5 * (test.double().square() + math.log(2 * math.pi)).sum(1)
     normalised = prior.log_prob(test).double() - product
     inside = log_mean_exp(prior.log_prob(test).double() - target.log_prob(test.double()))
@@ -117,7 +117,7 @@ def main() -> None:
                     continue
                 runs[str(seed)] = measure(dim, options, seed)
                 print(f"d = {dim}, {name}, seed {seed}: {runs[str(seed)]}", flush=True)
-                done = {d: {m: r for m, r in found.items() if r} for d, found in results.items()}
+                done = {d: {m: r for m, r in methods.items() if r} for d, methods in results.items()}
                 settings = {"rows": ROWS, "test": TEST}
                 figures = {"dims": done, "tried": known.get("tried", [])}
                 write_results("mutual_information", figures, threads=call.threads, settings=settings)

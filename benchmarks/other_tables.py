@@ -74,13 +74,13 @@ def parts(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarr
 def measure(method: str, x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, float]:
     """Learn on 70% of the rows, score the rest."""
     train, test, odd = parts(x, y, seed)
-    begun = time.monotonic()
+    start = time.monotonic()
     # PyOD's PCA gives infinity on columns that are constant in the training rows.
     score = np.nan_to_num(METHODS[method](seed).fit(train).decision_function(test))
     return {
         "AUCROC": 100 * float(roc_auc_score(odd, score)),
         "AUCPR": 100 * float(average_precision_score(odd, score)),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -91,16 +91,16 @@ def main() -> None:
     call = ask.parse_args()
     torch.set_num_threads(call.threads)
     warnings.simplefilter("ignore")
-    found = (read_results(RECORD) or {}).get("tasks", {})
+    entries = (read_results(RECORD) or {}).get("tasks", {})
     for seed in call.seeds:
         for source, task, x, y in tasks(seed):
-            entry = found.setdefault(task, {"source": source, "rows": len(x), "columns": x.shape[1], "methods": {}})
+            entry = entries.setdefault(task, {"source": source, "rows": len(x), "columns": x.shape[1], "methods": {}})
             for method in METHODS:
                 runs = entry["methods"].setdefault(method, {})
                 if str(seed) not in runs:
                     runs[str(seed)] = measure(method, x, y, seed)
             print(seed, task, entry["methods"]["RatioDetector"][str(seed)], flush=True)
-            write_results(RECORD, {"tasks": found}, threads=call.threads, settings=vars(call))
+            write_results(RECORD, {"tasks": entries}, threads=call.threads, settings=vars(call))
 
 
 if __name__ == "__main__":

@@ -39,15 +39,15 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "n": [{"n": n} for n in (10**4, 10**5, 10**6, 10**7)],
     "n x 64": [{"n": 10**7, "dim": 64}],
     "d": [{"dim": d} for d in (2, 8, 32, 128, 512, 1024)],
-    # Bounded tightly and from N(0, I), so that there always is something left to learn.
+    # The bound is tight and the base is N(0, I), so that something is always left to learn.
     "K": [{"stages": k, "base": "normal", "bound": 0.5} for k in (1, 2, 4, 8)],
-    # Fresh particles a pass: 200 steps of a batch.
+    # Fresh particles of a pass, for 200 steps of a batch.
     "particles": [{"batch_size": b, "n": 10**5} for b in (256, 1024, 4096)],
 }
 
 
 SHARED: dict[str, Any] = {"n": 50_000, "dim": 64, "base": "gmm:8", "batch_size": 1024, "width": 256, "steps": 1000}
-"""One stage of the default width on what is about the size of the sets that fits are measured on."""
+"""One stage of the default width, on about as many rows as the sets of latents have."""
 LAUNCHES = [{"processes": 1, "threads": 1}, {"processes": 1, "threads": 2}, {"processes": 2, "threads": 1}]
 
 
@@ -71,18 +71,18 @@ def child(path: str, point: dict[str, Any], threads: int) -> None:
     """Fit once and print figures."""
     torch.set_num_threads(threads)
     settings = lp.StageSettings(**SHORT, batch_size=point["batch_size"], bound=point["bound"])
-    begun, clock = spent(), time.monotonic()
+    start_time, clock = spent(), time.monotonic()
     marks: dict[str, float] = {}
 
     def mark(event: lp.Event) -> None:
         if event.kind in ("stage", "learned", "normalizer", "end"):
-            marks[f"{event.kind} {event.stage}"] = spent() - begun
+            marks[f"{event.kind} {event.stage}"] = spent() - start_time
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prior = lp.fit(path, max_stages=point["stages"], base=point["base"], settings=settings, callbacks=[mark])
     figures = {
-        "core_seconds": spent() - begun,
+        "core_seconds": spent() - start_time,
         "wall_seconds": time.monotonic() - clock,
         "kept": len(prior.stages),
         "steps": [s.diagnostics["steps"] for s in prior.stages],
@@ -123,7 +123,7 @@ def member(path: str, threads: int) -> None:
 
 def in_processes(repeats: int) -> None:
     """Every launch in turn, several times over, so that what else the machine does meets all of them."""
-    found: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
+    runs_by_launch: dict[str, list[dict[str, Any]]] = {json.dumps(launch): [] for launch in LAUNCHES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         make(path, SHARED["n"], SHARED["dim"])
@@ -133,10 +133,11 @@ def in_processes(repeats: int) -> None:
                 several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['processes']}"]
                 command = [sys.executable, *([] if alone else several), __file__, "--threads", str(launch["threads"])]
                 ended = subprocess.run([*command, "--member", str(path)], check=True, capture_output=True, text=True)
-                found[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
-                print(launch, found[json.dumps(launch)][-1], flush=True)
+                runs_by_launch[json.dumps(launch)].append(json.loads(ended.stdout.splitlines()[-1]))
+                print(launch, runs_by_launch[json.dumps(launch)][-1], flush=True)
     launches = [
-        {**json.loads(launch), **{key: [run[key] for run in runs] for key in runs[0]}} for launch, runs in found.items()
+        {**json.loads(launch), **{key: [run[key] for run in runs] for key in runs[0]}}
+        for launch, runs in runs_by_launch.items()
     ]
     one, *_, two = (statistics.median(launch["seconds_1000_steps"]) for launch in launches)
     print(f"two processes of one thread: {one / two:.2f} times as fast as one")
@@ -171,9 +172,9 @@ def main() -> None:
                 path = Path(folder) / "rows.npy"
                 make(path, point["n"], point["dim"])
                 command = [sys.executable, __file__, "--threads", str(call.threads)]
-                found = watched([*command, "--child", str(path), json.dumps(point)])
+                process = watched([*command, "--child", str(path), json.dumps(point)])
                 size = path.stat().st_size / 2**20
-            point |= {"file_mib": size, **found.figures(), **json.loads(found.out.splitlines()[-1])}
+            point |= {"file_mib": size, **process.figures(), **json.loads(process.out.splitlines()[-1])}
             sweeps[name].append(point)
             print(name, point, flush=True)
             settings = {**POINT, **SHORT, "imports_mib": imports}

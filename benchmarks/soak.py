@@ -28,7 +28,7 @@ from _results import write_results
 from latentprior.density.samplers import SAMPLERS
 
 ALLOWED_MIB = 16
-"""What rounds of unequal size may leave in the allocator; 120 minutes make some thousand rounds."""
+"""MiB that rounds of unequal size may leave in the allocator; 120 minutes make some thousand rounds."""
 DIM = 8
 
 
@@ -71,11 +71,11 @@ def soak(minutes: float, share: float, every: float, log: Path | None, most: int
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "prior"
         learned(folder)
-        begun, cpu, due = time.monotonic(), time.process_time(), 0.0
+        start, cpu, due = time.monotonic(), time.process_time(), 0.0
         with suppress(KeyboardInterrupt):
             for n in rounds(folder, torch.Generator().manual_seed(1)):
                 rows, count = rows + n, count + 1
-                elapsed = time.monotonic() - begun
+                elapsed = time.monotonic() - start
                 if elapsed >= due:
                     curve.append((elapsed / 60, resident_mib()))
                     due += every
@@ -84,10 +84,10 @@ def soak(minutes: float, share: float, every: float, log: Path | None, most: int
                             print(f"{curve[-1][0]:.2f} {curve[-1][1]:.1f} {rows} {count}", file=file)
                 if elapsed >= 60 * minutes or count == most:
                     break
-                # What is owed to the share, paid at once.
+                # Sleep for as long as the share of the processor asks for.
                 owed = (time.process_time() - cpu) / share - elapsed
                 time.sleep(min(max(0.0, owed), 60 * minutes))
-        elapsed, used = time.monotonic() - begun, time.process_time() - cpu
+        elapsed, used = time.monotonic() - start, time.process_time() - cpu
     return {
         "minutes": elapsed / 60,
         "cpu_share": used / elapsed,
@@ -118,11 +118,11 @@ def main() -> None:
     call = ask.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
-    found = soak(call.minutes, call.share, call.every, call.log, call.rounds)
-    print(json.dumps(found))
+    figures = soak(call.minutes, call.share, call.every, call.log, call.rounds)
+    print(json.dumps(figures))
     if not call.json:
         settings = {"minutes": call.minutes, "share": call.share, "every": call.every, "dim": DIM}
-        write_results("soak", found, threads=1, settings=settings)
+        write_results("soak", figures, threads=1, settings=settings)
 
 
 if __name__ == "__main__":

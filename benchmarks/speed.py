@@ -40,14 +40,14 @@ SETTINGS = {"dim": DIM, "width": WIDTH, "depth": DEPTH, "stages": STAGES, "parti
 
 def seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[list[float]]:
     """Seconds of each call, in turn, ``(rounds, calls)``; a first round is not counted."""
-    found = []
+    durations = []
     for _ in range(rounds + 1):
-        found.append([])
+        durations.append([])
         for call in calls:
-            begun = time.process_time()
+            start_time = time.process_time()
             call()
-            found[-1].append(time.process_time() - begun)
-    return found[1:]
+            durations[-1].append(time.process_time() - start_time)
+    return durations[1:]
 
 
 def median_seconds(*calls: Callable[[], Any], rounds: int = 5) -> list[float]:
@@ -100,8 +100,8 @@ def engine() -> dict[str, Any]:
     }
     work = [2.0 * 2048**3, *3 * [products(STAGES, PARTICLES)]]
     rates = np.asarray(work) / np.asarray(seconds(*calls.values()))
-    found: dict[str, Any] = {"peak_gflops": float(np.median(rates[:, 0])) / 1e9}
-    found["share"] = {
+    figures: dict[str, Any] = {"peak_gflops": float(np.median(rates[:, 0])) / 1e9}
+    figures["share"] = {
         name: [float(q) for q in np.quantile(rates[:, i] / rates[:, 0], (0.5, 0, 1))]
         for i, name in enumerate(calls)
         if i
@@ -110,13 +110,13 @@ def engine() -> dict[str, Any]:
     densities = [ladder(k).density(k) for k in counts]
     some = u[:2048]
     stages = median_seconds(*(lambda f=f: f(some) for f in densities), rounds=5)  # type: ignore[misc]
-    found["stages"] = dict(zip(counts, stages, strict=True))
+    figures["stages"] = dict(zip(counts, stages, strict=True))
     sizes = (1024, 4096, 16_384, 32_768)
     rows = [torch.randn(n, DIM) for n in sizes]
     two = ladder(2).density(2)
     particles = median_seconds(*(lambda x=x: two(x) for x in rows), rounds=3)  # type: ignore[misc]
-    found["particles"] = dict(zip(sizes, particles, strict=True))
-    return found
+    figures["particles"] = dict(zip(sizes, particles, strict=True))
+    return figures
 
 
 KINDS = {
@@ -129,7 +129,7 @@ KINDS = {
 def profile() -> dict[str, dict[str, float]]:
     """Seconds and shares of time by kind of operation, before (autograd) and after."""
     u, rungs = torch.randn(PARTICLES, DIM), ladder(STAGES)
-    found = {}
+    figures = {}
     for name, density in (("autograd", by_autograd(rungs)), ("engine", rungs.density(STAGES))):
         density(u)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
@@ -137,8 +137,8 @@ def profile() -> dict[str, dict[str, float]]:
         spent = {event.key: float(event.self_cpu_time_total) for event in seen.key_averages()}
         total = sum(spent.values())
         shares = {kind: sum(spent.get(f"aten::{op}", 0.0) for op in ops) / total for kind, ops in KINDS.items()}
-        found[name] = {**shares, "the rest": 1 - sum(shares.values())}
-    return found
+        figures[name] = {**shares, "the rest": 1 - sum(shares.values())}
+    return figures
 
 
 def products_tried() -> dict[str, float]:
@@ -157,10 +157,7 @@ def products_tried() -> dict[str, float]:
         "hidden layer, all stages in a batch": (k * hidden, lambda: torch.bmm(batch, weights, out=out_batch)),
         "first layer, one stage": (entry, lambda: torch.mm(narrow, first.t(), out=out)),
         "first layer, all stages in one": (k * entry, lambda: torch.mm(narrow, wide.t(), out=out_wide)),
-        "hidden layer in bfloat16, conversions included": (
-            hidden,
-            lambda: out.copy_(half.copy_(x) @ half_weight),
-        ),
+        "hidden layer in bfloat16, conversions included": (hidden, lambda: out.copy_(half.copy_(x) @ half_weight)),
     }
     repeats = [max(1, round(2e9 / work)) for work, _ in forms.values()]
 
@@ -189,7 +186,7 @@ def lebm_loop(energy: nn.Module, z: Tensor, steps: int, size: float) -> Tensor:
 
 
 def autograd_loop(log_prob: Callable[[Tensor], Tensor], z: Tensor, steps: int, size: float) -> Tensor:
-    """What most people write: the whole log density by autograd."""
+    """The loop that most people write: the whole log density by autograd."""
     for _ in range(steps):
         z = z.detach().requires_grad_(True)
         (grad,) = torch.autograd.grad(log_prob(z).sum(), z)
@@ -242,7 +239,7 @@ def jax_log_density(rungs: Ladder) -> Callable[[Any], Any]:
 
 
 def blackjax_chains(rungs: Ladder, start: Tensor, steps: int, size: float) -> Callable[[], np.ndarray]:
-    """Compiled MALA of all chains; what is returned runs them and gives every position ``(steps, n, d)``."""
+    """Return compiled MALA of all chains: a function that gives every position ``(steps, n, d)``."""
     import blackjax
     import jax
 
@@ -263,16 +260,16 @@ def blackjax_chains(rungs: Ladder, start: Tensor, steps: int, size: float) -> Ca
 
 
 def steps(chains: int = 2048, n: int = 3, size: float = 0.1) -> dict[str, dict[str, float]]:
-    """Updates of one chain a second: median and best of the rounds; chains are begun outside the clock."""
+    """Updates of one chain a second: median and best of the rounds; chains are start_time outside the clock."""
     rungs = ladder(STAGES)
     density, energy = rungs.density(STAGES), Sum(rungs.ratios)
     start = torch.randn(chains, DIM)
     compiled = blackjax_chains(rungs, start, n, size)
 
-    begun, moving = mala.init(start, density, size), hmc.init(start, density, size)
+    start_time, moving = mala.init(start, density, size), hmc.init(start, density, size)
 
     def ours() -> None:
-        state = begun
+        state = start_time
         for _ in range(n):
             state, _ = mala.step(state, density)
 
@@ -311,7 +308,7 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
         half = positions[len(positions) // 2 :]
         return float(np.median(np.asarray(blackjax.ess(half, chain_axis=1, sample_axis=0))))
 
-    # Many more base draws than rows are kept: a row resampled twice would tell the samples apart.
+    # There are many more base draws than rows, because a row that is resampled twice would give the samples away.
     pool = 1 << 18
     exact = rungs.fresh_particles(2048, torch.Generator().manual_seed(3), draws=pool).position
     level = prior.log_prob_whitened(exact)
@@ -325,9 +322,9 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
 
     def chain(run: Callable[[], np.ndarray]) -> dict[str, float]:
         run()
-        begun = time.process_time()
+        start_time = time.process_time()
         positions = run()
-        spent = time.process_time() - begun
+        spent = time.process_time() - start_time
         thinned = torch.from_numpy(positions[len(positions) // 2 :: n // 16].copy()).flatten(0, 1)
         return {"rate": effective(positions) / spent, **quality(thinned)}
 
@@ -338,22 +335,22 @@ def draws(chains: int = 256, n: int = 200, size: float = 0.3) -> dict[str, Any]:
             kept.append(state.position)
         return torch.stack(kept).numpy()
 
-    found: dict[str, Any] = {"stages": rungs.length, "dim": 16}
-    begun = time.process_time()
+    figures: dict[str, Any] = {"stages": rungs.length, "dim": 16}
+    start_time = time.process_time()
     rows = autograd_loop(prior.log_prob_whitened, prior.base.sample(2048, generator), 60, 0.4)
-    rate = len(rows) / (time.process_time() - begun)
-    found["LEBM's loop, 60 steps of 0.4"] = {"rate": rate, **quality(rows)}
-    found["blackjax MALA"] = chain(blackjax_chains(rungs, start, n, size))
-    found["latentprior MALA"] = chain(ours)
-    begun = time.process_time()
+    rate = len(rows) / (time.process_time() - start_time)
+    figures["LEBM's loop, 60 steps of 0.4"] = {"rate": rate, **quality(rows)}
+    figures["blackjax MALA"] = chain(blackjax_chains(rungs, start, n, size))
+    figures["latentprior MALA"] = chain(ours)
+    start_time = time.process_time()
     fresh = rungs.fresh_particles(2048, generator, draws=pool)
-    spent = time.process_time() - begun
-    found["source"], found["ess"] = fresh.source, fresh.ess
+    spent = time.process_time() - start_time
+    figures["source"], figures["ess"] = fresh.source, fresh.ess
     if fresh.source == "importance":
-        # A draw counts for what its weight leaves of it.
+        # A draw counts in proportion to its weight.
         rate = fresh.ess * pool / spent
-        found["latentprior, importance resampling"] = {"rate": rate, **quality(fresh.position)}
-    return found
+        figures["latentprior, importance resampling"] = {"rate": rate, **quality(fresh.position)}
+    return figures
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {

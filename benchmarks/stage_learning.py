@@ -21,7 +21,7 @@ from torch import Tensor
 import latentprior as lp
 from _data import SETS, load_set
 from _results import read_results, write_results
-from latentprior.density.bases.by_name import WIDE
+from latentprior.density.bases.by_name import LOW_RANK_COORDINATES
 from latentprior.density.sampling.resampling import log_mean_exp
 from latentprior.fitting.rows import Target
 from latentprior.fitting.settings import StageSettings
@@ -49,7 +49,7 @@ class Bench:
         rows = load_set(name)
         self.seed, self.latents = seed, lp.Latents(rows.train, rows.train_scale)
         held_out = lp.Latents(rows.validation, rows.validation_scale)
-        base = "gmm:32" if rows.train[0].size < WIDE else "gmm-lowrank:32"
+        base = "gmm:32" if rows.train[0].size < LOW_RANK_COORDINATES else "gmm-lowrank:32"
         self.prior = lp.fit(self.latents, base=base, max_stages=0, seed=seed, validation=held_out)
         index = torch.arange(len(held_out))
         drawn = held_out.draw(index, derived_generator(CPU, seed, "validation"))
@@ -61,9 +61,9 @@ class Bench:
         prior = self.prior
         target = Target(self.latents, torch.arange(len(self.latents)), self.held_out, prior.whitening)
         learner = StageLearner(target, prior.ladder, settings, tuple(prior.event_shape), self.seed)
-        particles, begun = learner.particles(), time.process_time()
+        particles, start = learner.particles(), time.process_time()
         stage = learner.learn(particles)
-        seconds = time.process_time() - begun
+        seconds = time.process_time() - start
 
         @torch.no_grad()
         def ratio(rows: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def ladder() -> plt.Figure:
     z = np.where(draws.random(8000) < 0.7, draws.normal(-1.5, 0.35, 8000), draws.normal(2.0, 0.5, 8000))
     settings = lp.StageSettings(bound=1.5, width=64, steps=1500, mixture_features=False)
     with warnings.catch_warnings():
-        # Of a ladder this short the warnings are the point of the picture.
+        # The ladder is too short on purpose, so its warnings are expected.
         warnings.simplefilter("ignore")
         base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
         prior = lp.fit(z[:, None].astype(np.float32), base=base, max_stages=2, whitening="none", settings=settings)
@@ -133,7 +133,37 @@ def tutorial() -> None:
         (DOCS / "images" / "tutorial.png").write_bytes((Path(folder) / "tutorial.png").read_bytes())
 
 
-PICTURES = {"ladder": ladder, "chasm": chasm, "normaliser": normaliser, "tutorial": tutorial}
+def rooms() -> plt.Figure:
+    """The rooms of the package, as the contract in pyproject.toml orders them."""
+    contract = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8").partition('name = "Rooms"')[2]
+    layers = re.findall(r'"([^"]+)"', re.search(r"^layers = \[(.*?)\]", contract, re.MULTILINE | re.DOTALL)[1])
+    verbs = {
+        "cli": "latentprior ...", "explorer": "latentprior explore", "report": "write_report",
+        "recipes": "what train reads", "baselines": "the rivals", "training": "train, train_two_phase",
+        "integrations": "LatentDensity, export_onnx", "models": "LatentVariableModel, from_any",
+        "fitting": "fit, refine", "density": "LatentPrior", "data": "Latents, read_images",
+        "storage": "save_pretrained", "runtime": "Progress, Event", "evaluation": "metrics",
+        "errors": "errors and warnings",
+    }  # fmt: skip
+    figure, axis = plt.subplots(figsize=(8, 6.6), constrained_layout=True)
+    for level, layer in enumerate(layers):
+        names = layer.split(" | ")
+        width = 10 / len(names)
+        for column, name in enumerate(names):
+            corner = (column * width + 0.06, -level + 0.12)
+            axis.add_patch(plt.Rectangle(corner, width - 0.12, 0.76, facecolor="#eaf1f9", edgecolor=BLUE))
+            middle = (column + 0.5) * width
+            axis.text(middle, -level + 0.62, name, ha="center", va="center", weight="bold")
+            axis.text(middle, -level + 0.31, verbs.get(name, ""), ha="center", va="center", color="0.35", size=8)
+    arrow = {"arrowstyle": "-|>", "color": RED, "lw": 1.5}
+    axis.annotate("", (10.3, 1 - len(layers) + 0.1), (10.3, 0.9), arrowprops=arrow)
+    axis.text(10.5, (1 - len(layers)) / 2 + 0.5, "imports go downwards", rotation=270, va="center", color=RED)
+    axis.set(xlim=(0, 10.9), ylim=(1 - len(layers), 1))
+    axis.axis("off")
+    return figure
+
+
+PICTURES = {"ladder": ladder, "chasm": chasm, "normaliser": normaliser, "rooms": rooms, "tutorial": tutorial}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:

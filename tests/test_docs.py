@@ -1,6 +1,7 @@
 """The pages of docs/: what they show runs, and the API pages know every public name."""
 
 import gzip
+import importlib
 import json
 import os
 import re
@@ -35,13 +36,39 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
+def entries(*pages: str) -> list[str]:
+    """Names that API pages have an entry of, whatever the kind."""
+    texts = "\n".join((DOCS / "api" / f"{page}.md").read_text(encoding="utf-8") for page in pages)
+    return re.findall(r"^\.\. auto\w+:: (\S+)$", texts, re.MULTILINE)
+
+
 def test_every_public_name_has_its_entry() -> None:
-    entries = " ".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
-    named = set(re.findall(r"auto\w+:: latentprior\.(\w+)$", entries, re.MULTILINE))
-    assert named == set(lp.__all__) - {"__version__"} | {"RatioDetector", "metrics", "feature_networks", "targets"} | {
-        "baselines", "ladder", "bases", "ratios", "decoded", "whitening", "stage", "sampling", "processes",
-        "optimizers", "seeding",
-    }  # fmt: skip
+    public = {f"latentprior.{name}" for name in {*lp.__all__, "RatioDetector"} - {"__version__"}}
+    named = entries("priors", "models", "estimators", "autoencoders", "errors")
+    assert set(named) == public | {"latentprior.models.adapters.Autoencoder"}
+    assert len(named) == len(set(named))
+
+
+def test_what_is_documented_as_internals_is_there() -> None:
+    named = entries("internals")
+    assert named
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
+        assert name.removeprefix("latentprior.") not in lp.__all__
+
+
+def test_architecture_names_every_room_and_no_file_that_is_gone() -> None:
+    package = Path(lp.__file__).parent
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in package.iterdir() if (path / "__init__.py").exists()} | {"errors"}
+    assert set(re.findall(r"^### (\w+)$", text, re.MULTILINE)) == rooms
+    files = re.findall(r"`((?:\w+/)+(?:\w+\.py)?|errors\.py)`", text.partition("## Rooms")[2].partition("## A fit")[0])
+    assert len(files) > len(rooms)
+    assert [file for file in files if not (package / file).exists()] == []
 
 
 def test_every_page_is_reached() -> None:
@@ -209,6 +236,39 @@ def test_report_and_push_lines_run(desk: Path, learned: lp.LatentPrior, monkeypa
         ((line,),) = [block.splitlines() for block in blocks("howto/hub.md", "sh")]
         call(line)
         assert "config.json" in hub.repositories["user/my-prior"].files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_lines_of_the_command_line_page_run(tmp_path: Path) -> None:
+    """As a person would run them, at full length."""
+    latents, images = (block.splitlines() for block in blocks("howto/shell.md", "sh"))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    printed = {}
+    for line in [*latents, *images]:
+        done = subprocess.run(
+            line.split(), cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
+        printed[line] = done.stdout
+    columns = np.load(tmp_path / "demo-out" / "latents.npy").shape[1]
+    for name in ("samples.npy", "chains.npy"):
+        z = np.load(tmp_path / name)
+        assert z.shape == (1000, columns)
+        assert np.isfinite(z).all()
+    assert np.isfinite(np.load(tmp_path / "scores.npy")).all()
+    assert np.load(tmp_path / "reconstructions.npy").shape[0] == 1147
+    assert (tmp_path / "generated.png").stat().st_size > 500
+    (evaluated,) = [text for line, text in printed.items() if " evaluate " in line]
+    assert "400" in evaluated
+
+
+@pytest.mark.slow
+def test_python_lines_of_the_command_line_page_run(tmp_path: Path) -> None:
+    np.save(tmp_path / "digits.npy", np.clip(load_digits().images * 16, 0, 255).astype(np.uint8))
+    (code,) = blocks("howto/shell.md")
+    assert run(code, tmp_path) == "torch.Size([16, 1, 8, 8]) torch.Size([3, 1, 8, 8]) torch.Size([3])\n"
+    assert (tmp_path / "my-model" / "config.json").exists()
 
 
 @pytest.mark.slow
