@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ from ..evaluation import metrics
 from ..evaluation.feature_networks import feature_network, list_feature_networks
 from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model
+from ..report.sources import check_images_fit
 from ..runtime.progress import work_bar
 from ..storage.output_files import array_file, check_file, check_images_out, images_out
 from .options import AsJson, Device, ImagesSource, Key, Limit, ModelFolder, Seed, counted
@@ -68,13 +68,13 @@ def generate(
     model = load_model(folder, device)
     options = _sampler(model, sampler)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    with work_bar("generating", n) as bar, torch.no_grad(), _written(out, n, model) as write:
+    with work_bar("generating", n) as bar, torch.no_grad(), images_out(out, n, model.image_shape) as write:
         for start in range(0, n, SAMPLE_BLOCK):
             z = model.prior.sample((min(SAMPLE_BLOCK, n - start),), generator=generator, **options)
             for block in z.split(ROWS):
                 write(model.decode(block))
                 bar.update(len(block))
-    shape = tuple(model.image_shape)
+    shape = model.image_shape
     if as_json:
         print(strict_json({"n": n, "shape": [n, *shape], "sampler": options["sampler"], "seed": seed}))
     else:
@@ -106,7 +106,8 @@ def reconstruct(
     if out is not None:
         check_images_out(out, 2 * n if pairs else n)
     generator, errors = torch.Generator().manual_seed(seed % 2**63), []
-    writing = contextlib.nullcontext() if out is None else _written(out, n, model, pairs)
+    columns = 2 * math.ceil(math.sqrt(n / 2)) if pairs else None
+    writing = contextlib.nullcontext() if out is None else images_out(out, n, model.image_shape, columns=columns)
     with work_bar("reconstructing", n) as bar, writing as write:
         for x in pictures.batches(ROWS, device=model.device):
             reconstructed = model.reconstruct(x, method=method, generator=generator)
@@ -273,20 +274,8 @@ def _pictures(
     folder: Path, model: LatentVariableModel, source: Path, key: str | None, split: str, limit: int | None
 ) -> Images:
     pictures = read_images(source, key=key, size=image_size(folder), split=split, limit=limit)
-    shape = tuple(model.image_shape)
-    if pictures.shape != shape:
-        raise InvalidImagesError(
-            f"{source}: images have shape {pictures.shape}, the model in {folder} makes {shape}; give images "
-            "like those that it was trained on"
-        )
+    check_images_fit(model, pictures, source)
     return pictures
-
-
-@contextlib.contextmanager
-def _written(out: Path, n: int, model: LatentVariableModel, pairs: bool = False) -> Iterator[Any]:
-    columns = 2 * math.ceil(math.sqrt(n / 2)) if pairs else None
-    with images_out(out, n, tuple(model.image_shape), columns=columns) as write:
-        yield write
 
 
 def _sampler(model: LatentVariableModel, chosen: str | None) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from ..data.latents import read_latents
 from ..density.figures import record, strict_json, text
 from ..density.prior import LatentPrior
 from ..density.samplers import SAMPLE_BLOCK, SAMPLERS, check_options
-from ..errors import CheckpointError, InvalidLatentsError
+from ..errors import CheckpointError
+from ..report.sources import check_latents_fit
 from ..runtime.progress import note, work_bar
 from ..storage.output_files import array_file, check_file
 from .options import AsJson, Key, LatentsFile, PriorFolder, Seed, counted
@@ -46,11 +47,7 @@ def score(
         check_file(out)
     prior = _load(folder)
     rows = read_latents(latents, key=key)
-    if rows.event_shape != prior.event_shape:
-        raise InvalidLatentsError(
-            f"{latents}: rows have shape {tuple(rows.event_shape)}, the prior in {folder} was learned on "
-            f"{tuple(prior.event_shape)}; score latents of the same decoder"
-        )
+    check_latents_fit(prior, rows, latents)
     moments, infinite = _Moments(), 0
     writer = contextlib.nullcontext() if out is None else array_file(out, (len(rows),), "<f8")
     with writer as file, torch.no_grad(), work_bar("scoring", len(rows)) as bar:

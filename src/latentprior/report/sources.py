@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model
 from ..runtime.seeding import derived_generator
 
-__all__ = ["Rows", "Subject", "find", "load_folder"]
+__all__ = ["Rows", "Subject", "check_images_fit", "check_latents_fit", "find", "load_folder", "may_have_parts"]
 
 MOST_LATENTS = 20_000
 MOST_IMAGES, MOST_PIXELS = 10_000, 1 << 24
@@ -78,6 +79,29 @@ class _Given(NamedTuple):
     latents: Any
     images: Any
     held_out: Any
+
+
+def check_latents_fit(prior: LatentPrior, latents: Latents, name: str | Path) -> None:
+    """Raise :class:`InvalidLatentsError` if latents of this name have another shape than those of the prior."""
+    if latents.event_shape != prior.event_shape:
+        raise InvalidLatentsError(
+            f"{name}: rows have shape {tuple(latents.event_shape)}, the prior was learned on "
+            f"{tuple(prior.event_shape)}; give latents of the same decoder"
+        )
+
+
+def check_images_fit(model: LatentVariableModel, images: Images, name: str | Path) -> None:
+    """Raise :class:`InvalidImagesError` if images of this name have another shape than those of the model."""
+    if images.shape != tuple(model.image_shape):
+        raise InvalidImagesError(
+            f"{name}: images have shape {images.shape}, the model makes {tuple(model.image_shape)}; give images like "
+            "those that it was trained on"
+        )
+
+
+def may_have_parts(path: Path) -> bool:
+    """Whether images at this path may have parts; a single picture has none, whatever its name is."""
+    return path.is_dir() or path.suffix in (".npz", ".safetensors")
 
 
 def find(
@@ -174,12 +198,7 @@ class _Reader:
     def _latents(self, source: Any, use: str, pictures: Images | None) -> Rows:
         latents: Latents = as_latents(source)
         name = str(source) if isinstance(source, (str, Path)) else f"{use} latents"
-        shape = self.prior.event_shape
-        if latents.event_shape != shape:
-            raise InvalidLatentsError(
-                f"{name}: rows have shape {tuple(latents.event_shape)}, the prior was learned on {tuple(shape)}; "
-                "give latents of the same decoder"
-            )
+        check_latents_fit(self.prior, latents, name)
         if pictures is not None and len(pictures) != len(latents):
             raise InvalidImagesError(
                 f"{len(pictures):,} images for {len(latents):,} latents: give those that the latents encode, in their "
@@ -187,7 +206,7 @@ class _Reader:
             )
         most = MOST_LATENTS if pictures is None else min(MOST_LATENTS, MOST_PIXELS // max(1, pictures[0].numel()))
         numbers = self._some(len(latents), most, use)
-        z = latents.draw(numbers, self._generator(use), dtype=self.prior.dtype).reshape(-1, *shape)
+        z = latents.draw(numbers, self._generator(use), dtype=self.prior.dtype).reshape(-1, *self.prior.event_shape)
         return Rows(z, z, None if pictures is None else pictures.batch(numbers), numbers, name)
 
     def _test_images(self, given: _Given) -> Rows | None:
@@ -196,13 +215,9 @@ class _Reader:
         if not isinstance(given.images, (str, Path)):
             return None
         path = Path(given.images)
-        # A single picture has no parts, whatever its name.
-        if not path.is_dir() and path.suffix not in (".npz", ".safetensors"):
-            return None
-        try:
-            return self._encoded(path, "test", "held-out")
-        except InvalidImagesError:
-            return None
+        with contextlib.suppress(InvalidImagesError):
+            return self._encoded(path, "test", "held-out") if may_have_parts(path) else None
+        return None
 
     def _encoded(self, source: Any, split: str, use: str = "train") -> Rows:
         assert self.model is not None
@@ -231,12 +246,8 @@ class _Reader:
     def _pictures(self, source: Any, split: str) -> Images:
         paths = isinstance(source, (str, Path))
         pictures = read_images(source, size=self.size, split=split if paths else "train")
-        shape = None if self.model is None else self.model.image_shape
-        if shape is not None and pictures.shape != tuple(shape):
-            raise InvalidImagesError(
-                f"{source if paths else 'images'}: have shape {pictures.shape}, the model makes {tuple(shape)}; give "
-                "images like those that it was trained on"
-            )
+        if self.model is not None:
+            check_images_fit(self.model, pictures, source if paths else "these images")
         return pictures
 
     def _some(self, n: int, most: int, use: str) -> Tensor:
