@@ -121,7 +121,7 @@ class Explorer:
         return {**item, "score": _finite(score), **self._judged(score)}
 
     def score_image(self, x: Tensor) -> dict[str, Any]:
-        """Return the reconstruction of an image ``(1, C, H, W)`` in [-1, 1], its score ``-log p(x, z)`` and its p-value."""
+        """Return the reconstruction of an image ``(1, C, H, W)`` in [-1, 1], its score ``-log p(x, z)`` and p-value."""
         if self.model is None:
             raise Refused(415, "a prior without a decoder scores latents: send application/json with z")
         x = x.to(self.model.device, self.prior.dtype)

@@ -19,24 +19,16 @@ __all__ = ["Report", "check_report_out", "write_report"]
 
 
 class Report(NamedTuple):
-    """A report that was written.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    bytes : int
-        Its size.
-    stages : int
-        Number of stages of the prior.
-    seconds : float
-        Time that the report took.
-    """
+    """A report that was written."""
 
     path: Path
+    """The file."""
     bytes: int
+    """Its size."""
     stages: int
+    """Number of stages of the prior."""
     seconds: float
+    """Time that the report took."""
 
 
 def write_report(
@@ -81,7 +73,7 @@ def write_report(
     Returns
     -------
     Report
-        Path and size of the file, the number of stages, and the seconds that it took.
+        Where the file is, and its figures.
 
     Raises
     ------
@@ -105,8 +97,8 @@ def write_report(
     check_report_out(out)
     with torch.no_grad(), work_bar("report", page.PARTS + 1, shown=progress) as bar:
         bar.begin("reading")
-        subject, rows = sources.find(source, latents, images, held_out, seed=seed, device=device)
-        blob = page.build(subject, rows, seed, bar.begin).encode()
+        subject = sources.find(source, latents, images, held_out, seed=seed, device=device)
+        blob = page.build(subject, seed, bar.begin).encode()
     write_whole(out, blob)
     return Report(out, len(blob), len(subject.prior.stages), time.monotonic() - start)
 
