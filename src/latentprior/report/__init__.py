@@ -50,8 +50,7 @@ def write_report(
     Parameters
     ----------
     source : LatentPrior, LatentVariableModel, str or Path
-        A prior, a model, or the folder of one that ``save_pretrained``, ``latentprior fit``, ``train`` or ``demo``
-        wrote.
+        A prior, a model, or the folder of one that ``save_pretrained`` or the command line wrote.
     out : str or Path
         Path of the file, with the suffix ``.html``. The file is replaced whole or not at all.
     latents : array, str or Path, optional
@@ -66,7 +65,7 @@ def write_report(
     seed : int, default 0
         Seed of every draw: equal calls write equal bytes.
     device : torch.device or str, optional
-        Where to compute; by default where the prior is, or the CPU for a folder.
+        By default where the prior is, or the CPU for a folder.
     progress : bool, default False
         Whether to draw a bar on standard error, if that is a terminal or a notebook.
 
