@@ -39,7 +39,7 @@ def test_samples_repeat_and_stages_are_coupled(model_explorer):
 def test_few_sets_of_samples_are_kept(prior_explorer):
     for seed in range(12):
         prior_explorer.sample(Fields({"seed": seed, "n": 2}))
-    assert len(prior_explorer._samples) == 8
+    assert prior_explorer._draws.cache_info().currsize == 8
 
 
 def test_walk_joins_its_ends_and_avoids_the_void(prior_explorer):

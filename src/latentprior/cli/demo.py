@@ -71,26 +71,8 @@ def run_demo(out: Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
     normalised), the AUC of boosted trees between samples and those latents, and the Frechet distance of decoded samples
     on the 64 pixels. The VAE's likelihood is :math:`\mathcal N(x; g(z), 0.1^2)` for pixels in [-1, 1].
 
-    The function prints a table to standard output, and the commands to try next.
-
-    Parameters
-    ----------
-    out : Path
-        Folder that takes the pictures, the numbers, the latents, the images, the saved prior and model and the report.
-    seed : int, default 0
-        Seed of every random draw.
-    progress : bool, default True
-        Whether to draw bars on standard error, if that is a terminal.
-
-    Returns
-    -------
-    dict
-        All numbers, ready for JSON. They are also written to ``out/results.json``.
-
-    Raises
-    ------
-    MissingExtraError
-        If Pillow, torchmetrics or threadpoolctl is not installed.
+    The function prints a table and the commands to try next, and returns all numbers, ready for JSON. It raises
+    :class:`MissingExtraError` if Pillow, torchmetrics or threadpoolctl is not installed.
     """
     for module, extra in EXTRAS.items():
         if find_spec(module) is None:
@@ -242,21 +224,15 @@ def _compared(
     test: tuple[Images, Tensor],
     seed: int,
 ) -> tuple[dict[str, dict[str, float | None]], dict[str, Tensor]]:
-    """The rows of the table, and the pictures that each of them decodes to.
-
-    ``train`` and ``test`` are images, each with one draw of its posterior.
-    """
+    """The rows of the table, and the pictures of each; ``train`` and ``test`` are images with draws of posteriors."""
     pixels = feature_network("pixels", size=train[0].shape[-1])
     z_train, z_test, x_test = train[1], test[1], _all(test[0])
 
     def row(log_prob: Tensor | None, z: Tensor | None, x: Tensor) -> dict[str, float | None]:
-        auc = (None, None) if z is None else two_sample_auc(z, z_test, seed=seed)
-        return {
-            **_mean(log_prob, "log_prob", "log_prob_stderr"),
-            "auc": auc[0],
-            "auc_stderr": auc[1],
-            "frechet_distance": frechet_distance(pixels(x_test), pixels(x)),
-        }
+        auc, stderr = (None, None) if z is None else two_sample_auc(z, z_test, seed=seed)
+        distance = frechet_distance(pixels(x_test), pixels(x))
+        means = _mean(log_prob, "log_prob", "log_prob_stderr")
+        return {**means, "auc": auc, "auc_stderr": stderr, "frechet_distance": distance}
 
     rows, pictures = {}, {}
     with torch.no_grad():

@@ -73,18 +73,10 @@ def fit(
         # Once the run has begun, checkpoints are written, no longer read.
         stack.enter_context(state.ending(lambda: progress.begun, CheckpointError))
         prior = learning.fit(
-            target,
-            base=base,
-            max_stages=max_stages,
-            seed=seed,
-            device=device,
-            validation=validation,
-            checkpoint_dir=state.folder,
-            resume=resume,
-            time_budget=time_budget,
-            callbacks=(stop.check, progress),
+            target, base=base, max_stages=max_stages, seed=seed, device=device, validation=validation,
+            checkpoint_dir=state.folder, resume=resume, time_budget=time_budget, callbacks=(stop.check, progress),
             processes=processes,
-        )
+        )  # fmt: skip
         if not main:
             return
         prior.save_pretrained(out)

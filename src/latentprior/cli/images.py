@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +22,10 @@ from ..evaluation import metrics
 from ..evaluation.feature_networks import feature_network, list_feature_networks
 from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model
+from ..report.sources import check_images_fit
 from ..runtime.progress import work_bar
 from ..storage.output_files import array_file, check_file, check_images_out, images_out
-from .options import AsJson, Device, ImagesSource, Key, Limit, ModelFolder, Seed, counted
+from .options import AsJson, Device, ImagesSource, Key, Limit, ModelFolder, Seed, counted, mean_and_stderr, plus_minus
 
 __all__ = ["COMMANDS", "detect", "evaluate", "generate", "reconstruct"]
 
@@ -68,13 +68,13 @@ def generate(
     model = load_model(folder, device)
     options = _sampler(model, sampler)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    with work_bar("generating", n) as bar, torch.no_grad(), _written(out, n, model) as write:
+    with work_bar("generating", n) as bar, torch.no_grad(), images_out(out, n, model.image_shape) as write:
         for start in range(0, n, SAMPLE_BLOCK):
             z = model.prior.sample((min(SAMPLE_BLOCK, n - start),), generator=generator, **options)
             for block in z.split(ROWS):
                 write(model.decode(block))
                 bar.update(len(block))
-    shape = tuple(model.image_shape)
+    shape = model.image_shape
     if as_json:
         print(strict_json({"n": n, "shape": [n, *shape], "sampler": options["sampler"], "seed": seed}))
     else:
@@ -106,7 +106,8 @@ def reconstruct(
     if out is not None:
         check_images_out(out, 2 * n if pairs else n)
     generator, errors = torch.Generator().manual_seed(seed % 2**63), []
-    writing = contextlib.nullcontext() if out is None else _written(out, n, model, pairs)
+    columns = 2 * math.ceil(math.sqrt(n / 2)) if pairs else None
+    writing = contextlib.nullcontext() if out is None else images_out(out, n, model.image_shape, columns=columns)
     with work_bar("reconstructing", n) as bar, writing as write:
         for x in pictures.batches(ROWS, device=model.device):
             reconstructed = model.reconstruct(x, method=method, generator=generator)
@@ -114,11 +115,11 @@ def reconstruct(
             if write is not None:
                 write(torch.stack([x, reconstructed], 1).flatten(0, 1) if pairs else reconstructed)
             bar.update(len(x))
-    mean, stderr = _mean(torch.cat(errors))
+    mean, stderr = mean_and_stderr(torch.cat(errors))
     if as_json:
         print(strict_json({"n": n, "mean_squared_error": mean, "stderr": stderr}))
         return
-    print(f"{images}: {counted(n, 'image')}, squared error a pixel {mean:.5f}{_plus_minus(stderr, '.5f')} by {method}")
+    print(f"{images}: {counted(n, 'image')}, squared error a pixel {mean:.5f}{plus_minus(stderr, '.5f')} by {method}")
     if out is not None:
         print(f"reconstructions in {out}")
 
@@ -172,7 +173,7 @@ def detect(
     if out is not None:
         with array_file(out, (n,), "<f8") as file:
             file.write(scores.numpy().astype("<f8").tobytes())
-    mean, stderr = _mean(scores)
+    mean, stderr = mean_and_stderr(scores)
     figures: dict[str, Any] = {"n": n, "kind": kind, "mean": mean, "stderr": stderr}
     figures |= {"min": float(scores.min()), "median": float(scores.median()), "max": float(scores.max())}
     if truth is not None:
@@ -180,7 +181,7 @@ def detect(
     if as_json:
         print(strict_json(figures))
         return
-    print(f"{images}: {counted(n, 'image')}, {kind} score {mean:.3f}{_plus_minus(stderr, '.3f')} nats")
+    print(f"{images}: {counted(n, 'image')}, {kind} score {mean:.3f}{plus_minus(stderr, '.3f')} nats")
     print(f"from {figures['min']:.3f} to {figures['max']:.3f}, median {figures['median']:.3f}; higher is odder")
     if truth is not None:
         print(f"average precision {figures['auprc']:.4f}; random scores reach {figures['prevalence']:.4f}")
@@ -243,14 +244,9 @@ def evaluate(
     with work_bar("generating"):
         generated = model.generate(n, generator=generator, **options).cpu()
     with work_bar("features and distances"):
+        again = torch.cat(reconstructed).float()
         report = metrics.image_report(
-            real.batch(torch.arange(n)),
-            x,
-            generated,
-            torch.cat(reconstructed).float(),
-            network,
-            network_name=None,
-            seed=seed,
+            real.batch(torch.arange(n)), x, generated, again, network, network_name=None, seed=seed
         )
     report |= {"sampler": options["sampler"], "method": method, "seed": seed}
     if as_json:
@@ -260,9 +256,9 @@ def evaluate(
     print("\n                      Frechet      kernel")
     for name in ("generated", "reconstructions", "real"):
         row = report[name]
-        print(f"  {name:<16} {row['frechet']:>12.4f}  {row['kernel']:>10.4g}{_plus_minus(row['kernel_stderr'], '.2g')}")
+        print(f"  {name:<16} {row['frechet']:>12.4f}  {row['kernel']:>10.4g}{plus_minus(row['kernel_stderr'], '.2g')}")
     floor = report["reconstructions"]
-    close = _plus_minus(floor["mean_squared_error_stderr"], ".5f")
+    close = plus_minus(floor["mean_squared_error_stderr"], ".5f")
     print(f"\n  reconstructions' squared error a pixel {floor['mean_squared_error']:.5f}{close}")
 
 
@@ -273,20 +269,8 @@ def _pictures(
     folder: Path, model: LatentVariableModel, source: Path, key: str | None, split: str, limit: int | None
 ) -> Images:
     pictures = read_images(source, key=key, size=image_size(folder), split=split, limit=limit)
-    shape = tuple(model.image_shape)
-    if pictures.shape != shape:
-        raise InvalidImagesError(
-            f"{source}: images have shape {pictures.shape}, the model in {folder} makes {shape}; give images "
-            "like those that it was trained on"
-        )
+    check_images_fit(model, pictures, source)
     return pictures
-
-
-@contextlib.contextmanager
-def _written(out: Path, n: int, model: LatentVariableModel, pairs: bool = False) -> Iterator[Any]:
-    columns = 2 * math.ceil(math.sqrt(n / 2)) if pairs else None
-    with images_out(out, n, tuple(model.image_shape), columns=columns) as write:
-        yield write
 
 
 def _sampler(model: LatentVariableModel, chosen: str | None) -> dict[str, Any]:
@@ -327,17 +311,6 @@ def _truth(
             raise LatentPriorError("average precision needs odd images and others: the labels say that all are alike")
         return None
     return truth
-
-
-def _mean(values: Tensor) -> tuple[float, float | None]:
-    """Mean, and its standard error if there is more than one value."""
-    n = len(values)
-    return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else None
-
-
-def _plus_minus(stderr: float | None, form: str) -> str:
-    """Write a standard error, or nothing where there is none."""
-    return "" if stderr is None or not math.isfinite(stderr) else f" ± {stderr:{form}}"
 
 
 def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:

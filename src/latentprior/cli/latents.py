@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +15,11 @@ from ..data.latents import read_latents
 from ..density.figures import record, strict_json, text
 from ..density.prior import LatentPrior
 from ..density.samplers import SAMPLE_BLOCK, SAMPLERS, check_options
-from ..errors import CheckpointError, InvalidLatentsError
+from ..errors import CheckpointError
+from ..report.sources import check_latents_fit
 from ..runtime.progress import note, work_bar
 from ..storage.output_files import array_file, check_file
-from .options import AsJson, Key, LatentsFile, PriorFolder, Seed, counted
+from .options import AsJson, Key, LatentsFile, PriorFolder, Seed, counted, mean_and_stderr, plus_minus
 
 __all__ = ["COMMANDS", "info", "sample", "score"]
 
@@ -46,12 +46,8 @@ def score(
         check_file(out)
     prior = _load(folder)
     rows = read_latents(latents, key=key)
-    if rows.event_shape != prior.event_shape:
-        raise InvalidLatentsError(
-            f"{latents}: rows have shape {tuple(rows.event_shape)}, the prior in {folder} was learned on "
-            f"{tuple(prior.event_shape)}; score latents of the same decoder"
-        )
-    moments, infinite = _Moments(), 0
+    check_latents_fit(prior, rows, latents)
+    parts: list[Tensor] = []
     writer = contextlib.nullcontext() if out is None else array_file(out, (len(rows),), "<f8")
     with writer as file, torch.no_grad(), work_bar("scoring", len(rows)) as bar:
         generator = torch.Generator().manual_seed(0)
@@ -59,19 +55,20 @@ def score(
             values = prior.log_prob(block.to(prior.dtype).reshape(-1, *prior.event_shape)).double().cpu()
             if file is not None:
                 file.write(values.numpy().astype("<f8").tobytes())
-            moments.add(values)
-            infinite += int((~values.isfinite()).sum())
+            parts.append(values)
             bar.update(len(values))
-    n, stderr = moments.count, moments.stderr
+    log_prob = torch.cat(parts)
+    n, (mean, stderr) = len(log_prob), mean_and_stderr(log_prob)
+    infinite = int((~log_prob.isfinite()).sum())
     if infinite:
         note("warning", f"{infinite} of {n} rows have no finite log density: they lie too far out to be scored")
-    figures = {"n": n, "mean_log_prob": moments.mean, "stderr": stderr, "log_normalizer_stderr": prior.log_prob_stderr}
+    figures = {"n": n, "mean_log_prob": mean, "stderr": stderr, "log_normalizer_stderr": prior.log_prob_stderr}
     if as_json:
         print(strict_json(figures))
         return
-    error = "" if stderr is None else f" ± {stderr:.4f}"
     print(f"{latents}: {counted(n, 'row')}")
-    print(f"mean log density {moments.mean:.4f}{error} nats; the normaliser is known to ± {prior.log_prob_stderr:.4f}")
+    error, known = plus_minus(stderr, ".4f"), prior.log_prob_stderr
+    print(f"mean log density {mean:.4f}{error} nats; the normaliser is known to ± {known:.4f}")
     if out is not None:
         print(f"log density of every row in {out}")
 
@@ -121,26 +118,6 @@ def info(folder: PriorFolder, as_json: AsJson = False) -> None:
 
 
 COMMANDS = (score, sample, info)
-
-
-class _Moments:
-    """Mean and standard error of numbers that come in parts."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self._squares = 0, 0.0, 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Combine with another part (Chan, Golub and LeVeque 1979, eq. 2.1)."""
-        n, mean = len(values), float(values.mean())
-        self._squares += float((values - mean).square().sum())
-        self._squares += (mean - self.mean) ** 2 * self.count * n / (self.count + n)
-        self.mean += (mean - self.mean) * n / (self.count + n)
-        self.count += n
-
-    @property
-    def stderr(self) -> float | None:
-        """Standard error of the mean; None for a single number."""
-        return math.sqrt(self._squares / (self.count - 1) / self.count) if self.count > 1 else None
 
 
 def _load(folder: Path) -> LatentPrior:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from ..errors import LatentPriorError
 
@@ -25,6 +27,8 @@ __all__ = [
     "WorkFailed",
     "check_device",
     "counted",
+    "mean_and_stderr",
+    "plus_minus",
 ]
 
 PriorFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that [bold]latentprior fit[/] wrote.")]
@@ -70,3 +74,14 @@ def check_device(device: str | None) -> None:
 def counted(count: int, thing: str) -> str:
     """Write a count with its noun: ``1 stage``, ``2,000 stages``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def mean_and_stderr(values: Tensor) -> tuple[float, float | None]:
+    """Mean, and its standard error if there is more than one value."""
+    n = len(values)
+    return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else None
+
+
+def plus_minus(stderr: float | None, form: str) -> str:
+    """Write a standard error, or nothing where there is none."""
+    return "" if stderr is None or not math.isfinite(stderr) else f" ± {stderr:{form}}"

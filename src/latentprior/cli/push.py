@@ -9,6 +9,7 @@ import typer
 from ..density.bases import DistributionBase
 from ..density.figures import strict_json
 from ..errors import LatentPriorError
+from ..report.sources import load_folder
 from .options import AsJson, SavedFolder
 
 __all__ = ["push"]
@@ -33,8 +34,6 @@ def push(
 
     [bold]Example:[/] latentprior push prior user/my-prior --private
     """
-    from ..report.sources import load_folder
-
     prior, model = load_folder(folder, None)
     if isinstance(prior.base, DistributionBase):
         raise LatentPriorError(

@@ -18,14 +18,9 @@ __all__ = ["RunState"]
 
 @dataclass(frozen=True)
 class RunState:
-    """The folder in which a command keeps the state of its run.
+    """The folder ``DIR/checkpoint`` in which a command keeps the state of its run.
 
-    Parameters
-    ----------
-    folder : Path
-        ``DIR/checkpoint``.
-    kinds : mapping
-        The kind of state that each folder in it holds, by the folder's name; an empty name is the folder itself.
+    ``kinds`` names the kind of state that each folder in it holds; an empty name is the folder itself.
     """
 
     folder: Path
@@ -54,10 +49,10 @@ class RunState:
 
     @contextlib.contextmanager
     def ending(self, has_begun: Callable[[], bool], failures: type[LatentPriorError]) -> Iterator[None]:
-        """Within this context a run is learned.
+        """Let a run that is stopped within this context say whether it can go on.
 
-        A run that is stopped says whether it can go on. Once it has begun, its input has been found right, so that an
-        error of the type ``failures`` means that the work failed, not that the call was wrong.
+        Once it has begun, its input has been found right: an error of the type ``failures`` then means that the work
+        failed, not that the call was wrong.
         """
         try:
             yield

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,6 @@ STATES_OF_METHOD = {
 }
 """The folders of :data:`STATES` that the run of a method writes; a method not named here writes these two:"""
 STATES_OF_OTHERS = ("autoencoder", "prior")
-Callbacks = Sequence[Callable[[Any], None]]
 
 
 def train(
@@ -209,18 +208,14 @@ def _learned(
     main = processes.rank == 0
     with contextlib.ExitStack() as stack:
         progress, stop = stack.enter_context(Progress()), stack.enter_context(StopSignals())
-        trackers: list[Tracker] = []
-        if main:
-            trackers.append(JSONLinesTracker(out / "log.jsonl"))
-            if tensorboard:
-                trackers.append(TensorBoardTracker(out / "tensorboard"))
+        trackers: list[Tracker] = [JSONLinesTracker(out / "log.jsonl")] if main else []
+        if main and tensorboard:
+            trackers.append(TensorBoardTracker(out / "tensorboard"))
         for tracker in trackers:
             stack.callback(tracker.close)
-        last = _Last()
-        curves = [tracked(tracker) for tracker in trackers]
-        samples = _Samples(out, seed, trackers)
-        options: dict[str, Any] = {"seed": seed, "checkpoint_dir": state.folder, "resume": resume}
-        options["callbacks"] = (stop.check, progress, last, *curves, samples)
+        last, samples = _Last(), _Samples(out, seed, trackers)
+        callbacks = (stop.check, progress, last, *map(tracked, trackers), samples)
+        options = {"seed": seed, "checkpoint_dir": state.folder, "resume": resume, "callbacks": callbacks}
         with state.ending(lambda: progress.begun, LatentPriorError):
             _learn(model, images, recipe, processes, options)
             if main:

@@ -15,6 +15,7 @@ from ..density.prior import LatentPrior
 from ..errors import InvalidImagesError, InvalidLatentsError
 from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size
+from ..report.sources import check_images_fit, check_latents_fit, may_have_parts
 from ..runtime.seeding import derived_generator
 
 __all__ = ["Calibration", "joint_score", "model_calibration", "prior_calibration"]
@@ -29,20 +30,10 @@ MAX_MODEL_DRAWS = 1000
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores that a new one is held against.
+    """Scores ``(m,)`` in ascending order that a new one is held against; ``text`` says whose they are.
 
-    Parameters
-    ----------
-    scores : Tensor
-        The scores in ascending order, ``(m,)``.
-    text : str
-        Whose scores these are, for people.
-    data : bool
-        Whether they are scores of the user's data, not of draws.
-    z : Tensor
-        The latents ``(m, *event_shape)``, in an order of their own.
-    labels : Tensor, optional
-        The classes of the latents.
+    ``data`` is true for scores of the user's data, false for those of draws. The latents ``z``, ``(m, *event_shape)``,
+    and their classes have an order of their own.
     """
 
     scores: Tensor
@@ -55,26 +46,14 @@ class Calibration:
         r"""Return :math:`(1 + \#\{i : s_i \ge s\}) / (m + 1)`, which is small for odd rows.
 
         For a row drawn like the m others :math:`P(p \le \alpha) \le \alpha` (Vovk, Gammerman and Shafer 2005).
-
-        Parameters
-        ----------
-        score : float
-            The score s of one row.
         """
         return float(1 + (self.scores >= score).sum()) / (len(self.scores) + 1)
 
 
 def joint_score(model: LatentVariableModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the latents of images, and their scores ``-log p(x, z)`` in nats, ``(n,)`` float64 on the CPU.
+    """Return the latents of images ``(n, C, H, W)``, and their scores ``-log p(x, z)`` in nats on the CPU, ``(n,)``.
 
     The latents are the encoder's means, or the most probable ones where there is no encoder.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model.
-    x : Tensor
-        Images ``(n, C, H, W)``.
     """
     if model.encoder is not None:
         z = model.infer(x, method="encoder")
@@ -83,31 +62,15 @@ def joint_score(model: LatentVariableModel, x: Tensor) -> tuple[Tensor, Tensor]:
     return z, model.anomaly_score(x, kind="joint", z=z).double().cpu()
 
 
-def model_calibration(
-    model: LatentVariableModel, folder: Path, shape: tuple[int, ...], source: Path | None
-) -> Calibration:
+def model_calibration(model: LatentVariableModel, folder: Path, source: Path | None) -> Calibration:
     r"""Score images of a source by ``-log p(x, z)``, or else draws :math:`x = g(z) + \sigma\varepsilon` of the model.
 
-    P-values against draws say what is odd for the model, not what is odd for the data.
-
-    Parameters
-    ----------
-    model : LatentVariableModel
-        The model.
-    folder : Path
-        Where it was saved; its recipe may name the size of the images.
-    shape : tuple of int
-        The shape (C, H, W) of the images that it makes.
-    source : Path or None
-        Images as :func:`latentprior.read_images` takes them; of a source in splits, the split ``test``.
+    P-values against draws say what is odd for the model, not what is odd for the data. The recipe in the folder may
+    name the size of images; of a source in splits the split ``test`` is read.
     """
     if source is not None:
         images, split = _held_out(source, image_size(folder))
-        if images.shape != shape:
-            raise InvalidImagesError(
-                f"{source}: images have shape {images.shape}, the model makes {shape}; give images like those that it "
-                "was trained on"
-            )
+        check_images_fit(model, images, source)
         most = MAX_ROWS_WITHOUT_ENCODER if model.encoder is None else MAX_ROWS
         order = torch.randperm(len(images), generator=derived_generator(torch.device("cpu"), 0, "explorer", "images"))
         chosen = images.subset(order[:most])
@@ -125,26 +88,14 @@ def model_calibration(
 
 
 def prior_calibration(prior: LatentPrior, source: Path | None) -> Calibration:
-    """Score latents of a file by ``-log p(z)``, or else draws of the prior.
-
-    Parameters
-    ----------
-    prior : LatentPrior
-        The prior.
-    source : Path or None
-        The file.
-    """
+    """Score latents of a file by ``-log p(z)``, or else draws of the prior."""
     if source is None:
         z = prior.sample((MAX_ROWS,), generator=derived_generator(prior.device, 0, "explorer", "calibration"))
         return _sorted([(z, -prior.log_prob(z).double().cpu())], "samples of the prior", False)
     if source.is_dir():
         raise InvalidLatentsError(f"{source}: is a folder; a prior without a decoder takes latents, one file")
     latents = as_latents(source)
-    if latents.event_shape != prior.event_shape:
-        raise InvalidLatentsError(
-            f"{source}: rows have shape {tuple(latents.event_shape)}, the prior was learned on "
-            f"{tuple(prior.event_shape)}; give latents of the same decoder"
-        )
+    check_latents_fit(prior, latents, source)
     draws = derived_generator(torch.device("cpu"), 0, "explorer", "latents")
     rows = torch.randperm(len(latents), generator=draws)[:MAX_ROWS]
     z = latents.draw(rows, draws, dtype=prior.dtype).reshape(-1, *prior.event_shape).to(prior.device)
@@ -158,8 +109,7 @@ def _sorted(parts: list[tuple[Tensor, Tensor]], text: str, data: bool, labels: T
 
 
 def _held_out(source: Path, size: int | None) -> tuple[Images, str]:
-    # A single file of images has no parts, whatever its name is.
-    if source.is_dir() or source.suffix in (".npz", ".safetensors"):
+    if may_have_parts(source):
         with contextlib.suppress(InvalidImagesError):
             return read_images(source, size=size, split="test"), " (test)"
     return read_images(source, size=size), ""

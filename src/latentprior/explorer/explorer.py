@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..density.prior import LatentPrior
 from ..models.interpolation import latent_path
 from ..models.model import LatentVariableModel
-from ..report.evidence import StageDraws, plane_limits, principal_axes, shown_stages, stage_draws
+from ..report.evidence import plane_limits, principal_axes, shown_stages, stage_draws
 from ..report.sources import load_folder
 from ..runtime.seeding import derived_generator
 from ..storage.pictures import data_uri, picture_grid
@@ -40,8 +39,6 @@ MAX_SAMPLE_SETS = 8
 """The sets of samples that are remembered, so that the slider of stages draws once for all its positions."""
 BACKGROUND_POINTS = 600
 """The latents that are shown behind the samples, and those that the mean of a property is taken over."""
-
-
 TILTS: dict[str, dict[str, Any]] = {
     "towards": {"text": "towards the chosen one", "low": 0.0, "high": 5.0},
     "brightness": {"text": "brightness of the image", "low": -5.0, "high": 5.0},
@@ -55,17 +52,6 @@ class Explorer:
 
     The methods take the fields of a request, return the content of the answer's JSON and raise
     :class:`~latentprior.explorer.requests.Refused`. Only one thread at a time may call them.
-
-    Parameters
-    ----------
-    prior : LatentPrior
-        The prior.
-    model : LatentVariableModel or None
-        The model that the prior belongs to.
-    calibration : Calibration
-        The scores that new ones are held against.
-    name : str
-        The name that the page shows.
     """
 
     def __init__(
@@ -77,7 +63,7 @@ class Explorer:
         self.image_shape = None if model is None else model.image_shape
         pixels = 1 if self.image_shape is None else math.prod(self.image_shape)
         self.max_samples = MAX_POINTS if model is None else max(2, min(MAX_IMAGES, MAX_PIXELS // pixels))
-        self._samples: OrderedDict[tuple[int, int], list[StageDraws]] = OrderedDict()
+        self._draws = lru_cache(MAX_SAMPLE_SETS)(partial(stage_draws, prior))
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -99,41 +85,25 @@ class Explorer:
             "most": {"n": self.max_samples, "steps": min(MAX_STEPS, self.max_samples), "seed": MAX_SEED},
         }  # fmt: skip
         if self.model is None:
-            content["plane"] = self._plane
-            content["points"] = self._points(self._background)
+            points = self._points(self.calibration.z[:BACKGROUND_POINTS])
+            low, high = plane_limits([torch.tensor(points, dtype=torch.float64)]).tolist()
+            content["plane"] = {"low": low, "high": high, "shares": self._axes[2].tolist()}
+            content["points"] = points
         return content
 
     def sample(self, fields: Fields) -> dict[str, Any]:
-        """Draw from the first stages; one seed draws all stages by common random numbers.
-
-        Parameters
-        ----------
-        fields : Fields
-            ``n`` draws of the first ``stage`` stages by ``seed``.
-        """
+        """Draw ``n`` rows of the first ``stage`` stages; one ``seed`` draws all stages by common random numbers."""
         n = fields.whole("n", 1, self.max_samples, min(DEFAULT_SAMPLES, self.max_samples))
         seed = fields.whole("seed", 0, MAX_SEED, 0)
         stage = fields.whole("stage", 0, self.stages[-1], self.stages[-1])
         fields.done()
         if stage not in self.stages:
             raise Refused(400, f"stage must be one of {', '.join(map(str, self.stages))}")
-        key = (n, seed)
-        if key not in self._samples:
-            self._samples[key] = stage_draws(self.prior, n, seed)
-            while len(self._samples) > MAX_SAMPLE_SETS:
-                self._samples.popitem(last=False)
-        self._samples.move_to_end(key)
-        drawn = self._samples[key][self.stages.index(stage)]
+        drawn = self._draws(n, seed)[self.stages.index(stage)]
         return {"stage": stage, "seed": seed, "coupled": drawn.shared, "items": self._items(drawn.z)}
 
     def walk(self, fields: Fields) -> dict[str, Any]:
-        """Return a path between two latents that keeps to where the prior has mass.
-
-        Parameters
-        ----------
-        fields : Fields
-            ``n`` latents from ``start`` to ``end``.
-        """
+        """Return a path of ``n`` latents from ``start`` to ``end`` that keeps to where the prior has mass."""
         start, end = fields.latent("start", self.dim), fields.latent("end", self.dim)
         n = fields.whole("n", 2, min(MAX_STEPS, self.max_samples), min(DEFAULT_STEPS, self.max_samples))
         fields.done()
@@ -141,13 +111,7 @@ class Explorer:
         return {"items": self._items(path)}
 
     def score(self, fields: Fields) -> dict[str, Any]:
-        """Return the log density of a latent and its p-value; :meth:`score_image` scores an image.
-
-        Parameters
-        ----------
-        fields : Fields
-            The latent ``z``.
-        """
+        """Return the log density of a latent ``z`` and its p-value; :meth:`score_image` scores an image."""
         if self.model is not None:
             raise Refused(415, "a model scores pictures: send image/png or image/jpeg")
         z = self._latent(fields.latent("z", self.dim))
@@ -157,13 +121,7 @@ class Explorer:
         return {**item, "score": _finite(score), **self._judged(score)}
 
     def score_image(self, x: Tensor) -> dict[str, Any]:
-        """Return the reconstruction of an image, its score ``-log p(x, z)`` and p-value, and its latent's log density.
-
-        Parameters
-        ----------
-        x : Tensor
-            The image ``(1, C, H, W)`` in [-1, 1].
-        """
+        """Return the reconstruction of an image ``(1, C, H, W)`` in [-1, 1], its score ``-log p(x, z)`` and p-value."""
         if self.model is None:
             raise Refused(415, "a prior without a decoder scores latents: send application/json with z")
         x = x.to(self.model.device, self.prior.dtype)
@@ -187,12 +145,6 @@ class Explorer:
         ``before`` and ``after`` are means of the property: the brightness in [-1, 1], the probability of the class, or
         the root mean square distance of a standardised coordinate from that of the latent ``z``. ``r_squared`` and
         ``accuracy`` say how well the property was read off latents that did not fit it.
-
-        Parameters
-        ----------
-        fields : Fields
-            ``n`` draws by ``seed`` with ``property`` at ``strength``; ``towards`` also takes ``z``, and ``class`` takes
-            ``class``.
         """
         name = fields.one_of("property", self.tilts)
         strength = fields.real("strength", TILTS[name]["low"], TILTS[name]["high"])
@@ -286,18 +238,9 @@ class Explorer:
         return [[float(f"{v:.5g}") for v in row] for row in points.tolist()]
 
     @cached_property
-    def _background(self) -> Tensor:
-        return self.calibration.z[:BACKGROUND_POINTS]
-
-    @cached_property
     def _axes(self) -> tuple[Tensor, Tensor, Tensor]:
         """The mean, the first two principal directions (one if d is 1), and their shares for the calibration."""
         return principal_axes(self.calibration.z, 2)
-
-    @cached_property
-    def _plane(self) -> dict[str, Any]:
-        limits = plane_limits([torch.tensor(self._points(self._background), dtype=torch.float64)])
-        return {"low": limits[0].tolist(), "high": limits[1].tolist(), "shares": self._axes[2].tolist()}
 
     def _whitened(self, z: Tensor) -> Tensor:
         return self.prior.whitening.whiten(z.flatten(1).to(self.prior.whitening.loc))
@@ -311,29 +254,15 @@ class Explorer:
 def open_explorer(
     folder: str | Path, calibration: str | Path | None = None, *, device: torch.device | str | None = None
 ) -> Explorer:
-    """Load a saved prior or model, and score the rows that new ones are held against.
+    """Load a saved prior or model, and score the images or latents that new ones are held against.
 
-    Parameters
-    ----------
-    folder : path
-        The folder of the prior or model.
-    calibration : path, optional
-        Images for a model, latents for a prior; without it draws of the model or prior stand in.
-    device : torch.device or str, optional
-        Where to compute.
-
-    Raises
-    ------
-    LatentPriorError
-        Where the folder or the calibration is not what it should be, as in :func:`latentprior.write_report`.
+    Without ``calibration`` draws of the model or prior stand in. The errors are those of
+    :func:`latentprior.write_report`.
     """
     folder = Path(folder)
     prior, model = load_folder(folder, device)
     source = None if calibration is None else Path(calibration)
-    if model is None:
-        scores = prior_calibration(prior, source)
-    else:
-        scores = model_calibration(model, folder, model.image_shape, source)
+    scores = prior_calibration(prior, source) if model is None else model_calibration(model, folder, source)
     explorer = Explorer(prior, model, scores, folder.absolute().name)
     _ = explorer.info
     return explorer

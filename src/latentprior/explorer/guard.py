@@ -63,43 +63,17 @@ HEADERS = [
 
 
 def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an answer that holds one JSON object of finite numbers.
-
-    Parameters
-    ----------
-    content : mapping
-        What becomes the object.
-    status : int
-        The status of the answer.
-    headers : mapping of str to str, optional
-        Headers besides :data:`HEADERS`.
-    """
+    """Return an answer that holds one JSON object of finite numbers."""
     return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the answer to a request that failed, ``{"error": message}``.
-
-    Parameters
-    ----------
-    status : int
-        The status of the answer.
-    message : str
-        One line that says what is wrong.
-    headers : mapping of str to str, optional
-        Headers besides :data:`HEADERS`.
-    """
+    """Return the answer to a request that failed, ``{"error": message}``."""
     return json_response({"error": message}, status, headers)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address or name is reached from this machine alone.
-
-    Parameters
-    ----------
-    host : str
-        An IP address without brackets, or a name.
-    """
+    """Return whether an IP address without brackets, or a name, is reached from this machine alone."""
     if host == "localhost":
         return True
     try:
@@ -109,17 +83,10 @@ def is_loopback(host: str) -> bool:
 
 
 def is_ours(named: str, host: str) -> bool:
-    """Return whether a request that names a host can have been meant for this server.
+    """Return whether a request whose header ``Host`` is ``named`` can have been meant for a server on ``host``.
 
-    A page whose name was made to point to this machine (DNS rebinding) still sends its own name.
-
-    Parameters
-    ----------
-    named : str
-        The header ``Host`` of the request.
-    host : str
-        The address that the server listens on. If it is open to other machines, requests may name any IP address:
-        rebinding needs a name.
+    A page whose name was made to point to this machine (DNS rebinding) still sends its own name. A server that is open
+    to other machines may be called by any IP address, as rebinding needs a name.
     """
     parts = HOST.fullmatch(named)
     if parts is None:
@@ -139,12 +106,7 @@ def is_ours(named: str, host: str) -> bool:
 class Guard:
     """ASGI middleware that refuses what neither the page nor a program of the user can have sent.
 
-    Parameters
-    ----------
-    app : ASGI application
-        What answers the other requests, each with one message ``http.response.body``.
-    host : str
-        The address that the server listens on.
+    ``app`` answers the other requests, each with one message ``http.response.body``.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:

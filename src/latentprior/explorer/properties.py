@@ -40,15 +40,7 @@ ROWS_PER_CLASS = 10
 
 
 class Towards(nn.Module):
-    r"""The log potential :math:`-\tfrac{s}{2} \|u - u_0\|^2`, a Gaussian around one latent.
-
-    Parameters
-    ----------
-    centre : Tensor
-        The latent :math:`u_0`, ``(1, d)``.
-    strength : float
-        The strength s.
-    """
+    r"""The log potential :math:`-\tfrac{s}{2} \|u - u_0\|^2`, a Gaussian around one latent ``(1, d)``."""
 
     def __init__(self, centre: Tensor, strength: float) -> None:
         super().__init__()
@@ -62,16 +54,9 @@ class Towards(nn.Module):
 class Brightness(nn.Module):
     r"""The log potential :math:`3 s \tanh(\hat b(u) / 3)`, :math:`\hat b` the brightness in standard deviations.
 
-    The bound keeps the tilted density integrable, since :math:`\hat b` is quadratic.
-
-    Parameters
-    ----------
-    weights : Tensor
-        The weights of the features of u, ``(m,)``.
-    r_squared : float
-        The share of the variance of brightness that the regression explains on draws that did not fit it.
-    strength : float
-        The strength s.
+    The bound keeps the tilted density integrable, since :math:`\hat b` is quadratic. ``weights`` are those of the
+    features of u, ``(m,)``; ``r_squared`` is the share of the variance of brightness that the regression explains on
+    draws that did not fit it.
     """
 
     def __init__(self, weights: Tensor, r_squared: float, strength: float = 0.0) -> None:
@@ -90,18 +75,9 @@ class Brightness(nn.Module):
 class Classes(nn.Module):
     r"""The log potential :math:`s \log p(c \mid u)` of a softmax regression on the features of u.
 
-    Parameters
-    ----------
-    weights : Tensor
-        The weights of the features for each class, ``(m, k)``.
-    names : list of int
-        The labels of the classes, in order.
-    accuracy : float
-        The share of right answers on a fifth of the labelled latents that did not fit the regression.
-    which : int
-        The position of the class c in ``names``.
-    strength : float
-        The strength s.
+    ``weights`` are those of the features for each class, ``(m, k)``; ``names`` are the labels of the classes, in order,
+    and c is at the place ``which`` among them. ``accuracy`` is the share of right answers on a fifth of the latents,
+    which did not fit the regression.
     """
 
     def __init__(self, weights: Tensor, names: list[int], accuracy: float, which: int = 0, strength: float = 0.0):
@@ -123,24 +99,14 @@ class Classes(nn.Module):
 
 
 class Tilted(NamedTuple):
-    """Draws of a tilted prior."""
+    """Draws ``(n, d)`` of a tilted prior in standardised coordinates, and the log normaliser of the tilt in nats."""
 
     u: Tensor
-    """The draws in standardised coordinates, ``(n, d)``."""
     log_normalizer: LogMean
-    """The log normaliser of the tilt in nats, with its standard error."""
 
 
 def fit_brightness(u: Tensor, brightness: Tensor) -> Brightness:
-    """Fit a ridge regression of brightness by three quarters of the rows; the last quarter measures it.
-
-    Parameters
-    ----------
-    u : Tensor
-        Standardised latents ``(n, d)``.
-    brightness : Tensor
-        The brightness of their images, ``(n,)``; it is standardised here.
-    """
+    """Fit a ridge regression of brightness ``(n,)`` on latents by three quarters of the rows; the rest measure it."""
     x, y = _features(u.double()), brightness.to(u.device).double()
     y = (y - y.mean()) / y.std().clamp_min(1e-12)
     n = 3 * len(u) // 4
@@ -151,16 +117,9 @@ def fit_brightness(u: Tensor, brightness: Tensor) -> Brightness:
 
 
 def fit_classes(u: Tensor, labels: Tensor, seed: int = 0) -> Classes | None:
-    """Fit a softmax regression by four fifths of the rows; None for a single class, or too many for the rows.
+    """Fit a softmax regression of labels ``(n,)`` on latents by four fifths of the rows, chosen by the seed.
 
-    Parameters
-    ----------
-    u : Tensor
-        Standardised latents ``(n, d)``.
-    labels : Tensor
-        Their classes, whole numbers ``(n,)``.
-    seed : int
-        It chooses the rows that measure the accuracy.
+    Returns None for a single class, or for too many classes for the rows.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -185,26 +144,9 @@ def fit_classes(u: Tensor, labels: Tensor, seed: int = 0) -> Classes | None:
 def tilted_draws(prior: LatentPrior, start: Tensor, g: nn.Module, n: int, generator: torch.Generator) -> Tilted:
     r"""Draw from the tilted prior :math:`p(u)\, e^{g(u)} / Z_g`.
 
-    This is the one place where the explorer tilts. It does what :meth:`LatentPrior.tilt` does, but begins at draws of
-    the prior that are there already: sequential Monte Carlo from the ladder's top to one stage above it.
-
-    Parameters
-    ----------
-    prior : LatentPrior
-        The prior.
-    start : Tensor
-        Its draws in standardised coordinates, ``(m, d)``; 16 divides m.
-    g : Module
-        The log potential, ``(m, d) -> (m,)``.
-    n : int
-        The number of draws, at most m.
-    generator : torch.Generator
-        The random stream.
-
-    Raises
-    ------
-    LatentPriorError
-        Where this takes more than 40 levels or 60 s, as towards a latent that the prior does not know.
+    It does what :meth:`LatentPrior.tilt` does, but begins at draws ``(m, d)`` of the prior that are there already; 16
+    divides m, and n is at most m. Raises :class:`LatentPriorError` where it takes more than 40 levels or 60 s, as
+    towards a latent that the prior does not know.
     """
     latest = time.monotonic() + MAX_SECONDS
 

@@ -17,17 +17,7 @@ MAX_COORDINATE = 1e6
 
 
 class Refused(Exception):
-    """A request is answered with an error.
-
-    Parameters
-    ----------
-    status : int
-        The HTTP status of the answer.
-    message : str
-        One line that says what is wrong.
-    headers : mapping of str to str, optional
-        Further headers of the answer.
-    """
+    """A request is answered with an error: an HTTP status, one line that says what is wrong, and further headers."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -35,29 +25,12 @@ class Refused(Exception):
 
 
 def max_json_bytes(dim: int) -> int:
-    """Return the length in bytes of the longest JSON that is read: two latents of 32 bytes a coordinate, and the rest.
-
-    Parameters
-    ----------
-    dim : int
-        The number of coordinates of a latent.
-    """
+    """Return the bytes of the longest JSON that is read: two latents of 32 bytes a coordinate, and the rest."""
     return 4096 + 64 * dim
 
 
 def parse(body: bytes) -> Fields:
-    """Read one JSON object; NaN and infinities, which are not JSON, are refused as well.
-
-    Parameters
-    ----------
-    body : bytes
-        The body of a request.
-
-    Raises
-    ------
-    Refused
-        400 for anything else.
-    """
+    """Read one JSON object; anything else is refused, and so are NaN and infinities, which are not JSON."""
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -76,11 +49,6 @@ class Fields:
 
     Each method takes the ``name`` of a field and what its value may be, from ``low`` to ``high`` where it is a number;
     a field without a ``default`` is required. It raises :class:`Refused` with status 400 for any other value.
-
-    Parameters
-    ----------
-    content : mapping of str to object
-        The JSON object.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:

@@ -39,21 +39,9 @@ PAGE = {
 
 
 class Server:
-    """Serves the page of one :class:`~latentprior.explorer.explorer.Explorer`.
+    """Serves the page of one :class:`~latentprior.explorer.explorer.Explorer`; port 0 takes a free one.
 
-    Parameters
-    ----------
-    explorer : Explorer
-        What answers the page.
-    host : str
-        The address to listen on.
-    port : int
-        The port to listen on; 0 takes a free one.
-
-    Raises
-    ------
-    OSError
-        If the address cannot be listened on.
+    Raises :class:`OSError` if the address cannot be listened on.
     """
 
     def __init__(self, explorer: Explorer, host: str = "127.0.0.1", port: int = 7860) -> None:

@@ -30,21 +30,10 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 def read_picture(body: bytes, kind: str, shape: Sequence[int]) -> Tensor:
-    """Decode a picture, cut out its middle and resize it to one image ``(1, C, H, W)`` in [-1, 1].
+    """Decode a picture of a content type, cut out its middle and resize it to one image ``(1, C, H, W)`` in [-1, 1].
 
-    Parameters
-    ----------
-    body : bytes
-        The file.
-    kind : str
-        Its content type, one of :data:`TYPES`.
-    shape : sequence of int
-        The shape (C, H, W) of the image; the middle has its aspect.
-
-    Raises
-    ------
-    Refused
-        400 where the file is no such picture, 413 where it has more than 2^24 pixels.
+    The middle has the aspect of ``shape``, (C, H, W). Raises :class:`Refused` with status 400 where the file is no
+    such picture, and with 413 where it has more than 2^24 pixels.
     """
     try:
         from PIL import Image

@@ -22,11 +22,6 @@ class Bodies:
 
     Where they would hold more, the body that began first is dropped. A client that sends all but the end of a body
     thus keeps nobody else out.
-
-    Parameters
-    ----------
-    max_bytes : int
-        The most that bodies hold together while they arrive.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -34,18 +29,7 @@ class Bodies:
         self._arriving: dict[int, bytearray] = {}
 
     async def read(self, blocks: AsyncIterable[bytes]) -> bytes:
-        """Return one body.
-
-        Parameters
-        ----------
-        blocks : asynchronous iterable of bytes
-            The parts of the body, and an empty one at its end.
-
-        Raises
-        ------
-        Refused
-            503 where this body was dropped.
-        """
+        """Return one body from its parts; raise :class:`Refused` with status 503 where it was dropped."""
         body = bytearray()
         self._arriving[id(body)] = body
         try:
@@ -61,14 +45,9 @@ class Bodies:
 
 
 class Worker:
-    """Runs functions one at a time, in a thread of its own and without gradients.
+    """Runs functions one at a time, in a thread of its own and without gradients, each within some seconds.
 
-    Parameters
-    ----------
-    places : int
-        The most functions that wait or run at once; more are refused, as memory grows with them.
-    seconds : float
-        The longest that a function may wait and run.
+    It refuses a function where all places are taken, as memory grows with those that wait or run.
     """
 
     def __init__(self, places: int = 16, seconds: float = 120.0) -> None:
@@ -79,15 +58,7 @@ class Worker:
     async def run(self, function: Callable[[], T]) -> T:
         """Return the result of a function, or raise what it raises.
 
-        Parameters
-        ----------
-        function : callable
-            It takes no arguments.
-
-        Raises
-        ------
-        Refused
-            503 where all places are taken or the time is over.
+        Raises :class:`Refused` with status 503 where all places are taken or the time is over.
         """
         if not self._free:
             raise Refused(503, "busy: too many requests wait for the model; try again", RETRY)

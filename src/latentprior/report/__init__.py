@@ -19,24 +19,16 @@ __all__ = ["Report", "check_report_out", "write_report"]
 
 
 class Report(NamedTuple):
-    """A report that was written.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    bytes : int
-        Its size.
-    stages : int
-        Number of stages of the prior.
-    seconds : float
-        Time that the report took.
-    """
+    """A report that was written."""
 
     path: Path
+    """The file."""
     bytes: int
+    """Its size."""
     stages: int
+    """Number of stages of the prior."""
     seconds: float
+    """Time that the report took."""
 
 
 def write_report(
@@ -58,8 +50,7 @@ def write_report(
     Parameters
     ----------
     source : LatentPrior, LatentVariableModel, str or Path
-        A prior, a model, or the folder of one that ``save_pretrained``, ``latentprior fit``, ``train`` or ``demo``
-        wrote.
+        A prior, a model, or the folder of one that ``save_pretrained`` or the command line wrote.
     out : str or Path
         Path of the file, with the suffix ``.html``. The file is replaced whole or not at all.
     latents : array, str or Path, optional
@@ -74,14 +65,14 @@ def write_report(
     seed : int, default 0
         Seed of every draw: equal calls write equal bytes.
     device : torch.device or str, optional
-        Where to compute; by default where the prior is, or the CPU for a folder.
+        By default where the prior is, or the CPU for a folder.
     progress : bool, default False
         Whether to draw a bar on standard error, if that is a terminal or a notebook.
 
     Returns
     -------
     Report
-        Path and size of the file, the number of stages, and the seconds that it took.
+        Where the file is, and its figures.
 
     Raises
     ------
@@ -105,8 +96,8 @@ def write_report(
     check_report_out(out)
     with torch.no_grad(), work_bar("report", page.PARTS + 1, shown=progress) as bar:
         bar.begin("reading")
-        subject, rows = sources.find(source, latents, images, held_out, seed=seed, device=device)
-        blob = page.build(subject, rows, seed, bar.begin).encode()
+        subject = sources.find(source, latents, images, held_out, seed=seed, device=device)
+        blob = page.build(subject, seed, bar.begin).encode()
     write_whole(out, blob)
     return Report(out, len(blob), len(subject.prior.stages), time.monotonic() - start)
 

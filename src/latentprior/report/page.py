@@ -22,7 +22,7 @@ from ..density.ratios import BoundedRatio
 from ..fitting.fit import SATURATED_GAIN_NATS
 from . import sections
 from .figures import number
-from .sources import Rows, Subject
+from .sources import Subject
 
 __all__ = ["PARTS", "build"]
 
@@ -39,19 +39,10 @@ TOLD_APART_AUC = 0.6
 """The two-sample AUC, less two standard errors, above which the page warns: 0.5 is guessing, 1 is certainty."""
 
 
-def build(subject: Subject, rows: Rows | None, seed: int, announce: Callable[[str], None] = lambda name: None) -> str:
+def build(subject: Subject, seed: int, announce: Callable[[str], None]) -> str:
     """Return the whole document; it is the same for an equal subject and seed on one machine.
 
-    Parameters
-    ----------
-    subject : Subject
-        The prior, its model, and the data it is compared with.
-    rows : Rows, optional
-        All training rows at hand, among which the oddest are looked for.
-    seed : int
-        Seed of every draw.
-    announce : callable
-        It is called with the name of each part of the work, one of :data:`PARTS`, as that part begins.
+    ``announce`` is called with the name of each of the :data:`PARTS` parts of the work as that part begins.
     """
     announce("samples and two-sample test")
     figures, measured = record(subject.prior), sections.measure(subject, seed)
@@ -61,8 +52,8 @@ def build(subject: Subject, rows: Rows | None, seed: int, announce: Callable[[st
         "planes": ("planes", lambda: sections.planes(subject, measured)),
         "calibration": ("calibration", lambda: sections.calibration(subject, measured)),
         "copying": ("nearest rows", lambda: sections.copying(subject, measured)),
-        "oddities": ("oddest rows", lambda: sections.oddities(subject, rows)),
-        "settings": ("settings", lambda: list(_settings(subject, rows, figures, seed))),
+        "oddities": ("oddest rows", lambda: sections.oddities(subject)),
+        "settings": ("settings", lambda: list(_settings(subject, figures, seed))),
     }
     made = {}
     for key, (name, make) in parts.items():
@@ -159,10 +150,13 @@ def _cautions(subject: Subject, figures: Mapping[str, Any], measured: sections.M
         )
 
 
-def _settings(subject: Subject, rows: Rows | None, figures: Mapping[str, Any], seed: int) -> Iterator[tuple[str, str]]:
+def _settings(subject: Subject, figures: Mapping[str, Any], seed: int) -> Iterator[tuple[str, str]]:
     """List everything that decides the outcome, and versions."""
     yield from _choices(subject)
-    for name, part in (("training rows", rows), ("held-out rows", subject.held_out if subject.separate else None)):
+    for name, part in (
+        ("training rows", subject.rows),
+        ("held-out rows", subject.held_out if subject.separate else None),
+    ):
         yield name, "not given" if part is None else f"{part.name}: {len(part.z):,} used"
     yield "seed of this report", str(seed)
     here = {"latentprior": __version__, "torch": torch.__version__, "python": platform.python_version()}

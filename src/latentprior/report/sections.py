@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..density.prior import LatentPrior
@@ -16,7 +17,7 @@ from ..runtime.seeding import derived_generator
 from ..storage.pictures import data_uri, image_grid, png
 from . import evidence
 from .figures import Image, Points, chart, histogram, intervals, number, quantiles, scatter
-from .sources import Rows, Subject
+from .sources import Subject
 
 __all__ = ["Measured", "calibration", "copying", "measure", "oddities", "planes", "samples", "stages"]
 
@@ -98,16 +99,19 @@ def _stage_planes(subject: Subject, draws: Sequence[evidence.StageDraws]) -> lis
     mean, axes, shares = evidence.principal_axes(draws[-1].z if rows is None else rows.z, 2)
     flat = [(draw.z.flatten(1).double().cpu() - mean) @ axes for draw in draws]
     data = [] if rows is None else [(rows.z[:PLOTTED_POINTS].flatten(1).double() - mean) @ axes]
+    limits, names = evidence.plane_limits([*flat, *data]), _axis_names(shares)
     images = []
     for draw, z in zip(draws, flat, strict=True):
         sets = [*(Points("data", points, "data") for points in data), Points("draws", z, "model")]
-        if axes.shape[1] == 1:
-            figure = histogram([p._replace(values=p.values[:, 0]) for p in sets], "latent")
-        else:
-            first, second = _axis_names(shares)
-            figure = scatter(sets, evidence.plane_limits([*flat, *data]), (first, second))
-        images.append(chart(figure, f"{len(z)} draws of {_stage(draw.stage, count)}"))
+        images.append(chart(_on_axes(sets, limits, names), f"{len(z)} draws of {_stage(draw.stage, count)}"))
     return images
+
+
+def _on_axes(sets: Sequence[Points], limits: Tensor, names: Sequence[str]) -> Figure:
+    """Points on two principal axes, or a histogram of those of a latent with one coordinate."""
+    if len(names) == 1:
+        return histogram([p._replace(values=p.values[:, 0]) for p in sets], "latent")
+    return scatter(sets, limits, (names[0], names[1]))
 
 
 def stages(subject: Subject, figures: Mapping[str, Any], measured: Measured) -> Part:
@@ -158,16 +162,16 @@ def planes(subject: Subject, measured: Measured) -> Part | None:
         Points(name, (z[:PLOTTED_POINTS].flatten(1).double() - mean) @ axes, name)
         for name, z in (("data", rows.z), ("model", measured.ladder))
     ]
-    if axes.shape[1] == 1:
-        figure = histogram([p._replace(values=p.values[:, 0]) for p in sets], "latent")
-        return {"text": "", "charts": [Captioned(chart(figure, "Model against data"), "Histogram.")]}
     names, charts = _axis_names(shares), []
-    for i in range(0, axes.shape[1] - 1, 2):
+    if len(names) == 1:
+        figure = _on_axes(sets, evidence.plane_limits([points.values for points in sets]), names)
+        return {"text": "", "charts": [Captioned(chart(figure, "Model against data"), "Histogram.")]}
+    for i in range(0, len(names) - 1, 2):
         pair = [p._replace(values=p.values[:, i : i + 2]) for p in sets]
         limits = evidence.plane_limits([points.values for points in pair])
         for points in pair:
             description = f"{points.name} on principal components {i + 1} and {i + 2}"
-            charts.append(Captioned(chart(scatter([points], limits, (names[i], names[i + 1])), description)))
+            charts.append(Captioned(chart(_on_axes([points], limits, names[i : i + 2]), description)))
     n = min(PLOTTED_POINTS, len(rows.z))
     text = f"{n:,} {subject.rows_name} and as many samples, on the principal components of the data."
     return {"text": text, "charts": charts}
@@ -245,8 +249,9 @@ def copying(subject: Subject, measured: Measured) -> Part | None:
     return {"text": text, "pairs": pairs, "chart": Captioned(chart(figure, title), f"{title}.", "Root mean square.")}
 
 
-def oddities(subject: Subject, rows: Rows | None) -> Part | None:
+def oddities(subject: Subject) -> Part | None:
     """Training rows of the highest anomaly score, as images where there are any."""
+    rows = subject.rows
     if rows is None:
         return None
     index, scores = evidence.oddest(subject.prior, subject.model, rows, min(SHOWN_ODD_ROWS, len(rows.z)))

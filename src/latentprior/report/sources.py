@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..models.model import ROWS, LatentVariableModel
 from ..recipes.model_folders import image_size, load_model
 from ..runtime.seeding import derived_generator
 
-__all__ = ["Rows", "Subject", "find", "load_folder"]
+__all__ = ["Rows", "Subject", "check_images_fit", "check_latents_fit", "find", "load_folder", "may_have_parts"]
 
 MOST_LATENTS = 20_000
 MOST_IMAGES, MOST_PIXELS = 10_000, 1 << 24
@@ -58,7 +59,10 @@ class Subject:
     prior: LatentPrior
     model: LatentVariableModel | None
     recipe: str | None
+    rows: Rows | None
+    """All training rows, among which the oddest are looked for."""
     train: Rows | None
+    """Those of them that do not stand for held-out rows."""
     held_out: Rows | None
     separate: bool
     """Whether ``held_out`` was named as such; else it is a random half of the one set that was given."""
@@ -74,42 +78,58 @@ class Subject:
         return {"sampler": "smc"} if self.model is None else self.model.sampler
 
 
-class _Given(NamedTuple):
-    latents: Any
-    images: Any
-    held_out: Any
+def check_latents_fit(prior: LatentPrior, latents: Latents, name: str | Path) -> None:
+    """Raise :class:`InvalidLatentsError` if latents of this name have another shape than those of the prior."""
+    if latents.event_shape != prior.event_shape:
+        raise InvalidLatentsError(
+            f"{name}: rows have shape {tuple(latents.event_shape)}, the prior was learned on "
+            f"{tuple(prior.event_shape)}; give latents of the same decoder"
+        )
+
+
+def check_images_fit(model: LatentVariableModel, images: Images, name: str | Path) -> None:
+    """Raise :class:`InvalidImagesError` if images of this name have another shape than those of the model."""
+    if images.shape != tuple(model.image_shape):
+        raise InvalidImagesError(
+            f"{name}: images have shape {images.shape}, the model makes {tuple(model.image_shape)}; give images like "
+            "those that it was trained on"
+        )
+
+
+def may_have_parts(path: Path) -> bool:
+    """Whether images at this path may have parts; a single picture has none, whatever its name is."""
+    return path.is_dir() or path.suffix in (".npz", ".safetensors")
 
 
 def find(
     source: Any, latents: Any, images: Any, held_out: Any, *, seed: int, device: torch.device | str | None
-) -> tuple[Subject, Rows | None]:
+) -> Subject:
     """Load a prior or model and its data: those given, or those that the demo left beside its prior.
 
-    The second result holds all training rows. Parameters and errors are those of :func:`latentprior.write_report`.
+    Parameters and errors are those of :func:`latentprior.write_report`.
     """
-    folder, recipe = None, None
+    name, model, recipe, size = type(source).__name__, None, None, None
     if isinstance(source, LatentVariableModel):
-        name, model, prior = type(source).__name__, source.moved(device), source.moved(device).prior
+        model = source.moved(device)
+        prior = model.prior
     elif isinstance(source, LatentPrior):
-        name, model, prior = type(source).__name__, None, source.to(device)
+        prior = source.to(device)
     else:
         folder = Path(source)
         name = str(folder)
         prior, model = load_folder(folder, device)
-        text = folder / "config.yaml"
-        if model is not None and text.is_file():
-            recipe = text.read_text(encoding="utf-8", errors="replace")
-    given = _Given(latents, images, held_out)
-    if folder is not None and model is None and latents is None:
-        given = _beside(folder, prior, given)
-    size = None if folder is None or model is None else image_size(folder)
-    train, test = _Reader(prior, model, size, seed).both(given)
-    whole, separate = train, test is not None
-    if train is not None and test is None and len(train.z) >= 4:
-        order = torch.randperm(len(train.z), generator=derived_generator(torch.device("cpu"), seed, "report", "halves"))
+        if model is not None:
+            size, text = image_size(folder), folder / "config.yaml"
+            recipe = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
+        elif latents is None:
+            latents, images, held_out = _beside(folder, prior, images, held_out)
+    rows, test = _Reader(prior, model, size, seed).both(latents, images, held_out)
+    train, separate = rows, test is not None
+    if rows is not None and test is None and len(rows.z) >= 4:
+        order = torch.randperm(len(rows.z), generator=derived_generator(torch.device("cpu"), seed, "report", "halves"))
         half = len(order) // 2
-        train, test = train.take(order[half:].sort().values), train.take(order[:half].sort().values)
-    return Subject(name, prior, model, recipe, train, test, separate), whole
+        train, test = rows.take(order[half:].sort().values), rows.take(order[:half].sort().values)
+    return Subject(name, prior, model, recipe, rows, train, test, separate)
 
 
 def load_folder(folder: Path, device: torch.device | str | None) -> tuple[LatentPrior, LatentVariableModel | None]:
@@ -137,16 +157,18 @@ def _kind(folder: Path) -> str | None:
     return config.get("kind") if isinstance(config, dict) and isinstance(config.get("kind"), str) else None
 
 
-def _beside(folder: Path, prior: LatentPrior, given: _Given) -> _Given:
-    """Add the latents and images that ``latentprior demo`` leaves beside its prior."""
+def _beside(folder: Path, prior: LatentPrior, images: Any, held_out: Any) -> tuple[Any, Any, Any]:
+    """Find the latents, images and held-out rows that ``latentprior demo`` leaves beside its prior."""
     root = folder if _kind(folder) is None else Path(os.path.abspath(folder)).parent
     parts = {name: root / name for name in ("results.json", "latents.npy", "test_latents.npy", "images.npz")}
-    if not all(path.is_file() for path in parts.values()):
-        return given
-    if as_latents(parts["latents.npy"]).event_shape != prior.event_shape:
-        return given
-    test = parts["test_latents.npy"] if given.held_out is None else given.held_out
-    return _Given(parts["latents.npy"], parts["images.npz"] if given.images is None else given.images, test)
+    latents = parts["latents.npy"]
+    if not all(path.is_file() for path in parts.values()) or as_latents(latents).event_shape != prior.event_shape:
+        return None, images, held_out
+    return (
+        latents,
+        parts["images.npz"] if images is None else images,
+        (parts["test_latents.npy"] if held_out is None else held_out),
+    )
 
 
 class _Reader:
@@ -155,31 +177,26 @@ class _Reader:
     def __init__(self, prior: LatentPrior, model: LatentVariableModel | None, size: int | None, seed: int) -> None:
         self.prior, self.model, self.size, self.seed = prior, model, size, seed
 
-    def both(self, given: _Given) -> tuple[Rows | None, Rows | None]:
+    def both(self, latents: Any, images: Any, held_out: Any) -> tuple[Rows | None, Rows | None]:
         """Training and held-out rows; images beside latents are those that the latents encode, in their order."""
-        if given.latents is None and given.images is None:
-            if given.held_out is not None:
+        if latents is not None:
+            pictures = None if images is None else self._pictures(images, "train")
+            train = self._latents(latents, "train", pictures)
+            return train, None if held_out is None else self._latents(held_out, "held-out", None)
+        if images is None:
+            if held_out is not None:
                 raise LatentPriorError("held-out rows need rows beside them: give --latents or --images too")
             return None, None
-        if given.latents is None:
-            if self.model is None:
-                raise InvalidImagesError(
-                    "a prior without a decoder cannot read images alone: give the latents that encode them as well"
-                )
-            return self._encoded(given.images, "train"), self._test_images(given)
-        pictures = None if given.images is None else self._pictures(given.images, "train")
-        train = self._latents(given.latents, "train", pictures)
-        return train, None if given.held_out is None else self._latents(given.held_out, "held-out", None)
+        if self.model is None:
+            raise InvalidImagesError(
+                "a prior without a decoder cannot read images alone: give the latents that encode them as well"
+            )
+        return self._encoded(images, "train"), self._test_images(images, held_out)
 
     def _latents(self, source: Any, use: str, pictures: Images | None) -> Rows:
         latents: Latents = as_latents(source)
         name = str(source) if isinstance(source, (str, Path)) else f"{use} latents"
-        shape = self.prior.event_shape
-        if latents.event_shape != shape:
-            raise InvalidLatentsError(
-                f"{name}: rows have shape {tuple(latents.event_shape)}, the prior was learned on {tuple(shape)}; "
-                "give latents of the same decoder"
-            )
+        check_latents_fit(self.prior, latents, name)
         if pictures is not None and len(pictures) != len(latents):
             raise InvalidImagesError(
                 f"{len(pictures):,} images for {len(latents):,} latents: give those that the latents encode, in their "
@@ -187,22 +204,16 @@ class _Reader:
             )
         most = MOST_LATENTS if pictures is None else min(MOST_LATENTS, MOST_PIXELS // max(1, pictures[0].numel()))
         numbers = self._some(len(latents), most, use)
-        z = latents.draw(numbers, self._generator(use), dtype=self.prior.dtype).reshape(-1, *shape)
+        z = latents.draw(numbers, self._generator(use), dtype=self.prior.dtype).reshape(-1, *self.prior.event_shape)
         return Rows(z, z, None if pictures is None else pictures.batch(numbers), numbers, name)
 
-    def _test_images(self, given: _Given) -> Rows | None:
-        if given.held_out is not None:
-            return self._encoded(given.held_out, "train", "held-out")
-        if not isinstance(given.images, (str, Path)):
-            return None
-        path = Path(given.images)
-        # A single picture has no parts, whatever its name.
-        if not path.is_dir() and path.suffix not in (".npz", ".safetensors"):
-            return None
-        try:
-            return self._encoded(path, "test", "held-out")
-        except InvalidImagesError:
-            return None
+    def _test_images(self, images: Any, held_out: Any) -> Rows | None:
+        if held_out is not None:
+            return self._encoded(held_out, "train", "held-out")
+        with contextlib.suppress(InvalidImagesError):
+            if isinstance(images, (str, Path)) and may_have_parts(Path(images)):
+                return self._encoded(Path(images), "test", "held-out")
+        return None
 
     def _encoded(self, source: Any, split: str, use: str = "train") -> Rows:
         assert self.model is not None
@@ -231,12 +242,8 @@ class _Reader:
     def _pictures(self, source: Any, split: str) -> Images:
         paths = isinstance(source, (str, Path))
         pictures = read_images(source, size=self.size, split=split if paths else "train")
-        shape = None if self.model is None else self.model.image_shape
-        if shape is not None and pictures.shape != tuple(shape):
-            raise InvalidImagesError(
-                f"{source if paths else 'images'}: have shape {pictures.shape}, the model makes {tuple(shape)}; give "
-                "images like those that it was trained on"
-            )
+        if self.model is not None:
+            check_images_fit(self.model, pictures, source if paths else "these images")
         return pictures
 
     def _some(self, n: int, most: int, use: str) -> Tensor:
