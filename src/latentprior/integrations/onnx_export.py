@@ -17,7 +17,7 @@ from ..density.bases import Base, CopulaBase, GaussianMixtureBase, LowRankMixtur
 from ..density.ladder import COVER_WIDTHS
 from ..density.prior import LatentPrior
 from ..density.ratios import BoundedRatio
-from ..errors import ExportError, MissingExtraError, reason
+from ..errors import ExportError, needs_extra, reason
 from ..models.model import LatentVariableModel
 from ..storage.checkpoint import write_whole
 
@@ -48,7 +48,7 @@ def export_onnx(
     prior_or_model : LatentPrior or LatentVariableModel
         What to export.
     path : str or Path
-        The file to write.
+        The file to write, which is returned.
     what : {"log_prob", "sampler", "decoder", "generate"}
         The graph to write:
 
@@ -62,11 +62,6 @@ def export_onnx(
     candidates : int
         Draws M of the base from which the sampler picks one for every row, in proportion to
         :math:`w = \prod_k r_k`; the last uniform number says which.
-
-    Returns
-    -------
-    Path
-        The file.
 
     Raises
     ------
@@ -112,10 +107,7 @@ def _numbers(prior: LatentPrior, candidates: int) -> dict[str, Tensor]:
 
 
 class _Mixture(nn.Module):
-    """A Gaussian mixture that evaluates a whole batch at once, whose length is then free in the graph.
-
-    :class:`MixtureBase` evaluates blocks of a fixed length.
-    """
+    """A Gaussian mixture in one batch of free length; :class:`MixtureBase` evaluates blocks of a fixed length."""
 
     def __init__(self, mixture: MixtureBase) -> None:
         super().__init__()
@@ -250,11 +242,9 @@ def _full(mixture: MixtureBase) -> GaussianMixtureBase:
 
 def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str | Path) -> Path:
     """Trace a module with the first dimension of every input free, and write the file in one piece."""
-    try:
+    with needs_extra("writing ONNX files", "onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("writing ONNX files", "onnx") from None
     rows = torch.export.Dim("n", min=1)
     module.requires_grad_(False).eval()
     try:
