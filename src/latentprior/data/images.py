@@ -132,13 +132,10 @@ class Images:
         _check_positive(size, "size of an image")
         if self.shape[1:] == (size, size):
             return self
-        squares: Array | None = None
-        for start in range(0, len(self), BLOCK_IMAGES):
-            index = torch.arange(start, min(start + BLOCK_IMAGES, len(self)))
-            block = square(self._pixels(index).cpu(), size).numpy()
-            squares = store((len(self), *block.shape[1:]), block.dtype) if squares is None else squares
-            squares[start : start + BLOCK_IMAGES] = block
-        assert squares is not None
+        first = square(self._pixels(torch.tensor([0])).cpu(), size).numpy()
+        squares = store((len(self), *first.shape[1:]), first.dtype)
+        for index in torch.arange(len(self)).split(BLOCK_IMAGES):
+            squares[index[0] : index[-1] + 1] = square(self._pixels(index).cpu(), size).numpy()
         resized = copy.copy(self)
         resized._source, resized._order, resized._rows = squares, (0, 1, 2), None
         return resized

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..data.encoding import in_eval_mode
 from ..errors import InvalidImagesError, InvalidLatentsError, needs_extra
 from .feature_networks import check_normalised, feature_network
 
@@ -44,21 +45,17 @@ class Estimate(NamedTuple):
 
 
 class TwoSampleTest(NamedTuple):
-    """How well a classifier tells two samples apart."""
+    """The held-out AUC of a classifier, 0.5 where it cannot tell two samples apart, and its standard error."""
 
     auc: float
-    """Held-out area under the ROC curve: 0.5 where it cannot tell them apart."""
     stderr: float
-    """Its standard error."""
 
 
 class AveragePrecision(NamedTuple):
-    """How well scores find the members of a rare class."""
+    """Area under the precision-recall curve, and the share of the rare class, which random scores reach."""
 
     auprc: float
-    """Area under the precision-recall curve."""
     prevalence: float
-    """Share of the rare class: the area that random scores reach."""
 
 
 def frechet_distance(real_features: TensorOrArray, fake_features: TensorOrArray) -> float:
@@ -191,13 +188,8 @@ def features(network: nn.Module, images: TensorOrArray, *, batch_size: int = 256
     """
     images = torch.as_tensor(images)
     like = next(iter(network.parameters()), images)
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            parts = [network(batch.to(like.device)).flatten(1).cpu() for batch in torch.split(images, batch_size)]
-    finally:
-        network.train(training)
+    with in_eval_mode(network), torch.no_grad():
+        parts = [network(batch.to(like.device)).flatten(1).cpu() for batch in torch.split(images, batch_size)]
     return torch.cat(parts)
 
 
