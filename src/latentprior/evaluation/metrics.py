@@ -63,18 +63,13 @@ def frechet_distance(real_features: TensorOrArray, fake_features: TensorOrArray)
 
     .. math:: \|m_1 - m_2\|^2 + \operatorname{tr}\bigl(C_1 + C_2 - 2 (C_1 C_2)^{1/2}\bigr)
 
-    It is biased upwards by order :math:`d/n`, so only distances at equal n can be compared, and distances on
-    different features never can (Heusel et al., NeurIPS 2017, eq. 6).
+    The distance is in squared units of the features. It is biased upwards by order :math:`d/n`, so only distances at
+    equal n can be compared, and distances on different features never can (Heusel et al., NeurIPS 2017, eq. 6).
 
     Parameters
     ----------
     real_features, fake_features : Tensor or array
         ``(n, d)`` and ``(m, d)``, at least 2 rows each.
-
-    Returns
-    -------
-    float
-        Squared units of the features, summed in float64.
 
     Raises
     ------
@@ -397,11 +392,6 @@ def average_precision(labels: TensorOrArray, scores: TensorOrArray) -> AveragePr
         1 or True for the positive (rare) class, ``(n,)``.
     scores : Tensor or array
         Higher where the positive class is likelier, ``(n,)``.
-
-    Returns
-    -------
-    AveragePrecision
-        The area, and the share of the positive class.
 
     Raises
     ------
