@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 
 __all__ = [
     "CheckpointError",
@@ -22,7 +24,6 @@ __all__ = [
     "StageSaturatedWarning",
 ]
 
-
 LONGEST_MESSAGE = 1500
 """Most characters of a message: about twenty lines of a terminal."""
 LAST_PART = 400
@@ -30,10 +31,7 @@ LAST_PART = 400
 
 
 def one_line(text: str) -> str:
-    """Escape what would break a message into lines, and cut a long one in its middle.
-
-    A message may quote a file, whose contents can then neither forge a second line nor hide the first.
-    """
+    """Escape what would break a message into lines, so that a file it quotes forges none, and cut out a long middle."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(escaped) <= LONGEST_MESSAGE:
         return escaped
@@ -77,10 +75,8 @@ class MissingExtraError(LatentPriorError, ImportError):
 
     Parameters
     ----------
-    feature : str
-        What needs the package, as the subject of the message.
-    extra : str
-        The extra of latentprior that installs it.
+    feature, extra : str
+        What needs the package, as the subject of the message, and the extra of latentprior that installs it.
     """
 
     def __init__(self, feature: str, extra: str) -> None:
@@ -89,6 +85,15 @@ class MissingExtraError(LatentPriorError, ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return type(self), (self.feature, self.extra)
+
+
+@contextlib.contextmanager
+def needs_extra(feature: str, extra: str) -> Iterator[None]:
+    """Raise :class:`MissingExtraError` where an import inside the context fails."""
+    try:
+        yield
+    except ImportError:
+        raise MissingExtraError(feature, extra) from None
 
 
 class LearningDivergedError(LatentPriorError, RuntimeError):
@@ -106,8 +111,8 @@ class LatentPriorWarning(UserWarning):
 class NormalizerBracketWarning(LatentPriorWarning):
     """The log normaliser from the base's end and that from the data's end differ by more than 0.1 nats.
 
-    Densities may be off by as much as the bracket is wide. Use a better base (``base="gmm"``) or more particles, or
-    treat ``log_prob`` as known up to that constant only.
+    Densities may be off by as much. Use a better base (``base="gmm"``) or more particles, or treat ``log_prob`` as
+    known up to that constant only.
     """
 
 

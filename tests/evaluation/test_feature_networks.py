@@ -182,7 +182,7 @@ class TestEfficientNetLite0:
 
     def test_scales_pixels_as_the_original_does(self, lite0):
         seen = []
-        handle = lite0.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = lite0.network._conv_stem.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         pixels = torch.tensor([0.0, 127.0, 255.0])
         lite0((pixels / 127.5 - 1).view(3, 1, 1, 1).expand(3, 3, 64, 64))
         handle.remove()
@@ -204,8 +204,7 @@ class TestEfficientNetLite0:
         pytest.importorskip("PIL")
         temple = torch.from_numpy(datasets.load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None] / 127.5 - 1
         network = feature_network("efficientnet_lite0", size=224)
-        classifier = network.network.network
-        top = classifier._fc(network(temple[..., :, 106:533])).topk(2).indices[0].tolist()
+        top = network.network._fc(network(temple[..., :, 106:533])).topk(2).indices[0].tolist()
         assert set(top) == {698, 442}  # palace, bell cote
 
     def test_names_the_extra(self, monkeypatch):

@@ -24,11 +24,10 @@ DECODERS = frozenset({"safetensors", "safetensors_rust", "zipfile", "zlib", "pya
 
 
 class Archive(NamedTuple):
-    """The arrays of one file by name."""
+    """The names of a file's arrays, and what reads the array of a name."""
 
     names: list[str]
     get: Callable[[str], Any]
-    """Reads the array of a name."""
 
     @property
     def listing(self) -> str:
@@ -62,15 +61,10 @@ def reading(path: Path, error: type[InvalidImagesError | InvalidLatentsError]) -
         yield
     except error:
         raise
-    except UNREADABLE as cause:
-        raise error(f"{path}: {_damage(cause)}") from None
     except Exception as cause:
-        if type(cause).__module__.partition(".")[0] not in DECODERS:
+        if not isinstance(cause, UNREADABLE) and type(cause).__module__.partition(".")[0] not in DECODERS:
             raise
-        raise error(f"{path}: {_damage(cause)}") from None
-
-
-def _damage(cause: BaseException) -> str:
-    if any(word in str(cause).lower() for word in ("pickle", "object array", "python objects")):
-        return "holds Python objects or is damaged; save plain numbers with numpy.save"
-    return f"damaged or unreadable ({reason(cause)})"
+        damage = f"damaged or unreadable ({reason(cause)})"
+        if any(word in str(cause).lower() for word in ("pickle", "object array", "python objects")):
+            damage = "holds Python objects or is damaged; save plain numbers with numpy.save"
+        raise error(f"{path}: {damage}") from None

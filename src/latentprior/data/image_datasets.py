@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset, TensorDataset
 
 from ..errors import InvalidImagesError
-from .pictures import IMAGE_KEYS, LABEL_KEYS, Choice, Pair, Row, first_of, gather
+from .pictures import IMAGE_KEYS, LABEL_KEYS, Choice, Pair, Row, columns_of, first_of, gather
 
 __all__ = ["open_dataset"]
 
@@ -28,18 +28,12 @@ def open_dataset(source: Any, choice: Choice) -> Pair:
     if is_hugging_face:
         return _gather(_rows_of_table(source, choice.key), source, choice)
     if isinstance(source, TensorDataset):
-        return _tensors(source)
+        images, *others = source.tensors
+        is_labelled = bool(others) and others[0].ndim == 1 and not others[0].is_floating_point()
+        return images, others[0] if is_labelled else None
     if isinstance(source, Dataset):
         return _gather(_rows_of_dataset(source, choice.key), source, choice)
     return source, None
-
-
-def _tensors(dataset: TensorDataset) -> Pair:
-    """Take the first tensor for the images and the second, if it holds one integer an image, for the labels."""
-    labels = dataset.tensors[1] if len(dataset.tensors) > 1 else None
-    if labels is not None and (labels.ndim != 1 or labels.is_floating_point()):
-        labels = None
-    return dataset.tensors[0], labels
 
 
 def _gather(rows: Iterator[Row], source: Any, choice: Choice) -> Pair:
@@ -74,15 +68,9 @@ def _entry(item: Mapping[Any, Any], key: str | None, name: str) -> tuple[Any, An
 def _rows_of_table(table: Any, key: str | None) -> Iterator[Row]:
     import datasets
 
-    names = table.column_names
-    column = key or first_of(IMAGE_KEYS, names)
-    if column not in names:
-        raise InvalidImagesError(
-            f"the data set has no column {column or 'image'!r} (it has: {', '.join(names)}); give key="
-        )
-    if isinstance(table.features[column], datasets.Image):
+    image, label = columns_of("the data set", table.column_names, key)
+    if isinstance(table.features[image], datasets.Image):
         # The library's own decoding would fetch a picture from an address; this package's never does.
-        table = table.cast_column(column, datasets.Image(decode=False))
-    label = first_of(LABEL_KEYS, names)
+        table = table.cast_column(image, datasets.Image(decode=False))
     for i, row in enumerate(table.with_format(None)):
-        yield Row(f"row {i} of the data set", row[column], row[label] if label else None)
+        yield Row(f"row {i} of the data set", row[image], row[label] if label else None)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidImagesError, MissingExtraError
+from ..errors import InvalidImagesError, needs_extra
 from .array_files import ARCHIVES, Archive, map_array, open_archive, reading
-from .pictures import IMAGE_KEYS, LABEL_KEYS, Choice, Pair, Row, first_of, gather
+from .pictures import Choice, Pair, Row, columns_of, first_of, gather
 
 __all__ = ["open_images"]
 
@@ -221,18 +221,10 @@ def _is_picture(path: Path, folder: Path) -> bool:
 
 
 def _parquet(paths: list[Path], choice: Choice) -> Pair:
-    try:
+    with needs_extra("reading Parquet files", "datasets"):
         import pyarrow.parquet as pq
-    except ImportError:
-        raise MissingExtraError("reading Parquet files", "datasets") from None
     files = [pq.ParquetFile(path) for path in paths]
-    names = files[0].schema_arrow.names
-    image = choice.key or first_of(IMAGE_KEYS, names)
-    if image not in names:
-        raise InvalidImagesError(
-            f"{paths[0]}: no column {choice.key or 'image'!r} (it has: {', '.join(names)}); give key="
-        )
-    label = first_of(LABEL_KEYS, names)
+    image, label = columns_of(str(paths[0]), files[0].schema_arrow.names, choice.key)
 
     def rows(path: Path, file: Any) -> Iterator[Row]:
         number = itertools.count()

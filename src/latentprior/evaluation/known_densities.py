@@ -44,15 +44,7 @@ EULER_GAMMA = 0.5772156649015329
 
 
 class Target(Distribution, ABC):
-    """A density on events ``(d,)`` that is known exactly: what every class here implements.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    mean, variance : float or Tensor
-        Exact mean and variance of every coordinate, ``(d,)`` or one for all.
-    """
+    """A density on events ``(d,)`` that is known exactly, with the exact mean and variance of every coordinate."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
@@ -79,43 +71,14 @@ class Target(Distribution, ABC):
         return self.event_shape[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Exact log density in nats.
-
-        Parameters
-        ----------
-        value : Tensor
-            Points ``(..., d)``.
-
-        Returns
-        -------
-        Tensor
-            Log densities ``(...)``, of the type of the points.
-
-        Raises
-        ------
-        InvalidLatentsError
-            For points of another number of coordinates.
-        """
+        """Exact log density of points ``(..., d)`` in nats, ``(...)``; raises InvalidLatentsError for another d."""
         if value.ndim == 0 or value.shape[-1] != self.dim:
             raise InvalidLatentsError(f"points have shape {tuple(value.shape)}, expected (..., {self.dim})")
         dtype = value.dtype if value.is_floating_point() else torch.float64
         return self._log_density(value.double()).to(dtype)
 
     def sample(self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw exactly and independently.
-
-        Parameters
-        ----------
-        sample_shape : sequence of int
-            Shape of the sample.
-        generator : torch.Generator, optional
-            Source of randomness; by default the global one.
-
-        Returns
-        -------
-        Tensor
-            float64 draws ``(*sample_shape, d)``.
-        """
+        """Draw exactly and independently, float64 ``(*sample_shape, d)``; without a generator from the global one."""
         return self._draw(math.prod(sample_shape), generator).reshape(*sample_shape, self.dim)
 
     @abstractmethod
@@ -131,14 +94,7 @@ class CorrelatedGaussian(Target):
     r"""Standard normals of which :math:`a_i = z_{2i}` and :math:`b_i = z_{2i+1}` have the correlation :math:`\rho`.
 
     :math:`-2\log p(z) = \sum_i [(a_i^2 - 2\rho a_i b_i + b_i^2) / (1-\rho^2) + 2\log 2\pi + \log(1-\rho^2)]`
-    (Rhodes, Xu and Gutmann, NeurIPS 2020, section 4.2).
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d, even.
-    rho : float
-        The correlation :math:`\rho`, between -1 and 1.
+    (Rhodes, Xu and Gutmann, NeurIPS 2020, section 4.2). The number of coordinates is even.
     """
 
     def __init__(self, dim: int = 2, rho: float = 0.8) -> None:
@@ -164,14 +120,8 @@ class CorrelatedGaussian(Target):
 class GaussianMixture(Target):
     r"""A mixture of round Gaussians, :math:`\log p(z) = \log \sum_k w_k \mathcal N(z; m_k, s_k^2 I)`.
 
-    Parameters
-    ----------
-    means : Tensor
-        Means of the components, ``(K, d)``.
-    scale : float or Tensor
-        Standard deviations of the components, ``(K,)`` or one for all.
-    weights : Tensor, optional
-        Positive weights of the components, ``(K,)``; they need not add up to 1, and are equal by default.
+    Means are ``(K, d)``, scales and weights ``(K,)``. One scale may stand for all, weights are equal by default, and
+    they need not add up to 1.
     """
 
     def __init__(self, means: Tensor, scale: float | Tensor = 1.0, weights: Tensor | None = None) -> None:
@@ -184,13 +134,7 @@ class GaussianMixture(Target):
         super().__init__(means.shape[1], mean, square - mean.square())
 
     def component(self, value: Tensor) -> Tensor:
-        """Return which component is nearest in scaled distance, to count modes.
-
-        Parameters
-        ----------
-        value : Tensor
-            Points ``(..., d)``; the result has the shape ``(...)``.
-        """
+        """Return which component of points ``(..., d)`` is nearest in scaled distance, to count modes."""
         return self._terms(value.double()).argmax(-1)
 
     def _terms(self, z: Tensor) -> Tensor:
@@ -210,53 +154,24 @@ class GaussianMixture(Target):
 def two_component_mixture(
     dim: int = 2, distance: float = 5.0, ratio: float = 1.0, scale: float = 1.0
 ) -> GaussianMixture:
-    """Make a mixture of two modes on the diagonal.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    distance : float
-        Distance between the modes.
-    ratio : float
-        Weight of the first mode over that of the second.
-    scale : float
-        Standard deviation of each mode.
-    """
+    """Make two modes on the diagonal; ``ratio`` is the weight of the first over that of the second."""
     means = torch.tensor([[-0.5], [0.5]], dtype=torch.float64).repeat(1, dim) * distance / math.sqrt(dim)
     return GaussianMixture(means, scale, torch.tensor([ratio, 1.0]))
 
 
 def ten_component_mixture(dim: int = 16, scale: float = 0.3, seed: int = 39) -> GaussianMixture:
-    r"""Make a mixture of ten equal modes, whose centres are drawn once from :math:`\mathcal N(0, I)`.
+    r"""Make ten equal modes, whose centres are drawn once from :math:`\mathcal N(0, I)`.
 
-    At the defaults the centres are 15 scales apart. The mean log density of separate modes is
+    At the defaults the centres are 15 scales s apart. The mean log density of separate modes is
     :math:`-\log 10 - \frac d2 \log(2\pi e s^2) = -5.742`; in coordinates divided by their standard deviations it is
     -5.506.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    scale : float
-        Standard deviation s of each mode.
-    seed : int
-        Seed of the centres.
     """
     generator = torch.Generator().manual_seed(seed)
     return GaussianMixture(torch.randn(10, dim, generator=generator, dtype=torch.float64), scale)
 
 
 class Funnel(Target):
-    r"""Neal's funnel: :math:`v = z_1 \sim \mathcal N(0, s^2)`, and the other coordinates :math:`\mathcal N(0, e^v)`.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    scale : float
-        Standard deviation s of v.
-    """
+    r"""Neal's funnel: :math:`v = z_1 \sim \mathcal N(0, s^2)`, and the other coordinates :math:`\mathcal N(0, e^v)`."""
 
     def __init__(self, dim: int = 2, scale: float = 1.0) -> None:
         rest = torch.full((dim - 1,), math.exp(0.5 * scale**2), dtype=torch.float64)
@@ -301,16 +216,8 @@ class Banana(Target):
 class Rings(Target):
     r"""Rings in the plane: the radius is :math:`\mathcal N(r_k, s^2)`, cut off at 0, and the angle is uniform.
 
-    :math:`p(z) = \sum_k w_k \mathcal N(\|z\|; r_k, s^2) / (2\pi \|z\| \Phi(r_k/s))`.
-
-    Parameters
-    ----------
-    radii : sequence of float
-        Radii :math:`r_k` of the rings, each at least 6 s.
-    scale : float
-        Width s of the rings.
-    weights : sequence of float
-        Positive weights of the rings; they need not add up to 1.
+    :math:`p(z) = \sum_k w_k \mathcal N(\|z\|; r_k, s^2) / (2\pi \|z\| \Phi(r_k/s))`. Every radius is at least 6 s, and
+    the weights need not add up to 1.
     """
 
     def __init__(
@@ -338,16 +245,9 @@ class Rings(Target):
 
 
 class StudentT(Target):
-    r"""The multivariate t distribution, which has heavy tails.
+    r"""The multivariate t distribution, which has heavy tails; its degrees of freedom :math:`\nu` are above 2.
 
     :math:`p(z) = \Gamma(\frac{\nu+d}2) / \Gamma(\frac\nu2)\, (\pi\nu)^{-d/2} (1 + \|z\|^2/\nu)^{-(\nu+d)/2}`.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    df : int
-        Degrees of freedom :math:`\nu`, above 2.
     """
 
     def __init__(self, dim: int = 2, df: int = 5) -> None:
@@ -366,15 +266,7 @@ class StudentT(Target):
 
 
 class BoundedCube(Target):
-    r"""Independent :math:`\mathrm{Beta}(a, b)`; the log density is minus infinity outside the unit cube.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    a, b : int
-        The parameters of each coordinate, at least 1.
-    """
+    r"""Independent :math:`\mathrm{Beta}(a, b)`; the log density is minus infinity outside the unit cube."""
 
     support = constraints.independent(constraints.unit_interval, 1)
 
@@ -398,13 +290,6 @@ class SkewedProduct(Target):
     r"""Independent Gumbels, :math:`\log p(z) = -\sum_j (y_j + e^{-y_j} + \log s)` with :math:`y = z / s`.
 
     Their skewness is 1.14.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    scale : float
-        The scale s.
     """
 
     def __init__(self, dim: int = 2, scale: float = 1.0) -> None:
@@ -427,13 +312,6 @@ class Spikes(Target):
     r"""A nearly discrete density: each coordinate is -1, 0 or 2 plus :math:`\mathcal N(0, s^2)`.
 
     The three points have the probabilities 0.5, 0.3 and 0.2.
-
-    Parameters
-    ----------
-    dim : int
-        Number of coordinates d.
-    scale : float
-        Width s of the spikes.
     """
 
     def __init__(self, dim: int = 2, scale: float = 0.02) -> None:

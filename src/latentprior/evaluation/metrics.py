@@ -1,7 +1,4 @@
-"""Distances between two sets of rows or images, and average precision (extra ``metrics``).
-
-scikit-learn and torchmetrics do the work.
-"""
+"""Distances between two sets of rows or images, and average precision, by scikit-learn and torchmetrics."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import InvalidImagesError, InvalidLatentsError, MissingExtraError
+from ..data.encoding import in_eval_mode
+from ..errors import InvalidImagesError, InvalidLatentsError, needs_extra
 from .feature_networks import check_normalised, feature_network
 
 __all__ = [
@@ -47,21 +45,17 @@ class Estimate(NamedTuple):
 
 
 class TwoSampleTest(NamedTuple):
-    """How well a classifier tells two samples apart."""
+    """The held-out AUC of a classifier, 0.5 where it cannot tell two samples apart, and its standard error."""
 
     auc: float
-    """Held-out area under the ROC curve: 0.5 where it cannot tell them apart."""
     stderr: float
-    """Its standard error."""
 
 
 class AveragePrecision(NamedTuple):
-    """How well scores find the members of a rare class."""
+    """Area under the precision-recall curve, and the share of the rare class, which random scores reach."""
 
     auprc: float
-    """Area under the precision-recall curve."""
     prevalence: float
-    """Share of the rare class: the area that random scores reach."""
 
 
 def frechet_distance(real_features: TensorOrArray, fake_features: TensorOrArray) -> float:
@@ -69,18 +63,13 @@ def frechet_distance(real_features: TensorOrArray, fake_features: TensorOrArray)
 
     .. math:: \|m_1 - m_2\|^2 + \operatorname{tr}\bigl(C_1 + C_2 - 2 (C_1 C_2)^{1/2}\bigr)
 
-    It is biased upwards by order :math:`d/n`, so only distances at equal n can be compared, and distances on
-    different features never can (Heusel et al., NeurIPS 2017, eq. 6).
+    The distance is in squared units of the features. It is biased upwards by order :math:`d/n`, so only distances at
+    equal n can be compared, and distances on different features never can (Heusel et al., NeurIPS 2017, eq. 6).
 
     Parameters
     ----------
     real_features, fake_features : Tensor or array
-        Features of real and of generated images, ``(n, d)`` and ``(m, d)``, at least 2 rows each.
-
-    Returns
-    -------
-    float
-        The distance, in squared units of the features, summed in float64.
+        ``(n, d)`` and ``(m, d)``, at least 2 rows each.
 
     Raises
     ------
@@ -89,10 +78,8 @@ def frechet_distance(real_features: TensorOrArray, fake_features: TensorOrArray)
     InvalidLatentsError
         For fewer than two rows, other shapes or numbers that are not finite.
     """
-    try:
+    with needs_extra("the Frechet distance", "metrics"):
         from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError:
-        raise MissingExtraError("the Frechet distance", "metrics") from None
     real, fake = _pair(real_features, fake_features, "features")
     metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1])).set_dtype(torch.float64)
     # torchmetrics sums raw second moments: features with large means would lose their digits if they were not centred.
@@ -110,7 +97,7 @@ def kernel_distance(
     subset_size: int = 1_000,
     seed: int = 0,
 ) -> Estimate:
-    r"""Kernel (Inception) distance of two sets of features, the mean over random subsets (extra ``metrics``).
+    r"""Squared kernel distance of two sets of features, the mean over random subsets (extra ``metrics``).
 
     .. math:: \mathrm{MMD}^2_u(\text{real}, \text{fake}), \quad k(x, y) = (x^\top y / d + 1)^3
 
@@ -124,7 +111,7 @@ def kernel_distance(
     Parameters
     ----------
     real_features, fake_features : Tensor or array
-        Features of real and of generated images, ``(n, d)`` and ``(m, d)``, at least 4 rows each.
+        ``(n, d)`` and ``(m, d)``, at least 4 rows each.
     subsets : int
         Number b of random subsets, at least 2.
     subset_size : int
@@ -144,10 +131,8 @@ def kernel_distance(
     InvalidLatentsError
         For fewer rows or subsets, other shapes, numbers that are not finite, and real features that are all equal.
     """
-    try:
+    with needs_extra("the kernel distance", "metrics"):
         from torchmetrics.image.kid import poly_mmd
-    except ImportError:
-        raise MissingExtraError("the kernel distance", "metrics") from None
     real, fake = _pair(real_features, fake_features, "features")
     n = min(len(real), len(fake))
     rows = min(subset_size, n // 2)
@@ -170,55 +155,36 @@ def kernel_distance(
 def image_frechet_distance(
     real: TensorOrArray, fake: TensorOrArray, network: nn.Module, *, batch_size: int = 256
 ) -> float:
-    """Frechet distance of two sets of images on the features of a network.
-
-    The network decides what the number means: where you publish one, say which network it was.
+    """:func:`frechet_distance` of two sets of images on the features of a network, which decides what the number means.
 
     Parameters
     ----------
     real, fake : Tensor or array
-        Real and generated images ``(n, ...)`` and ``(m, ...)``, as the network takes them.
+        Images ``(n, ...)`` and ``(m, ...)``, as the network takes them.
     network : Module
         Maps a batch of images to features.
     batch_size : int
         Images a batch.
-
-    Returns
-    -------
-    float
-        The :func:`frechet_distance` of the features.
     """
-    return frechet_distance(
-        features(network, real, batch_size=batch_size), features(network, fake, batch_size=batch_size)
-    )
+    return frechet_distance(*(features(network, images, batch_size=batch_size) for images in (real, fake)))
 
 
 def features(network: nn.Module, images: TensorOrArray, *, batch_size: int = 256) -> Tensor:
-    """Features of images, by a network in eval mode and without gradients.
+    """Features of images ``(n, d)`` on the CPU, by a network in eval mode and without gradients.
 
     Parameters
     ----------
     network : Module
         Maps a batch of images to features.
     images : Tensor or array
-        Images ``(n, ...)``, as the network takes them.
+        ``(n, ...)``, as the network takes them.
     batch_size : int
         Images a batch.
-
-    Returns
-    -------
-    Tensor
-        The features, flattened to ``(n, d)``, on the CPU.
     """
     images = torch.as_tensor(images)
     like = next(iter(network.parameters()), images)
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            parts = [network(batch.to(like.device)).flatten(1).cpu() for batch in torch.split(images, batch_size)]
-    finally:
-        network.train(training)
+    with in_eval_mode(network), torch.no_grad():
+        parts = [network(batch.to(like.device)).flatten(1).cpu() for batch in torch.split(images, batch_size)]
     return torch.cat(parts)
 
 
@@ -266,12 +232,10 @@ def feature_report(
     Parameters
     ----------
     real_train, real_test, generated, reconstructions : Tensor or array
-        Features of training images, of test images (the set that all distances are taken from), of generated images
-        and of reconstructed test images, ``(n, d)`` each.
-    subsets : int
-        Random subsets of the :func:`kernel_distance`.
-    seed : int
-        Seed of the subsets.
+        Features ``(n, d)`` of training images, of test images (the set that all distances are taken from), of
+        generated images and of reconstructed test images.
+    subsets, seed : int
+        Random subsets of the :func:`kernel_distance`, and their seed.
 
     Returns
     -------
@@ -324,8 +288,7 @@ def image_report(
     reconstructions : Tensor or array
         Reconstructions of ``real_test``, in its order.
     network : str, Module or callable
-        A name that :func:`~latentprior.evaluation.feature_networks.feature_network` knows, or a module or function of
-        your own.
+        See :func:`~latentprior.evaluation.feature_networks.feature_network`.
     network_name : str, optional
         What the result calls the network; by default its attribute ``name``, or else its class.
     batch_size : int
@@ -378,7 +341,7 @@ def two_sample_auc(a: TensorOrArray, b: TensorOrArray, *, seed: int = 0, folds: 
     Parameters
     ----------
     a, b : Tensor or array
-        Rows of the two samples, ``(n, d)`` and ``(m, d)``. They are subsampled to equal size, 5,000 rows at most.
+        Samples ``(n, d)`` and ``(m, d)``. They are subsampled to equal size, 5,000 rows at most.
     seed : int
         Seed of the subsamples, the folds and the trees.
     folds : int
@@ -396,12 +359,9 @@ def two_sample_auc(a: TensorOrArray, b: TensorOrArray, *, seed: int = 0, folds: 
     InvalidLatentsError
         For fewer than two rows, other shapes, numbers that are not finite, or more folds than rows.
     """
-    try:
+    with needs_extra("the two-sample test", "metrics"):
         from sklearn.ensemble import HistGradientBoostingClassifier
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    except ImportError:
-        raise MissingExtraError("the two-sample test", "metrics") from None
-
     rng = np.random.default_rng(seed)
     first, second = (rows.numpy() for rows in _pair(a, b, "samples"))
     n = min(len(first), len(second), AUC_ROWS)
@@ -433,21 +393,13 @@ def average_precision(labels: TensorOrArray, scores: TensorOrArray) -> AveragePr
     scores : Tensor or array
         Higher where the positive class is likelier, ``(n,)``.
 
-    Returns
-    -------
-    AveragePrecision
-        The area, and the share of the positive class.
-
     Raises
     ------
     MissingExtraError
         Without scikit-learn.
     """
-    try:
+    with needs_extra("the average precision", "metrics"):
         from sklearn.metrics import average_precision_score
-    except ImportError:
-        raise MissingExtraError("the average precision", "metrics") from None
-
     truth = torch.as_tensor(labels).bool().numpy()
     return AveragePrecision(float(average_precision_score(truth, torch.as_tensor(scores).numpy())), float(truth.mean()))
 

@@ -13,11 +13,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..density.bases import Base, CopulaBase, GaussianMixtureBase, LowRankMixtureBase, MixtureBase, NormalBase
+from ..density.bases import CopulaBase, GaussianMixtureBase, LowRankMixtureBase, MixtureBase, NormalBase
 from ..density.ladder import COVER_WIDTHS
 from ..density.prior import LatentPrior
 from ..density.ratios import BoundedRatio
-from ..errors import ExportError, MissingExtraError, reason
+from ..errors import ExportError, needs_extra, reason
 from ..models.model import LatentVariableModel
 from ..storage.checkpoint import write_whole
 
@@ -48,7 +48,7 @@ def export_onnx(
     prior_or_model : LatentPrior or LatentVariableModel
         What to export.
     path : str or Path
-        The file to write.
+        The file to write, which is returned.
     what : {"log_prob", "sampler", "decoder", "generate"}
         The graph to write:
 
@@ -62,11 +62,6 @@ def export_onnx(
     candidates : int
         Draws M of the base from which the sampler picks one for every row, in proportion to
         :math:`w = \prod_k r_k`; the last uniform number says which.
-
-    Returns
-    -------
-    Path
-        The file.
 
     Raises
     ------
@@ -88,41 +83,21 @@ def export_onnx(
     model = prior_or_model if isinstance(prior_or_model, LatentVariableModel) else None
     prior = prior_or_model if isinstance(prior_or_model, LatentPrior) else prior_or_model.prior
     prior = prior.to("cpu", torch.float32)
+    latents = {"z": torch.zeros(LEAST_FREE_ROWS, *prior.event_shape)}
+    numbers = {
+        "normal": torch.zeros(LEAST_FREE_ROWS, candidates, len(prior.whitening.loc)),
+        "uniform": torch.full((LEAST_FREE_ROWS, candidates + 1), 0.5),
+    }
     if what == "log_prob":
-        return _write(_Density(prior), {"z": _latents(prior)}, what, path)
+        return _write(_Density(prior), latents, what, path)
     if what == "sampler":
-        return _write(_Sampler(prior), _numbers(prior, candidates), "z", path)
+        return _write(_Sampler(prior), numbers, "z", path)
     if model is None:
         raise ExportError(f"a prior alone makes no images: export {what!r} of the LatentVariableModel")
     decoder = copy.deepcopy(model.decoder).to("cpu", torch.float32).eval()
     if what == "decoder":
-        return _write(decoder, {"z": _latents(prior)}, "images", path)
-    return _write(_Generate(_Sampler(prior), decoder), _numbers(prior, candidates), "images", path)
-
-
-def _latents(prior: LatentPrior) -> Tensor:
-    return torch.zeros(LEAST_FREE_ROWS, *prior.event_shape)
-
-
-def _numbers(prior: LatentPrior, candidates: int) -> dict[str, Tensor]:
-    """Return inputs of a sampler, to trace it with."""
-    d = len(prior.whitening.loc)
-    normal = torch.zeros(LEAST_FREE_ROWS, candidates, d)
-    return {"normal": normal, "uniform": torch.full((LEAST_FREE_ROWS, candidates + 1), 0.5)}
-
-
-class _Mixture(nn.Module):
-    """A Gaussian mixture that evaluates a whole batch at once, whose length is then free in the graph.
-
-    :class:`MixtureBase` evaluates blocks of a fixed length.
-    """
-
-    def __init__(self, mixture: MixtureBase) -> None:
-        super().__init__()
-        self.mixture = copy.deepcopy(mixture)
-
-    def log_terms(self, u: Tensor) -> Tensor:
-        return self.mixture.project(u)[1]
+        return _write(decoder, latents, "images", path)
+    return _write(_Generate(_Sampler(prior), decoder), numbers, "images", path)
 
 
 class _Density(nn.Module):
@@ -138,11 +113,8 @@ class _Density(nn.Module):
         if not all(isinstance(network, BoundedRatio) for network in networks):
             raise ExportError("a tilted prior holds a function of yours, which has no ONNX graph: export the prior")
         self.whitening = copy.deepcopy(prior.whitening)
-        self.base: Base | _Mixture = (
-            _Mixture(prior.base) if isinstance(prior.base, MixtureBase) else copy.deepcopy(prior.base)
-        )
-        mixture = prior.ladder.mixture
-        self.mixture = None if mixture is None else _Mixture(mixture)
+        self.base = copy.deepcopy(prior.base)
+        self.mixture = copy.deepcopy(prior.ladder.mixture)
         self.ratios = nn.ModuleList(copy.deepcopy(networks))
         self.shift = prior.normalizer.value - float(prior.whitening.log_abs_det)
 
@@ -153,10 +125,11 @@ class _Density(nn.Module):
 
     def terms(self, u: Tensor) -> Tensor | None:
         """Log terms of the mixture that the base or the stages read, if there is one."""
-        return None if self.mixture is None else self.mixture.log_terms(u)
+        # The mixture's own log_prob evaluates blocks of a fixed length, which would fix the number of rows.
+        return None if self.mixture is None else self.mixture.project(u)[1]
 
     def log_base(self, u: Tensor, terms: Tensor | None) -> Tensor:
-        if isinstance(self.base, _Mixture):
+        if isinstance(self.base, MixtureBase):
             assert terms is not None
             return torch.logsumexp(terms, 1)
         if isinstance(self.base, CopulaBase):
@@ -250,11 +223,9 @@ def _full(mixture: MixtureBase) -> GaussianMixtureBase:
 
 def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: str | Path) -> Path:
     """Trace a module with the first dimension of every input free, and write the file in one piece."""
-    try:
+    with needs_extra("writing ONNX files", "onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("writing ONNX files", "onnx") from None
     rows = torch.export.Dim("n", min=1)
     module.requires_grad_(False).eval()
     try:

@@ -16,7 +16,7 @@ from ..density.bases import CopulaBase, fit_base
 from ..density.ladder import LEAST_EFFECTIVE_SHARE, FreshParticles, Ladder, Pass, Stage, passed_afresh
 from ..density.prior import LatentPrior
 from ..density.whitening import Whitening
-from ..errors import LatentPriorError, MissingExtraError
+from ..errors import LatentPriorError, needs_extra
 from ..fitting.climb import climb
 from ..fitting.rows import Target
 from ..fitting.run import FitRun
@@ -28,11 +28,9 @@ from ..runtime.progress import work_bar
 from ..runtime.seeding import derived_generator
 from .tables import Columns, held_out_rows, seed_from
 
-try:
+with needs_extra("RatioDetector", "pyod"):
     from pyod.models.base import BaseDetector
     from sklearn.utils.validation import check_is_fitted, validate_data
-except ImportError:
-    raise MissingExtraError("RatioDetector", "pyod") from None
 
 __all__ = ["RatioDetector"]
 
@@ -48,38 +46,47 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
     r"""Outliers as rows of low density under a short ladder, :math:`s(x) = -\log p_0(u) - \min\{f(u), m\}`.
 
     :math:`f(u) = \sum_k f_k(u)` is what the stages add to the log density of the base, and m its median over the
-    training rows: a row may be condemned by how its columns hang together, but pardoned no further than the
-    typical row is. Otherwise a clump of outliers among the training rows, far out under every margin and yet learned by
-    heart, would look normal. Why the median: outliers are fewer than half of the rows, so it lies among the values of
-    normal rows whatever the outliers are, as no other quantile is sure to (`benchmarks/RESULTS.md` has all of them).
+    training rows: how the columns of a row hang together may condemn it, but cannot pardon it further than the
+    typical row. Otherwise a clump of outliers among the training rows, far out under every margin and yet learned by
+    heart, would look normal. Outliers are fewer than half of the rows, so the median lies among the values of normal
+    rows whatever the outliers are, as no other quantile is sure to (`benchmarks/RESULTS.md` has all of them).
 
     u are the columns of x, shifted and scaled by quantiles and squashed by arsinh, so that neither units nor single
-    wild values rule. The base is by default a product of smooth marginals, and a stage adds how the columns hang
-    together. The target is a kernel estimate of the rows (``smoothing``); equal rows count once. Scores are in nats,
-    higher for odder rows, up to the change of coordinates from x to u.
+    wild values rule. The target is a kernel estimate of the rows (``smoothing``); equal rows count once. Scores are in
+    nats, higher for odder rows, up to the change of coordinates from x to u. It needs no labels and no clean training
+    set, and lengths are counted in steps, never in seconds, so that a seed gives the same scores again.
 
-    Made for tables that hold outliers already: no labels, no clean training set. Lengths are counted in steps,
-    never in seconds, so that a seed gives the same scores again.
-
-    Arguments
-    ---------
-    contamination : share of outliers in the training rows, in (0, 0.5]: where ``threshold_`` is put, nothing else.
-    base : ``"copula"`` (product of marginals), ``"gmm"``, ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"`` or
-        ``"flow"``.
-    max_stages : most stages above the base; each must raise the held-out log density.
-    smoothing : kernel width around every row, in scales of the columns (a standard deviation where normal).
-    width, bound, steps : of a stage, see :class:`~latentprior.StageSettings`.
-    calibration : share of the training rows that train nothing and calibrate :meth:`p_value`; 0 for none.
-    random_state : int, ``RandomState``, or None for a fit that differs every time.
-    verbose : draw a progress bar while fitting, on a terminal or in a notebook.
+    Parameters
+    ----------
+    contamination : float
+        Share of outliers in the training rows, in (0, 0.5]: where ``threshold_`` is put, nothing else.
+    base : str
+        ``"copula"`` (product of marginals), ``"gmm"``, ``"gmm:K"``, ``"gmm-lowrank"``, ``"normal"`` or ``"flow"``.
+    max_stages : int
+        Most stages above the base; each must raise the held-out log density.
+    smoothing : float
+        Kernel width around every row, in scales of the columns (a standard deviation where normal).
+    width, bound, steps : int or float
+        Settings of a stage, see :class:`~latentprior.StageSettings`.
+    calibration : float
+        Share of the training rows that train nothing and calibrate :meth:`p_value`; 0 for none.
+    random_state : int, RandomState or Generator, optional
+        Seed of the fit; by default every fit is different.
+    verbose : bool
+        Whether progress is shown while fitting, on a terminal or in a notebook.
 
     Attributes
     ----------
-    decision_scores_, threshold_, labels_ : as in every PyOD detector, for all training rows.
-    calibration_scores_ : ``(m,)`` sorted scores of the rows that trained nothing.
-    prior_ : the density, a :class:`~latentprior.LatentPrior` on the squashed columns that vary.
-    ceiling_ : m, in nats.
-    n_features_in_ : number of columns.
+    decision_scores_, threshold_, labels_ : array, float, array
+        As in every PyOD detector, for all training rows.
+    calibration_scores_ : array
+        Sorted scores ``(m,)`` of the rows that trained nothing.
+    prior_ : LatentPrior
+        The density of the squashed columns that vary.
+    ceiling_ : float
+        m, in nats.
+    n_features_in_ : int
+        Number of columns.
     """
 
     def __init__(
@@ -107,10 +114,19 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> RatioDetector:
-        """Learn the density of the rows of ``X`` ``(n, d)``, n at least 4; ``y`` is ignored.
+        """Learn the density of rows.
 
-        Raises ``ValueError`` for input that scikit-learn refuses or a share outside its range, and its subclass
-        :class:`~latentprior.InvalidLatentsError` where all rows are equal.
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``, n at least 4.
+        y : None
+            Ignored; pipelines pass it.
+
+        Raises
+        ------
+        ValueError
+            For input that scikit-learn refuses, a share outside its range, and, as InvalidLatentsError, equal rows.
         """
         x = validate_data(self, X, dtype=np.float64, ensure_min_samples=4)
         if not 0 <= self.calibration < 1:
@@ -137,7 +153,13 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         return self
 
     def decision_function(self, X: Any) -> Array:
-        """How odd every row is, in nats, ``(n, d) -> (n,)``: higher is odder."""
+        """How odd every row is, in nats, ``(n,)``: higher is odder.
+
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``.
+        """
         check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
         return self._score(validate_data(self, X, dtype=np.float64, reset=False))
 
@@ -148,7 +170,15 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         learned (Vovk, Gammerman and Shafer 2005; Bates et al. 2023); outliers among the calibration rows make it
         smaller still. No contamination is guessed. The least value is 1 / (m + 1).
 
-        Raises :class:`~latentprior.LatentPriorError` where no rows were set apart.
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``.
+
+        Raises
+        ------
+        LatentPriorError
+            Where no rows were set apart.
         """
         check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
         m = len(self.calibration_scores_)
@@ -158,12 +188,19 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         return np.asarray((1.0 + m - below) / (m + 1.0))
 
     def explain(self, X: Any, nodes: int = 256) -> Array:
-        r"""What each column adds to a row's score above that of a typical row near it, in nats, ``(n, d) -> (n, d)``.
+        r"""What each column adds to a row's score above that of a typical row near it, in nats, ``(n, d)``.
 
         Integrated gradients (Sundararajan, Taly and Yan 2017) on the squashed columns,
         :math:`a_j = (u_j - b_j) \int_0^1 \partial_j s(b + t (u - b))\,dt`, from the nearest row b of the denser
         half of the training rows, :meth:`typical`. The columns sum to :math:`s(x) - s(b)`, up to the error of a
-        midpoint rule of ``nodes`` nodes; a column in which x equals b gets 0.
+        midpoint rule; a column in which x equals b gets 0.
+
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``.
+        nodes : int
+            Nodes of the midpoint rule; fewer than 1 raise ValueError.
         """
         check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
         x = validate_data(self, X, dtype=np.float64, reset=False)
@@ -184,9 +221,14 @@ class RatioDetector(BaseDetector):  # type: ignore[misc]
         return np.asarray(parts)
 
     def typical(self, X: Any) -> Array:
-        """The nearest row of the denser half of the training rows, ``(n, d) -> (n, d)``: where :meth:`explain` begins.
+        """The nearest row of the denser half of the training rows, ``(n, d)``, where :meth:`explain` begins.
 
         Nearest by Euclidean distance of squashed columns, among at most the 2,000 densest rows.
+
+        Parameters
+        ----------
+        X : array-like
+            Finite numbers ``(n, d)``.
         """
         check_is_fitted(self, ["decision_scores_", "threshold_", "labels_"])
         return self._nearest(validate_data(self, X, dtype=np.float64, reset=False))

@@ -8,16 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..density.prior import LatentPrior
-from ..errors import MissingExtraError
+from ..errors import needs_extra
 from ..fitting.settings import StageSettings
 from ..runtime.progress import Progress
 from .tables import TableDensity, seed_from
 
-try:
+with needs_extra("LatentDensity", "sklearn"):
     from sklearn.base import BaseEstimator, DensityMixin
     from sklearn.utils.validation import check_is_fitted, validate_data
-except ImportError:
-    raise MissingExtraError("LatentDensity", "sklearn") from None
 
 __all__ = ["LatentDensity"]
 
@@ -32,13 +30,8 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     This is :func:`latentprior.fit` as a scikit-learn estimator: it can be cloned, searched over and put at the end of
     a pipeline. Columns are standardised inside. Log densities are in nats, normalised, in float64, and in X's own
-    coordinates. A column that does not vary is scored as a narrow normal about its value.
-
-    Fewer than 200 rows get the base alone: the few of them that can be held out could not tell a stage's gain from
-    noise.
-
-    The settings of a stage stand here one by one, and not as one :class:`~latentprior.StageSettings`, so that
-    ``set_params`` and a grid search reach each of them by its name. Their defaults are those of ``StageSettings``.
+    coordinates. A column that does not vary is scored as a narrow normal about its value. Fewer than 200 rows get the
+    base alone: the few of them that can be held out could not tell a stage's gain from noise.
 
     Parameters
     ----------
@@ -51,18 +44,8 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         How rows are standardised before they are learned from; by default the base decides.
     validation : float
         Share of the distinct rows that are held out, between 0 and 1; copies of a row stay together.
-    width : int
-        Units of each hidden layer of a stage's network.
-    depth : int
-        Hidden layers or residual blocks of a stage's network.
-    bound : float
-        Largest log ratio of one stage, in nats.
-    steps : int
-        Most gradient steps of one stage.
-    batch_size : int
-        Rows and particles a step; an eighth of the rows where that is less, but 64 at least.
-    learning_rate : float
-        Learning rate of a stage.
+    width, depth, bound, steps, batch_size, learning_rate : int or float
+        Settings of a stage, see :class:`~latentprior.StageSettings`; ``set_params`` and a grid search reach each.
     time_budget : float, optional
         Seconds that a fit may take. With a budget, results depend on the machine; by default there is none.
     random_state : int, RandomState or Generator, optional
@@ -136,27 +119,14 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         y : None
             Ignored; pipelines pass it.
 
-        Returns
-        -------
-        LatentDensity
-            The estimator itself.
-
         Raises
         ------
         ValueError
-            For input that scikit-learn refuses.
-        InvalidLatentsError
-            Where all rows are equal.
+            For input that scikit-learn refuses, and, as InvalidLatentsError, where all rows are equal.
         """
         x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
-        settings = StageSettings(
-            width=self.width,
-            depth=self.depth,
-            bound=self.bound,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-        )
+        names = ("width", "depth", "bound", "steps", "batch_size", "learning_rate")
+        settings = StageSettings(**{name: getattr(self, name) for name in names})
         with Progress() as progress:
             self._density = TableDensity.fit(
                 x,
@@ -173,23 +143,18 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def score_samples(self, X: Any) -> Array:
-        """Log density of every row.
+        """Log density of every row in nats, ``(n,)``.
 
         Parameters
         ----------
         X : array-like
             Finite numbers ``(n, d)``.
-
-        Returns
-        -------
-        array
-            Log densities in nats, ``(n,)``.
         """
         check_is_fitted(self)
         return self._density.log_prob(validate_data(self, X, dtype=np.float64, reset=False))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log density of the rows, as ``GaussianMixture.score`` has it; ``KernelDensity.score`` is the sum.
+        """Mean log density of rows in nats, as ``GaussianMixture.score`` has it; ``KernelDensity.score`` is the sum.
 
         Parameters
         ----------
@@ -197,33 +162,18 @@ class LatentDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             Finite numbers ``(n, d)``.
         y : None
             Ignored; searches pass it.
-
-        Returns
-        -------
-        float
-            The mean in nats.
         """
         return float(self.score_samples(X).mean())
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Array:
-        """Draw rows of the density.
+        """Draw rows ``(n_samples, d)`` of the density.
 
         Parameters
         ----------
         n_samples : int
-            Number of rows, at least 1.
+            Number of rows; fewer than 1 raises ValueError.
         random_state : int, RandomState or Generator, optional
             Seed of the draws; by default they are different every time.
-
-        Returns
-        -------
-        array
-            Rows ``(n_samples, d)``.
-
-        Raises
-        ------
-        ValueError
-            For fewer than one row.
         """
         check_is_fitted(self)
         if n_samples < 1:

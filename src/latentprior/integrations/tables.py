@@ -42,11 +42,11 @@ def seed_from(random_state: Any) -> int:
 
 
 class Columns(NamedTuple):
-    r"""Location and scale of every column, :math:`u_j = (x_j - m_j) / s_j`, and which columns vary at all.
+    """Location and scale of every column, :math:`u_j = (x_j - m_j) / s_j`, and which columns vary at all.
 
     A column whose standard deviation is below 1e-10 of its largest value is constant: it has no density that could be
     learned. It is scored as a narrow normal about its value, whose standard deviation is a thousandth of that value
-    (or of 1, for 0). A row that departs from the value is then unlikely, and its log density is still finite.
+    (or of 1, for 0), so the log density of a row that departs from the value is still finite.
     """
 
     loc: Array
@@ -58,7 +58,7 @@ class Columns(NamedTuple):
         """Fit to finite numbers ``(n, d)``; raises :class:`InvalidLatentsError` where no column varies.
 
         By default m and s are mean and standard deviation. ``robust`` takes the median, and the distance between the
-        5% and 95% quantiles over 3.29: outliers cannot inflate these while they are less than a twentieth of the rows
+        5% and 95% quantiles over 3.29, which outliers cannot inflate while they are less than a twentieth of the rows
         on either side. Where more than 90% of a column are equal, s is the standard deviation all the same.
         """
         size = np.abs(x).max(0)
