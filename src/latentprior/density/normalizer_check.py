@@ -29,16 +29,28 @@ LOW_MEAN_SHAPE = 0.7
 
 
 class NormalizerCheck(NamedTuple):
-    """Estimate of a density's integral from another one: ``value`` must be 1 within a few ``stderr``."""
+    """Estimate of a density's integral from another one: ``value`` must be 1 within a few ``stderr``.
+
+    Parameters
+    ----------
+    value, stderr : float
+        The integral and its standard error.
+    ess : float
+        Effective share of the draws.
+    reference : str
+        The density that was drawn from.
+    method : str
+        ``importance``, or ``annealing`` where the tail of the weights is too heavy for their average.
+    tail_shape : float
+        What :func:`~latentprior.density.sampling.resampling.tail_shape` says of the importance weights.
+    """
 
     value: float
     stderr: float
     ess: float
     reference: str
     method: str = "importance"
-    """``importance``, or ``annealing`` where the tail of the weights is too heavy for their average."""
     tail_shape: float = math.nan
-    """Of importance weights, :func:`~latentprior.density.sampling.resampling.tail_shape`."""
 
     @property
     def passed(self) -> bool:

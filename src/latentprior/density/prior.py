@@ -140,7 +140,17 @@ class LatentPrior(Distribution, Shareable):
     def with_ladder(
         self, ladder: Ladder, normalizer: Normalizer | None = None, info: Mapping[str, Any] | None = None
     ) -> LatentPrior:
-        """Return a prior on the same coordinates with another ladder; log Z is by default the sum of its constants."""
+        """Return a prior on the same coordinates with another ladder.
+
+        Parameters
+        ----------
+        ladder : Ladder
+            The new ladder.
+        normalizer : Normalizer, optional
+            Its log Z, by default the sum of its constants.
+        info : mapping, optional
+            Facts for people, by default those of this prior.
+        """
         return LatentPrior(ladder, self.whitening, self.event_shape, normalizer, self.info if info is None else info)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPrior:
@@ -197,7 +207,13 @@ class LatentPrior(Distribution, Shareable):
         return result[0] if single else result
 
     def log_prob_whitened(self, u: Tensor) -> Tensor:
-        """Normalised log density in the standardised coordinates themselves, ``(n, d) -> (n,)`` nats."""
+        """Normalised log density in the standardised coordinates themselves, ``(n, d) -> (n,)`` nats.
+
+        Parameters
+        ----------
+        u : Tensor
+            Standardised rows ``(n, d)``.
+        """
         # A mixture holds a number for each row and component: so many rows at a time.
         base = torch.cat([self.base.log_prob(block) for block in u.split(SAMPLE_BLOCK)])
         return base + self.ladder.log_potential(u) - self.normalizer.value
@@ -431,7 +447,17 @@ class LatentPrior(Distribution, Shareable):
         decoder: Callable[[Tensor], Tensor] | None = None,
         where: str = "prior",
     ) -> LatentPrior:
-        """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together."""
+        """Rebuild from :meth:`state`; raises :class:`CheckpointError` where the two do not fit together.
+
+        Parameters
+        ----------
+        config, tensors : mapping
+            What :meth:`state` gave.
+        base, decoder
+            As in :meth:`from_pretrained`.
+        where : str
+            What errors call the source.
+        """
         return cls(*prior_parts(config, tensors, base=base, decoder=decoder, where=where))
 
 

@@ -111,14 +111,28 @@ class StageSettings:
             raise LatentPriorError("weight_decay must be 0 or more and finite, average from 0 to 1")
 
     def decay(self, remembered: float) -> float:
-        """Weight decay where that share of the gain is missing on held-out rows."""
+        """Weight decay where a share of the gain is missing on held-out rows.
+
+        Parameters
+        ----------
+        remembered : float
+            That share.
+        """
         if self.weight_decay is not None:
             return self.weight_decay
         share = (remembered - FEW_REMEMBERED) / (MANY_REMEMBERED - FEW_REMEMBERED)
         return LEAST_DECAY + (MOST_DECAY - LEAST_DECAY) * min(1.0, max(0.0, share))
 
     def spec(self, event_shape: tuple[int, ...], features: bool = False) -> dict[str, Any]:
-        """The network's specification for :func:`~latentprior.density.ratios.build_ratio`."""
+        """The network's specification for :func:`~latentprior.density.ratios.build_ratio`.
+
+        Parameters
+        ----------
+        event_shape : tuple of int
+            Shape of one latent.
+        features : bool
+            Whether there is a mixture that the network may read features of.
+        """
         spatial = len(event_shape) == 3 and min(event_shape[1:]) >= 4
         kind = self.ratio if self.ratio != "auto" else ("conv" if spatial else "residual")
         width = self.width // 4 if kind == "conv" else self.width

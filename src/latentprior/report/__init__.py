@@ -19,16 +19,24 @@ __all__ = ["Report", "check_report_out", "write_report"]
 
 
 class Report(NamedTuple):
-    """A report that was written."""
+    """A report that was written.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    bytes : int
+        Its size.
+    stages : int
+        Number of stages of the prior.
+    seconds : float
+        Time that the report took.
+    """
 
     path: Path
-    """The file."""
     bytes: int
-    """Its size."""
     stages: int
-    """Number of stages of the prior."""
     seconds: float
-    """Time that the report took."""
 
 
 def write_report(

@@ -121,7 +121,17 @@ class TrainingConfig:
             raise LatentPriorError("precondition takes its scales from the encoder: set posterior_start to 'encoder'")
 
     def check(self, images: int, *, encoder: bool = True, processes: int = 1) -> None:
-        """Raise :class:`LatentPriorError` where these settings cannot learn from so many images."""
+        """Raise :class:`LatentPriorError` where these settings cannot learn from so many images.
+
+        Parameters
+        ----------
+        images : int
+            Number of images.
+        encoder : bool
+            Whether the model has an encoder.
+        processes : int
+            Number of processes that share a batch.
+        """
         if images < self.held_out + 2:
             raise LatentPriorError(
                 f"{images} images are too few beside {self.held_out} held out: lower held_out, or bring more"
