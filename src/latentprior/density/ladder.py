@@ -23,8 +23,7 @@ LEAST_EFFECTIVE_SHARE = 0.01
 """Effective share of base draws from which on they are resampled; below it, sequential Monte Carlo carries
 particles."""
 LEAST_RISE_NATS = 0.05
-"""Rise of the held-out log density from which on a stage is worth its risk: in `benchmarks/RESULTS.md` stages that gave
-0.02 spoiled the samples."""
+"""Rise of the held-out log density from which on a stage is worth its risk: one of 0.02 spoiled a VAE's samples."""
 HELD_OUT_FRACTION = 8
 """One island in so many is held out whole: it judges a stage and never teaches it."""
 COVER_WIDTHS = (1.0, 1.5, 2.5)
