@@ -99,7 +99,7 @@ def integral(model: LatentVariableModel, reach: float = 12.0, points: int = 400)
     return float(model.prior.log_prob(grid).double().exp().sum() * (axis[1] - axis[0]).double() ** 2)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", [pytest.param(r, marks=[pytest.mark.slow] * (r == "lebm")) for r in RIVALS])
 def test_rival_generates_reconstructs_and_scores(name: str) -> None:
     model, real = trained(name), pictures(300, 1)
     images = model.generate(300, generator=draws(), **model.sampler)

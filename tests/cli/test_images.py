@@ -354,6 +354,7 @@ def test_a_stopped_two_phase_run_goes_on_to_the_same_bytes(run, work, tmp_path, 
     ]
 
 
+@pytest.mark.slow
 def test_a_stopped_alternating_run_goes_on_to_the_same_bytes(run, work, tmp_path, monkeypatch):
     told = [*NETWORK, *TWO_PHASE, *CHAINS, "method=alternating", "joint.settle_steps=25"]
 

@@ -111,6 +111,7 @@ def test_version_and_help(run):
         assert "Example" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "found"),
     [
@@ -203,7 +204,9 @@ def test_score_of_one_row_and_of_rows_too_far_out(run, work, tmp_path):
     assert err.startswith("warning: 2 of 2 rows")
 
 
-@pytest.mark.parametrize("sampler", ["smc", "sir", "mala", "hmc", "langevin"])
+@pytest.mark.parametrize(
+    "sampler", ["smc", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sir", "mala", "hmc", "langevin"))]
+)
 def test_sample_writes_the_draws_of_the_library(run, work, tmp_path, sampler):
     path = tmp_path / "new" / "x.npy"
     code, out, err = run("sample", work / "prior", "-n", 50, "--out", path, "--sampler", sampler, "--seed", 3, "--json")
@@ -382,6 +385,7 @@ def test_paths_longer_than_the_file_system_allows(run, work, tmp_path, call, spa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits, and some none")
 def test_the_longest_paths_that_are_taken_hold_all_that_is_written(run, work, tmp_path):
     file = deep(tmp_path, LONGEST_PATH - len(f"..{os.getpid()}.partial.npy")).with_suffix(".npy")
@@ -590,6 +594,7 @@ def test_a_fit_stopped_while_its_base_is_fitted_says_so(run, work, tmp_path, mon
     assert (code, out, err) == (1, "", "stopped: nothing was saved\n")
 
 
+@pytest.mark.slow
 def test_resume_with_nothing_there_with_another_run_and_with_damage(run, work, tmp_path, monkeypatch):
     call = ["fit", work / "z.npy", "--out", tmp_path / "p", "--base", "normal", "--max-stages", 1]
     assert run(*call, "--resume")[0] == 0
@@ -619,6 +624,7 @@ def test_resume_with_nothing_there_with_another_run_and_with_damage(run, work, t
     assert [path.name for path in (tmp_path / "p" / "checkpoint").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_python_m_and_a_reader_that_leaves(work):
     call = [sys.executable, "-m", "latentprior", "info", str(work / "prior"), "--json"]
     done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS, check=False)

@@ -58,6 +58,7 @@ def drop(page, content, kind="image/png"):
     page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
 
 
+@pytest.mark.slow
 def test_a_model_from_end_to_end(show, model_server):
     page = show(model_server, viewport={"width": 1000, "height": 900})
     last = model_server.explorer.stages[-1]

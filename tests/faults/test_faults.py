@@ -41,10 +41,12 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return harness(tmp_path_factory.mktemp("faults"), "--kind", "fit", "--stops", 2, *chosen)
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bytes(survived: dict[str, Any]) -> None:
     assert_stopped(survived["kill"], 2, kills=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["sigterm", "ctrl-c"])
 def test_stopped_runs_resume_to_the_same_bytes(survived: dict[str, Any], how: str) -> None:
     assert_stopped(survived[how], 2, kills=False)
@@ -72,14 +74,17 @@ def test_a_full_file_system_leaves_the_last_good_state(tmp_path: Path) -> None:
     assert found == {"mounted": True, "failures": 3, "identical": True}
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_do_not_meet(survived: dict[str, Any]) -> None:
     assert survived["collided"] == {"refused": 2, "identical": True}
 
 
+@pytest.mark.slow
 def test_the_wall_clock_decides_nothing(survived: dict[str, Any]) -> None:
     assert survived["clocked"] == {"identical": True}
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_refused_before_work(survived: dict[str, Any]) -> None:
     assert survived["read-only"]["refused"] == 1
     assert survived["read-only"]["left"] == 0

@@ -120,6 +120,7 @@ def test_a_fit_of_one_goes_on_in_two(pair: Path, alone: lp.LatentPrior) -> None:
     assert any(not torch.equal(first[key], one[key]) for key in one if key.startswith("stages.1."))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_command_and_it_can_go_on(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     main, killed = launch(WORKER, tmp_path, "die")

@@ -92,7 +92,7 @@ def test_a_learned_prior_from_disk_in_double(learned: lp.LatentPrior, crescent: 
     torch.testing.assert_close(found, learned.log_prob(crescent), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gmm, residual", "normal, mlp, cover"])
+@pytest.mark.parametrize("name", [pytest.param("gmm, residual", marks=pytest.mark.slow), "normal, mlp, cover"])
 def test_the_sampler_follows_the_prior(name: str, tmp_path: Path, generator: torch.Generator) -> None:
     prior = priors()[name]
     path = lp.export_onnx(prior, tmp_path / "s.onnx", "sampler", candidates=128)

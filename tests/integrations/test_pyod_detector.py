@@ -325,7 +325,7 @@ def test_a_thousand_rows_of_twenty_columns_take_few_steps(monkeypatch: pytest.Mo
 # Conformal p-values
 
 
-@pytest.mark.parametrize(("stages", "fits"), [(0, 60), (1, 16)])
+@pytest.mark.parametrize(("stages", "fits"), [(0, 60), pytest.param(1, 16, marks=pytest.mark.slow)])
 def test_p_values_raise_false_alarms_at_their_level(stages: int, fits: int) -> None:
     rows, m = 200, 99
     levels = np.array([0.01, 0.05, 0.1])

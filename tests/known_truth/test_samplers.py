@@ -50,7 +50,7 @@ def uniformity(found: Tensor) -> list[float]:
     [
         ("smc", {}),
         ("sir", {"candidates": 256}),
-        ("mala", {"steps": 40}),
+        pytest.param("mala", {"steps": 40}, marks=pytest.mark.slow),
         pytest.param("hmc", {"steps": 10}, marks=pytest.mark.slow),
     ],
 )

@@ -164,6 +164,7 @@ def test_what_a_prior_quotes_is_escaped(gaussian: lp.LatentPrior) -> None:
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in table)
 
 
+@pytest.mark.slow
 def test_models_and_parts_of_your_own(learned: lp.LatentPrior, gaussian: lp.LatentPrior, tmp_path: Path) -> None:
     spec = network_spec("mlp", latent_dim=2, width=8, image_shape=(1, 6, 6))
     model = lp.LatentVariableModel(build_decoder(spec, torch.Generator().manual_seed(0)), gaussian)

@@ -50,6 +50,7 @@ def error(model: LatentVariableModel, x: Tensor) -> float:
     return float((model.reconstruct(x, method="map") - x).square().mean())
 
 
+@pytest.mark.slow
 def test_the_generator_moves_and_its_prior_follows(images: Images) -> None:
     # So many that single rows in a tail decide nothing: both rises are 11 standard errors and more, on torch 2.4 too.
     test = Images(pictures(1500, 7)).batch(torch.arange(1500))
