@@ -32,9 +32,9 @@ def prior_explorer(saved):
     return open_explorer(saved / "prior", saved / "z.npy")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served():
-    """Function that serves an explorer until the session ends, and returns the server."""
+    """Function that serves an explorer until the file's tests end: other files' tests stop the clock of its loop."""
     pytest.importorskip("uvicorn")
     from latentprior.explorer.server import Server
 
@@ -54,11 +54,11 @@ def served():
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model_server(model_explorer, served):
     return served(model_explorer)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prior_server(prior_explorer, served):
     return served(prior_explorer)
