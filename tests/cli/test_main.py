@@ -5,7 +5,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 import types
 import warnings
 from functools import partial
@@ -30,15 +29,23 @@ from latentprior.storage.output_files import ROOM
 
 SMALL = lp.StageSettings(steps=200, width=16, batch_size=128)
 # The command line with a small network, so that a run takes seconds.
+# With STOP in its environment, it sends itself that signal when it has saved its state.
 DRIVER = """
-import sys
+import os, sys
 from functools import partial
 import torch
 torch.set_num_threads(1)
 from latentprior import StageSettings
 from latentprior.cli import main as cli
 from latentprior.fitting import fit as learning
+from latentprior.fitting.run import FitRun
 learning.fit = partial(learning.fit, settings=StageSettings(steps=300, width=16, batch_size=128))
+if "STOP" in os.environ:
+    save = FitRun.save_fit
+    def save_and_stop(self, *state):
+        save(self, *state)
+        os.kill(os.getpid(), int(os.environ["STOP"]))
+    FitRun.save_fit = save_and_stop
 sys.exit(cli.main())
 """
 STAGE_KEYS = {"gain", "gain_stderr", "log_normalizer", "log_normalizer_stderr", "ess", "acceptance", "seconds"}
@@ -547,17 +554,11 @@ def tensors(folder):
     return path.name, path.read_bytes()
 
 
-def written(path):
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
 def stop_after_checkpoint(call, folder, number):
-    """Start a run and stop it once it has written a checkpoint."""
-    before = written(folder / "config.json")
-    run = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    while written(folder / "config.json") == before and run.poll() is None:
-        time.sleep(0.005)
-    run.send_signal(number)
+    """Run until the first checkpoint has been written, when the run stops itself by a signal."""
+    run = subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | {"STOP": str(int(number))}
+    )
     out, err = run.communicate(timeout=HANG_SECONDS)
     assert run.returncode == 1, err
     assert out == ""
