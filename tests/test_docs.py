@@ -137,7 +137,7 @@ def test_better_samples_from_a_pythae_autoencoder(tmp_path: Path) -> None:
 def test_sharing_page_runs(tmp_path: Path) -> None:
     printed = run("\n".join(blocks("howto/hub.md")), tmp_path)
     assert printed.startswith("---\nlibrary_name: latentprior\n")
-    assert 'license: "apache-2.0"' in (tmp_path / "my-prior" / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0\n" in (tmp_path / "my-prior" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
