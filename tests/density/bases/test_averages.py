@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import latentprior as lp
+from clocks import Clock
 from latentprior.density.bases import GaussianMixtureBase, LowRankMixtureBase, MixtureBase
 from latentprior.density.bases import mixture_base as mixtures
 from latentprior.density.bases.em import Moments
@@ -128,7 +129,7 @@ def search(deadline: float | None) -> MixtureSearch[GaussianMixtureBase]:
     )
 
 
-def test_an_average_is_optional_where_it_costs_time_that_is_short() -> None:
+def test_an_average_is_optional_where_it_costs_time_that_is_short(clock: Clock) -> None:
     with_time, in_a_hurry = search(None), search(time.monotonic() + 3600)
     single = with_time.find()
     assert torch.equal(single.means, in_a_hurry.find().means)
@@ -141,14 +142,15 @@ def test_an_average_is_optional_where_it_costs_time_that_is_short() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_an_average_keeps_to_its_share_of_the_time(share: float) -> None:
+def test_an_average_keeps_to_its_share_of_the_time(clock: Clock, share: float) -> None:
+    clock.pace = 0.01
     one = search(time.monotonic() + 3600)
     one.find()
     assert (one.average(share).members == 1) is (share == 0.0)
 
 
 @pytest.mark.parametrize("gain", [-9.0, 9.0])
-def test_time_goes_to_a_stage_that_gains(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
+def test_time_goes_to_a_stage_that_gains(monkeypatch: pytest.MonkeyPatch, clock: Clock, gain: float) -> None:
     monkeypatch.setattr("latentprior.fitting.start.TRIAL_GAIN_NATS", gain)
     settings = lp.StageSettings(width=32, depth=1, steps=100, batch_size=256)
     prior = lp.fit(tailed(5000, 0), max_stages=1, settings=settings, time_budget=3600, validation=tailed(2000, 1))
@@ -179,7 +181,8 @@ def test_first_steps_that_gain_are_kept(name: str) -> None:
         assert prior.check_normalizer(draws=50_000).passed
 
 
-def test_a_dear_size_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dear_size_is_left_out(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    clock.pace = 0.01
     g = torch.Generator().manual_seed(0)
     centres = 9 * torch.randn(40, 2, generator=g)
     rows, held_out = (centres[torch.arange(n) % 40] + 0.1 * torch.randn(n, 2, generator=g) for n in (2000, 1000))
